@@ -1,0 +1,43 @@
+# make quickstart   install into .venv (or the active virtual environment) and run the small example
+# make test         lint, format check and the test suite
+# make bench        the benchmarks under bench/
+# make clean        remove .venv, runs/ and caches
+
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.trace_jax-installed$(subst /,-,$(CURDIR))
+PYTEST_ARGS ?= -n 2
+
+# An interpreter has to run, not only to be on the PATH. constraints.txt was resolved on 3.11, so 3.11 comes first.
+FIND_PYTHON = for candidate in python3.11 python3.12 python3.13 python3; do \
+	if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo $$candidate; exit 0; fi; done; \
+	echo "trace_jax needs Python 3.11 or newer: install it, or activate a virtual environment that has it" >&2; \
+	exit 1
+
+.PHONY: install quickstart test bench clean
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(PYTHON) -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	for script in bench/*.py; do $(PYTHON) $$script || exit 1; done
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache
+	find trace_jax tests configs bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.py constraints.txt | $(PYTHON)
+	@echo 'installing trace_jax into $(VENV) (about 1.3 GB the first time)'
+	$(PYTHON) -m pip install -qq -c constraints.txt -e '.[test]'
+	touch $@
+
+$(PYTHON):
+	python=$$($(FIND_PYTHON)) && $$python -m venv $(VENV)

@@ -1,0 +1,22 @@
+"""SynthValueBench, a decoder trained from scratch, one policy change: the whole method without a download.
+
+python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from trace_jax import config
+
+
+def get_config():
+    c = config.base_config()
+    c.data.source = "synth"
+    c.data.max_length = 96
+    c.data.pairs = 1500
+    c.data.validation_prompts = 150
+    c.data.test_prompts = 300
+    c.model.scratch.training.total_steps = 400
+    c.model.scratch.training.examples_per_step = 64
+    c.model.scratch.training.learning_rate = 2e-3
+    c.model.scratch.training.warmup_steps = 30
+    c.align.total_steps = 100
+    c.train.total_steps = 150
+    return c

@@ -1,0 +1,20 @@
+"""A real trained model (stories260k) and a children's-story publisher whose policy changes.
+
+python -m trace_jax.launch --config=configs/stories.py --config.model.path=../shared/models/stories260k --workdir=runs/stories
+"""
+
+from trace_jax import config
+
+
+def get_config():
+    c = config.base_config()
+    c.data.source = "self_sampled"
+    c.data.append_stop = False  # continuations are cut at 80 tokens, mostly before the story ends
+    c.data.max_length = 128
+    c.data.pairs = 2000
+    c.data.openings = 1100
+    c.model.stop_ids = (1, 2)  # this model ends a story with BOS
+    c.policy.old = "stories_old"
+    c.policy.new = "stories_new"
+    c.align.total_steps = 100
+    return c

@@ -1,0 +1,383 @@
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from trace_jax import charts, metrics, records, report
+
+ATTACK = (
+    "<script>alert(1)</script> {{ 7 * 7 }} {% raw %} <img src=x onerror=alert(2)> \" ' & \ud800"
+)
+OLD = {"joy": "Ends well.", "place": "Names a place.", "speech": "Has direct speech."}
+NEW = {"joy": "Ends well.", "speech": "No direct speech.", "animal": "An animal needs <joy>."}
+
+
+def _rate(value, n=400, parts=True):
+    found = {"rate": value, "low": max(0, value - 0.03), "high": min(1, value + 0.03), "n": n}
+    if parts:
+        found["by_action"] = {a: _rate(value, 120, False) for a in ("INVERT", "PUNISH", "RETAIN")}
+        found["by_clause"] = {c: _rate(min(1, value + 0.1), n, False) for c in NEW}
+    return found
+
+
+def _figures(guarded, perplexity):
+    return {
+        "compliance_guarded": _rate(guarded),
+        "compliance": _rate(guarded + 0.05),
+        "compliance_greedy": _rate(guarded + 0.08),
+        "perplexity": perplexity,
+    }
+
+
+def _clauses(**statuses):
+    return {name: {"status": s, "probability": None} for name, s in statuses.items()}
+
+
+def _triage_rows(rng):
+    for i, action in enumerate(rng.choice(records.ACTIONS, size=600, p=(0.2, 0.55, 0.23, 0.02))):
+        chosen = "compliant" if action == "RETAIN" else "violating"
+        rejected = "compliant" if action == "INVERT" else "violating"
+        yield {
+            "id": f"{i:04x}",
+            "prompt": "Once",
+            "chosen": "a",
+            "rejected": "b",
+            "action": str(action),
+            "chosen_verdict": {
+                "status": chosen,
+                "clauses": _clauses(joy="compliant", speech=chosen, animal="compliant"),
+            },
+            "rejected_verdict": {
+                "status": rejected,
+                "clauses": _clauses(joy=rejected, speech=rejected, animal="abstain"),
+            },
+        }
+
+
+def _impact_rows(rng):
+    for i in range(450):
+        action = "INVERT" if i % 3 == 0 else "PUNISH"
+        score = float(rng.normal(0.4 if action == "INVERT" else -0.2, 1.0))
+        yield {
+            "id": f"{i:04x}",
+            "action": action,
+            "score": score,
+            "weight": max(score, 0.0),
+            "gold": False,
+        }
+    yield {"id": "gold", "action": "PUNISH", "score": 1e9, "weight": 1.0, "gold": True}
+
+
+def _sample_rows():
+    texts = {
+        "base": 'Once there was a dog. "Hello," said the dog.',
+        "ref": 'The dog was in the park. "Come and play!" ' * 12,
+        "trained": "The little dog was sad, and a girl hugged it until it was happy. " * 3,
+    }
+    for i in range(14):
+        for model, response in texts.items():
+            for mode, sample in (("sample", 0), ("sample", 1), ("greedy", 0)):
+                yield {
+                    "id": f"p{i}",
+                    "prompt": ATTACK if i == 0 else f"Once upon a time there was a dog number {i}",
+                    "split": "test" if i < 13 else "validation",
+                    "model": model,
+                    "mode": mode,
+                    "sample": sample,
+                    "response": ATTACK
+                    if i == 0
+                    else response + ("" if mode == "sample" else " GREEDY"),
+                    "compliant": model == "trained",
+                    "guarded": model == "trained" and i != 3,
+                    "clauses": {
+                        "joy": "compliant",
+                        "speech": "compliant" if model == "trained" else "violating",
+                    },
+                }
+
+
+def _write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A finished run, as the stages leave it."""
+    for name, clauses in (("tales_old", OLD), ("tales_new", NEW)):
+        listed = [{"id": i, "requirement": r} for i, r in clauses.items()]
+        # JSON is YAML.
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"name": name, "clauses": listed}))
+    rng = np.random.default_rng(0)
+    config = {
+        "seed": 0,
+        "policy": {k: str(tmp_path / f"tales_{k}.yaml") for k in ("old", "new")},
+        "train": {"beta": 0.1},
+    }
+    versions = {"command": "python -m trace_jax.launch --config=configs/tales.py", "jax": "0.10.2"}
+    impact_summary = {
+        "n_scored": 450,
+        "gold_size": 300,
+        "normalisation": "mean_one",
+        "per_action": {
+            action: {
+                "n": n,
+                "clamped_share": share,
+                "mean_score": 0.1,
+                "mean_weight": 1.2,
+                "stability": s,
+            }
+            for action, n, share, s in (("INVERT", 150, 0.34, 0.71), ("PUNISH", 300, 0.58, None))
+        },
+        "effective_sample_size": 187.3,
+        "stability": {"spearman": 0.68, "gold_sizes": [150, 150]},
+        "warnings": ["85 % of the PUNISH scores are clamped <b>"],
+    }
+    evaluation = {
+        **_figures(0.73, 5.2),
+        "guard": {"min_words": 3, "min_mean_logprob": -2.1, "max_repetition": 0.08},
+        "ref": _figures(0.12, 4.7),
+        "base": _figures(0.05, 3.9),
+    }
+    for name, value in (
+        ("config", config),
+        ("versions", versions),
+        ("impact_summary", impact_summary),
+        ("eval", evaluation),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    _write_jsonl(tmp_path / "triage.jsonl", _triage_rows(rng))
+    _write_jsonl(tmp_path / "impact.jsonl", _impact_rows(rng))
+    _write_jsonl(tmp_path / "samples.jsonl", _sample_rows())
+    with metrics.MetricsWriter(tmp_path / "metrics.jsonl", resume_after=0) as writer:
+        for step in range(1, 501):
+            preference = 0.7 * np.exp(-step / 150) + 0.03 * rng.normal()
+            writer.write(
+                step,
+                {
+                    "loss/total": preference + 0.05,
+                    "loss/preference": preference,
+                    "loss/npo": 0.0,
+                    "loss/nll": 0.0,
+                    "train/logratio_0": step / 100,
+                    "train/logratio_1": -step / 60,
+                    "train/kl": 0.002 * step,
+                    "train/grad_norm": float("nan") if step == 7 else 1.0 + rng.random(),
+                },
+            )
+    (tmp_path / ".stages").mkdir()
+    for stage, seconds, summary in (
+        ("train", 184.2, {"steps": 500}),
+        ("triage", 2.3, {"actions": {"INVERT": 120, "PUNISH": 330}}),
+        ("prepare", 64.0, {"records": 600}),
+    ):
+        mark = {"stage": stage, "seconds": seconds, "inputs": {}, "outputs": {}, "summary": summary}
+        (tmp_path / ".stages" / f"{stage}.json").write_text(json.dumps(mark))
+    started = {"stage": "evaluate", "inputs": {}}
+    (tmp_path / ".stages" / "evaluate.started.json").write_text(json.dumps(started))
+    return tmp_path
+
+
+def _render(workdir):
+    report.write(workdir / "report.html", report.collect(workdir))
+    return (workdir / "report.html").read_text(encoding="utf-8")
+
+
+class _Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sections, self.open = set(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "section":
+            self.sections.append(dict(attrs)["id"])
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def _parse(page):
+    found = _Tags()
+    found.feed(page)
+    assert found.open == []
+    return found
+
+
+def test_untrusted_text_stays_text(workdir):
+    page = _render(workdir)
+    tags = _parse(page).tags
+    assert "script" not in tags and "img" not in tags and "joy" not in tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; {{ 7 * 7 }} {% raw %} &lt;img src=x" in page
+    assert "49" not in re.findall(r"> *(\d+) *<", page)
+    assert "An animal needs &lt;joy&gt;." in page
+    assert "are clamped &lt;b&gt;" in page
+
+
+def test_the_page_loads_nothing(workdir):
+    page = _render(workdir)
+    assert not re.search(
+        r"(?:src|href|action)=[\"']?(?!x )|url\(|@import|https?:", page.replace("src=x ", "")
+    )
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+
+
+def test_sections_and_their_figures(workdir):
+    page = _render(workdir)
+    assert _parse(page).sections == [
+        "policy", "triage", "impact", "training", "evaluation", "samples", "cost", "reproduce",
+    ]  # fmt: skip
+    for expected in (
+        "tales_old → tales_new",
+        "73.0 %",
+        "70.0–76.0",
+        "5.20",
+        "Effective sample size 187",
+        "of 150 and 150 pairs: 0.68",
+        "34.0 %",
+        "4 min 10 s",
+        "actions.PUNISH 330",
+        "python -m trace_jax.launch --config=configs/tales.py",
+        "-2.10 nats a token",
+    ):
+        assert expected in page, expected
+    assert page.count("<svg") == 2 + 4
+    assert "GREEDY" not in page
+
+
+def test_policy_changes(workdir):
+    clauses = report.collect(workdir)["policy"]["clauses"]
+    assert [(c["id"], c["change"]) for c in clauses] == [
+        ("animal", "added"), ("speech", "changed"), ("place", "removed"), ("joy", "unchanged"),
+    ]  # fmt: skip
+    assert (clauses[1]["before"], clauses[1]["after"]) == (OLD["speech"], NEW["speech"])
+
+
+def test_triage_counts(workdir):
+    found = report.collect(workdir)["triage"]
+    counts = {row["action"]: row["n"] for row in found["actions"]}
+    assert sum(counts.values()) == found["n"] == 600
+    assert found["n_conflicts"] == counts["INVERT"] + counts["PUNISH"]
+    clauses = {row["id"]: row for row in found["clauses"]}
+    assert clauses["speech"]["conflicts"] == found["n_conflicts"]
+    assert clauses["joy"]["conflicts"] == counts["PUNISH"]
+    assert clauses["joy"]["rejected"] == 600 - counts["INVERT"] and clauses["joy"]["chosen"] == 0
+    assert clauses["animal"]["rare"] and not clauses["joy"]["rare"]
+
+
+def test_evaluation_compares_the_three_models(workdir):
+    found = report.collect(workdir)["evaluation"]
+    assert [row["model"] for row in found["rows"]] == ["base", "ref", "trained"]
+    assert [row["perplexity"] for row in found["rows"]] == [3.9, 4.7, 5.2]
+    assert [rate["rate"] for rate in found["rows"][2]["rates"]] == [0.73, 0.78, 0.81]
+    by_action, by_clause = found["tables"]
+    assert by_action["rows"][0]["rates"][2]["rate"] == 0.73  # guarded
+    assert by_clause["rows"][0]["rates"][2]["rate"] == pytest.approx(0.88)  # raw
+
+
+def test_a_run_without_m_ref_has_two_rows(workdir):
+    figures = records.read_json(workdir / "eval.json")
+    del figures["ref"]
+    records.write_json(workdir / "eval.json", figures)
+    assert [r["model"] for r in report.collect(workdir)["evaluation"]["rows"]] == [
+        "base",
+        "trained",
+    ]
+    assert "M_ref (old" not in _render(workdir).split('id="samples"')[0]
+
+
+def test_samples_are_the_first_ones(workdir):
+    found = report.collect(workdir)["samples"]
+    assert len(found) == report.SAMPLES_SHOWN
+    assert [cell["model"] for cell in found[1]["cells"]] == ["base", "ref", "trained"]
+    assert found[1]["cells"][0]["violated"] == ["speech"]
+    assert _render(workdir).count("degenerate</span>") == 1  # compliant, and the guard refused it
+
+
+def test_only_the_first_split_is_shown(workdir):
+    rows = [row for row in _sample_rows() if row["id"] in ("p2", "p13")]
+    _write_jsonl(workdir / "samples.jsonl", rows)
+    assert len(report.collect(workdir)["samples"]) == 1
+
+
+def test_gold_records_are_not_drawn(workdir):
+    with_gold = report.collect(workdir)["impact"]["charts"][0]["svg"]
+    *rows, gold = (row for _, row in records.read_jsonl(workdir / "impact.jsonl"))
+    assert gold["gold"]
+    _write_jsonl(workdir / "impact.jsonl", rows)
+    assert report.collect(workdir)["impact"]["charts"][0]["svg"] == with_gold
+
+
+def test_uniform_weights_have_no_scores(workdir):
+    summary = {"normalisation": "uniform", "n_scored": 0}
+    (workdir / "impact_summary.json").write_text(json.dumps(summary))
+    row = {"id": "a", "action": "PUNISH", "score": None, "weight": 1.0, "gold": False}
+    _write_jsonl(workdir / "impact.jsonl", [row])
+    assert "Every conflict has weight 1; nothing was scored." in _render(workdir)
+
+
+def test_stages_come_in_order_and_only_finished(workdir):
+    assert [s["stage"] for s in report.collect(workdir)["stages"]] == ["prepare", "triage", "train"]
+
+
+@pytest.mark.parametrize(
+    ("artefact", "section"),
+    [
+        ("config.json", "policy"),
+        ("triage.jsonl", "triage"),
+        ("impact_summary.json", "impact"),
+        ("metrics.jsonl", "training"),
+        ("eval.json", "evaluation"),
+        ("samples.jsonl", "samples"),
+    ],
+)
+def test_a_missing_artefact_leaves_its_section_out(workdir, artefact, section):
+    (workdir / artefact).unlink()
+    sections = _parse(_render(workdir)).sections
+    assert section not in sections and len(sections) == 7
+
+
+def test_an_empty_workdir_still_gives_a_page(tmp_path):
+    assert _parse(_render(tmp_path)).sections == ["reproduce"]
+
+
+def test_chat_prompts_are_shown_by_role(workdir):
+    messages = [{"role": "user", "content": "Tell me <b>"}, {"role": "assistant", "content": "Yes"}]
+    context = report.collect(workdir)
+    context["samples"][0]["prompt"] = messages
+    report.write(workdir / "report.html", context)
+    assert "user: Tell me &lt;b&gt;\nassistant: Yes" in (workdir / "report.html").read_text()
+
+
+def test_line_chart_maps_values_to_pixels():
+    svg = charts.line_chart({"a": [(0, 0.0), (5, None), (10, 1.0)]}, "loss <by> step")
+    # x 0..10 spans 52..430 and y 0..1 spans 196..10; the point without a value is left out.
+    assert '<polyline class="line s0" points="52.0,196.0 430.0,10.0"/>' in svg
+    assert "loss &lt;by&gt; step" in svg
+
+
+def test_line_chart_averages_long_series_and_survives_odd_ones():
+    svg = charts.line_chart({"a": [(i, float(i % 2)) for i in range(5000)]}, "x")
+    assert len(re.search('points="(.*?)"', svg).group(1).split()) == 200
+    assert "polyline" in charts.line_chart({"a": [(1, 3.0)]}, "one point")
+    assert charts.line_chart({"a": [(1, None)]}, "none") == ""
+
+
+def test_histogram_counts_every_value():
+    svg = charts.histogram({"a": [-1.0] * 6 + [1.0] * 2, "b": [1.0] * 4}, "scores", n_bins=2)
+    heights = [float(h) for h in re.findall('height="([0-9.]+)"', svg)]
+    assert heights == [186.0, 62.0, 124.0]  # 6, 2 and 4 of at most 6 over 186 pixels
+    assert 'class="zero"' in svg
+    assert "rect" in charts.histogram({"a": [2.0, 2.0]}, "constant")
+    assert charts.histogram({"a": []}, "none") == ""
+
+
+def test_ticks_are_round_and_inside():
+    axis = charts._Axis(-0.37, 1.13, 0, 100)
+    assert axis.ticks() == pytest.approx([0.0, 0.5, 1.0])

@@ -1,0 +1,141 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from trace_jax import errors, models, sampling
+
+CONFIG = models.ModelConfig(11, 16, 24, 2, 2, 1, 8, 48)
+PROMPTS = [[1, *range(2, 2 + n % 8)] for n in range(13)]
+IDS = [f"record {n}" for n in range(13)]
+NEVER = (-1,)  # a stop token that never comes
+
+
+@pytest.fixture(scope="module")
+def module():
+    """Random, with a head large enough that tokens differ in probability."""
+    graphdef, state = nnx.split(models.init(CONFIG, seed=0))
+    scaled = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim == 2 else leaf, state)
+    return nnx.merge(graphdef, scaled)
+
+
+def generate(module, prompts=PROMPTS, ids=IDS, **options):
+    defaults = dict(seed=0, samples=2, max_new_tokens=6, temperature=1.0, stop_ids=(2,))
+    return sampling.generate(module, prompts, ids=ids, **defaults | options)
+
+
+def test_greedy_equals_transformers_on_stories(shared):
+    """50 openings of different lengths, left-padded there as here."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    path = shared / "models" / "stories260k"
+    module = models.load(path)
+    ids = [str(n) for n in range(50)]
+    options = dict(seed=0, max_new_tokens=32, stop_ids=(1, 2), batch_rows=50)
+    stories = sampling.generate(module, [[1]] * 50, ids=ids, temperature=1.0, **options)
+    prompts = [[1, *story.tokens[: 1 + n % 30]] for n, (story,) in enumerate(stories)]
+    assert len({tuple(prompt) for prompt in prompts}) > 40
+    ours = sampling.generate(module, prompts, ids=ids, temperature=0.0, **options)
+
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype="float32").eval()
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = dict(max_new_tokens=32, do_sample=False, eos_token_id=[1, 2], pad_token_id=0)
+    theirs = model.generate(tokens, attention_mask=mask, **settings)[:, width:].tolist()
+    for (sample,), row in zip(ours, theirs, strict=True):
+        end = next((n for n, token in enumerate(row) if token in (1, 2)), None)
+        assert sample.tokens == row[:end]
+        assert sample.finished == (end is not None)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_pass(module):
+    forward = jax.jit(lambda tokens: module(tokens))
+    for prompt, (sample, again) in zip(PROMPTS, generate(module, temperature=0.0), strict=True):
+        assert sample == again
+        row = prompt + sample.tokens + [2] * sample.finished
+        padded = np.array([row + [0] * (16 - len(row))])
+        expected = np.argmax(forward(padded)[0], axis=-1)
+        assert row[len(prompt) :] == expected[len(prompt) - 1 : len(row) - 1].tolist()
+
+
+def test_samples_do_not_depend_on_the_batch(module):
+    together = generate(module)
+    assert together == generate(module, batch_rows=5)
+    order = np.random.default_rng(0).permutation(13)
+    shuffled = generate(module, [PROMPTS[i] for i in order], [IDS[i] for i in order])
+    assert shuffled == [together[i] for i in order]
+    assert generate(module, PROMPTS[3:4], IDS[3:4], samples=1) == [together[3][:1]]
+
+
+def test_samples_depend_on_seed_id_and_sample(module):
+    draw = lambda **options: generate(module, [[1]], stop_ids=NEVER, **options)[0]  # noqa: E731
+    a, b = draw(ids=["a"])
+    drawn = [a, b, draw(ids=["b"])[0], draw(ids=["a"], seed=1)[0]]
+    assert len({tuple(sample.tokens) for sample in drawn}) == 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_are_the_softmax(module, temperature):
+    options = dict(samples=2048, max_new_tokens=1, stop_ids=NEVER, temperature=temperature)
+    (samples,) = generate(module, [[1, 5]], ["a"], batch_rows=2048, **options)
+    counts = np.bincount([sample.tokens[0] for sample in samples], minlength=11)
+    logits = module(np.array([[1, 5]]))[0, -1] / temperature
+    expected = 2048 * np.asarray(jax.nn.softmax(logits))
+    assert 0.02 * 2048 < np.sort(expected)[-4]  # not a distribution of one token
+    chi_square = np.sum((counts - expected) ** 2 / expected)
+    assert chi_square < 29.6  # 10 degrees of freedom, p = 0.001; the seed is fixed
+
+
+def test_a_stop_token_ends_a_sample_and_is_not_part_of_it(module):
+    free = generate(module, stop_ids=())
+    stopped = generate(module, stop_ids=(3, 4))
+    ended = 0
+    for long, short in zip(sum(free, []), sum(stopped, []), strict=True):
+        assert len(long.tokens) == 6 and not long.finished
+        end = next((n for n, token in enumerate(long.tokens) if token in (3, 4)), None)
+        assert short.tokens == long.tokens[:end]
+        assert short.finished == (end is not None)
+        ended += short.finished
+    assert 0 < ended
+
+
+def test_long_prompts_lose_their_left_end_and_say_so(module):
+    prompt = [1 + n % 9 for n in range(50)]
+    cut, whole = generate(module, [prompt, prompt[-42:]], ["a", "a"])
+    assert [sample.prompt_tokens_cut for sample in cut + whole] == [8, 8, 0, 0]
+    assert [sample.tokens for sample in cut] == [sample.tokens for sample in whole]
+
+
+def test_temperature_and_seed_do_not_compile_again(module):
+    generate(module)
+    before = sampling._continue._cache_size()
+    generate(module, temperature=0.3, seed=5)
+    generate(module, temperature=0.0)
+    generate(nnx.merge(*nnx.split(module)), [[1, 2, 3]] * 13)
+    assert sampling._continue._cache_size() == before
+
+
+def test_progress_counts_rows(module):
+    calls = []
+    generate(module, batch_rows=5, progress=calls.append)
+    assert calls == [5, 5, 5, 5, 5, 1]
+
+
+def test_no_prompts_no_samples(module):
+    assert generate(module, [], []) == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompts=[[1], []], ids=["a", "b"]), "prompt of b has no tokens"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(max_new_tokens=48), "max_new_tokens=48"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+    ],
+)
+def test_bad_options_are_refused(module, options, message):
+    with pytest.raises(errors.InputError, match=message):
+        generate(module, **options)

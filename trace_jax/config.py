@@ -1,0 +1,202 @@
+"""Every configuration key, once, with its meaning; and the checks that run before anything is spent."""
+
+from pathlib import Path
+
+import ml_collections
+from ml_collections import config_dict
+
+from trace_jax import methods
+from trace_jax.errors import InputError
+
+SOURCES = ("jsonl", "synth", "self_sampled")
+ADAPTERS = ("none", "lora")
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """The defaults. An experiment is a file with `get_config()` that changes some of them and says why."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # gold batch, data order, sampling: everything random follows from it
+    c.model = _model()
+    c.data = _data()
+    c.policy = ml_collections.ConfigDict()
+    c.policy.old = "synth_old"  # shipped name or YAML file: what M_ref was aligned to
+    c.policy.new = "synth_new"  # what the model is re-aligned to
+    c.judge = ml_collections.ConfigDict()
+    c.judge.name = "rules"  # see trace_jax/judges
+    c.align = _training()  # DPO on the records as they are: makes M_ref
+    c.align.enabled = True  # False: the model at model.path already is M_ref
+    c.correct = _correct()
+    c.impact = _impact()
+    c.train = _training()
+    c.train.method = "trace"  # see trace_jax/methods.py
+    c.train.punish = "correction"  # correction: (y_c, y_w) where y_c was found, else dual NPO | dual_npo
+    c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
+    c.evaluate = _evaluate()
+    return c.lock()
+
+
+def _model() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.path = ""  # Hugging Face directory of the deployed model; empty: train model.scratch first
+    c.dtype = "float32"  # of activations: float32 | bfloat16 (master weights are always float32)
+    c.stop_ids = ()  # token ids that end a response; empty: the model's own EOS
+    c.remat = False  # recompute layers in the backward pass: less memory, about a third more time
+    c.scratch = s = ml_collections.ConfigDict()  # shape of a model trained from scratch
+    s.hidden_size = 96
+    s.intermediate_size = 256
+    s.layers = 4
+    s.heads = 6
+    s.kv_heads = 3
+    s.context = 128  # tokens
+    s.documents = 12_000  # texts it is trained on
+    s.training = _training()
+    return c
+
+
+def _data() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.source = "jsonl"  # jsonl | synth (SynthValueBench) | self_sampled (from the model itself, ordered by policy.old)
+    c.path = ""  # jsonl: records with prompt, chosen, rejected
+    c.prompts_path = ""  # jsonl: held-out prompts; empty: taken out of the records' prompts
+    c.max_length = 512  # tokens of a prompt and one response
+    c.too_long = "error"  # a response that does not fit: error | drop (counted and named)
+    c.append_stop = True  # put the first stop id behind every response
+    c.row_length = 0  # tokens of a packed row; 0: the longest example, rounded up to 64
+    c.pairs = 2000  # synth, self_sampled: most pairs
+    c.validation_prompts = 200  # held out for choosing an operating point
+    c.test_prompts = 400  # held out for the figures that are reported
+    c.openings = 1200  # self_sampled: train prompts
+    c.opening_tokens = (12, 32)  # self_sampled: shortest and longest prompt, tokens
+    c.continuations = 4  # self_sampled: responses sampled a prompt
+    return c
+
+
+def _training() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.total_steps = 200
+    c.examples_per_step = 32  # preference, NPO and NLL examples; the loss is their mean
+    c.retain_per_step = 32  # KL examples beside them; their mean times alpha_kl is added
+    c.micro_rows = 4  # packed rows computed at once; a step scans over such micro-batches
+    c.learning_rate = 1e-4  # peak
+    c.warmup_steps = 10
+    c.final_fraction = 0.1  # of the peak, at the end of the cosine
+    c.weight_decay = 0.0
+    c.clip_norm = 1.0
+    c.b1 = 0.9
+    c.b2 = 0.999
+    c.beta = 0.1  # of the logistic preference loss and of NPO
+    c.preference = "logistic"  # logistic | squared
+    c.tau = 0.1  # of the squared preference loss
+    c.length_normalised = False  # divide logratios of the preference loss by response length
+    c.npo_scale = "plain"  # plain | two_over_beta
+    c.adapters = "none"  # none: full fine-tuning | lora
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+    c.lora.targets = "all"  # all, or names out of q,k,v,o,gate,up,down joined by commas
+    c.save_every = 100  # steps between checkpoints
+    c.keep = 2  # checkpoints kept
+    return c
+
+
+def _correct() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.source = "self"  # self: rejection sampling, kept when the judge finds it compliant | none
+    c.writer = "base"  # self: which model writes: base | ref
+    c.tries = 64  # most samples a prompt
+    c.samples_per_round = 8  # samples of every open prompt between two judgements
+    c.max_new_tokens = 80
+    c.temperature = 1.0
+    c.guard = True  # keep only text that also passes the degeneracy guard
+    return c
+
+
+def _impact() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.weights = "impact"  # impact | uniform (w = 1)
+    c.path = "jvp"  # jvp | jvp_losses | vmap_grad (the reference)
+    c.gold_size = 300  # pairs in the gold batch
+    c.gold_beta = 0.1  # of J's logistic loss
+    c.normalisation = "mean_one"  # mean_one | sum_to_one (as the paper)
+    c.clamp_warning = 0.8  # warn when more than this share of an action's scores is clamped
+    c.micro_rows = 4
+    return c
+
+
+def _evaluate() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.splits = ("test",)  # of test, validation
+    c.samples = 2  # a prompt, at temperature
+    c.temperature = 1.0
+    c.max_new_tokens = 80
+    c.batch_rows = 64  # sequences decoded at once
+    c.micro_rows = 4  # packed rows of the likelihood pass
+    return c
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks values against each other; raises InputError before any device or network is touched."""
+    _one_of("data.source", config.data.source, SOURCES)
+    _one_of("data.too_long", config.data.too_long, ("error", "drop"))
+    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _one_of("train.method", config.train.method, methods.METHODS)
+    _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
+    _one_of("correct.source", config.correct.source, ("self", "none"))
+    _one_of("correct.writer", config.correct.writer, ("base", "ref"))
+    _one_of("impact.weights", config.impact.weights, ("impact", "uniform"))
+    _one_of("impact.path", config.impact.path, ("jvp", "jvp_losses", "vmap_grad"))
+    _one_of("impact.normalisation", config.impact.normalisation, ("mean_one", "sum_to_one"))
+    for name in ("align", "train", "model.scratch.training"):
+        _validate_training(name, _section(config, name))
+    for split in config.evaluate.splits:
+        _one_of("evaluate.splits", split, ("test", "validation"))
+    for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
+        _positive(key, _section(config, key))
+    if config.data.source == "jsonl" and not config.data.path:
+        raise InputError("data.source='jsonl' needs --config.data.path=FILE with prompt, chosen, rejected on each line")
+    if config.data.source == "jsonl" and not Path(config.data.path).is_file():
+        raise InputError(f"data.path={config.data.path}: no such file")
+    if config.data.source != "synth" and not config.model.path:
+        raise InputError("model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout")
+    if config.model.path and not (Path(config.model.path) / "config.json").is_file():
+        raise InputError(f"model.path={config.model.path}: no config.json there; give a directory in Hugging Face layout")
+
+
+def _validate_training(name: str, c: ml_collections.ConfigDict) -> None:
+    _one_of(f"{name}.preference", c.preference, ("logistic", "squared"))
+    _one_of(f"{name}.npo_scale", c.npo_scale, ("plain", "two_over_beta"))
+    _one_of(f"{name}.adapters", c.adapters, ADAPTERS)
+    for key in ("total_steps", "examples_per_step", "retain_per_step", "micro_rows", "save_every", "keep"):
+        _positive(f"{name}.{key}", c[key])
+    for key in ("learning_rate", "beta", "tau", "clip_norm"):
+        _positive(f"{name}.{key}", c[key])
+    if c.warmup_steps >= c.total_steps:
+        raise InputError(f"{name}.warmup_steps={c.warmup_steps} must be below {name}.total_steps={c.total_steps}")
+
+
+def _section(config: ml_collections.ConfigDict, name: str):
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}={value!r} is unknown; use one of {', '.join(choices)}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{key}={value} must be greater than 0")
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
+    """{"train.beta": 0.1, ...}, tuples as lists, ready for JSON."""
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, config_dict.ConfigDict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat

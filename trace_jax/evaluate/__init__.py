@@ -1,0 +1,1 @@
+"""Measurements of a model under the new policy, with their uncertainty."""

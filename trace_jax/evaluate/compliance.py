@@ -1,0 +1,110 @@
+"""Compliance of a model's responses to held-out prompts: judged, guarded against degenerate text, with intervals.
+
+A sample row: {"id", "prompt", "split", "model", "mode": "sample" | "greedy", "sample", "response", "status", "compliant",
+"guarded", "clauses": {id: status}, "mean_logprob"}; mean_logprob is under the BASE model, nats per token.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from trace_jax import judges
+from trace_jax.evaluate import guard, statistics
+
+
+def judged_rows(
+    prompts: Sequence[Mapping],
+    responses: Sequence[Sequence[str]],
+    *,
+    model: str,
+    mode: str,
+    judge: judges.Judge,
+    mean_logprobs: np.ndarray,
+) -> list[dict]:
+    """Sample rows of one model and mode; `mean_logprobs` in the order of prompts, then samples."""
+    items = [
+        (p["prompt"], r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt
+    ]
+    verdicts = iter(judge.judge(items))
+    logp = iter(mean_logprobs)
+    rows = []
+    for p, of_prompt in zip(prompts, responses, strict=True):
+        for sample, response in enumerate(of_prompt):
+            verdict, value = next(verdicts), float(next(logp))
+            rows.append(
+                {
+                    "id": p["id"],
+                    "prompt": p["prompt"],
+                    "split": p["split"],
+                    "model": model,
+                    "mode": mode,
+                    "sample": sample,
+                    "response": response,
+                    "status": verdict.status,
+                    "compliant": verdict.compliant is True,
+                    "clauses": {k: c.status for k, c in verdict.clauses.items()},
+                    "mean_logprob": value if np.isfinite(value) else None,
+                }
+            )
+    return rows
+
+
+def with_guard(rows: Sequence[dict], thresholds: guard.Guard) -> list[dict]:
+    """Rows with "guarded": compliant and not degenerate."""
+    return [
+        row
+        | {
+            "guarded": row["compliant"]
+            and thresholds.passes(
+                row["response"], -np.inf if row["mean_logprob"] is None else row["mean_logprob"]
+            )
+        }
+        for row in rows
+    ]
+
+
+def fit_guard(rows: Sequence[Mapping]) -> guard.Guard:
+    """Thresholds from the base model's own sampled rows."""
+    sampled = [r for r in rows if r["mode"] == "sample"]
+    means = [np.array([] if r["mean_logprob"] is None else [r["mean_logprob"]]) for r in sampled]
+    return guard.fit([r["response"] for r in sampled], means)
+
+
+def summary(rows: Sequence[Mapping], actions: Mapping[str, str]) -> dict:
+    """{"compliance_guarded", "compliance", "compliance_greedy"} of one model's rows (design of eval.json).
+
+    actions: prompt id -> the action triage gives there, for "by_action"; prompts without one are in none.
+    """
+    sampled = [r for r in rows if r["mode"] == "sample"]
+    greedy = [r for r in rows if r["mode"] == "greedy"]
+    return {
+        "compliance_guarded": _figure(sampled, "guarded", actions),
+        "compliance": _figure(sampled, "compliant", actions),
+        "compliance_greedy": _figure(greedy, "compliant", actions),
+    }
+
+
+def outcomes(rows: Sequence[Mapping], key: str) -> np.ndarray:
+    """[prompts, samples] 0/1 in order of first appearance."""
+    by_prompt: dict[str, list[float]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["id"], []).append(float(row[key]))
+    return np.array(list(by_prompt.values()))
+
+
+def _figure(rows: Sequence[Mapping], key: str, actions: Mapping[str, str]) -> dict:
+    clauses = sorted({c for row in rows for c in row["clauses"]})
+    by_action = {
+        action: _rate([r for r in rows if actions.get(r["id"]) == action], key)
+        for action in sorted({actions[r["id"]] for r in rows if r["id"] in actions})
+    }
+    by_clause = {
+        c: _rate([row | {"_clause": row["clauses"][c] == "compliant"} for row in rows], "_clause")
+        for c in clauses
+    }
+    return _rate(rows, key) | {"by_action": by_action, "by_clause": by_clause}
+
+
+def _rate(rows: Sequence[Mapping], key: str) -> dict:
+    found = statistics.rate(outcomes(rows, key))
+    return {"rate": found.rate, "low": found.low, "high": found.high, "n": found.n}

@@ -1,0 +1,169 @@
+"""Rates and their 95 % intervals.
+
+Legend: P prompts, S samples of one prompt, K seeds, N items. Outcomes are 0 or 1.
+
+Samples of one prompt resemble each other, so every bootstrap here draws whole prompts. Where it has
+nothing to draw from (every prompt has the same rate, or there is one sample a prompt) Wilson's
+interval on the number of prompts takes its place.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 10_000
+_SEED = 20251102
+_Z = float(stats.norm.ppf(0.975))
+_PERCENTILES = (2.5, 97.5)
+_CHUNK_ELEMENTS = 2**22  # prompt counts kept in memory at once
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rate:
+    """A rate in 0..1 with its 95 % interval; n is the number of prompts."""
+
+    rate: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Difference:
+    """rate(a) - rate(b) in -1..1 with its 95 % interval; n is the number of prompts."""
+
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+def rate(outcomes_PS: np.ndarray) -> Rate:
+    """The mean outcome; the interval is a bootstrap over prompts, or Wilson's (see above)."""
+    outcomes_PS = _checked(outcomes_PS)
+    mean_P = outcomes_PS.mean(axis=1)
+    P, S = outcomes_PS.shape
+    mean = float(mean_P.mean())
+    if S == 1 or _all_equal(mean_P):
+        return Rate(mean, *wilson(mean * P, P), n=P)
+    return Rate(mean, *_bootstrap_mean(mean_P), n=P)
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval for successes out of n, at 95 %."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n} is not a rate")
+    share = successes / n
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def paired_difference(a_PS: np.ndarray, b_PS: np.ndarray) -> Difference:
+    """rate(a) - rate(b) on the same prompts; the numbers of samples may differ.
+
+    A bootstrap of the difference per prompt. Where that is the same for every prompt: Newcombe's
+    interval from the two Wilson intervals (Statistics in Medicine 17, 1998, method 10), which
+    supposes independence and so is wide.
+    """
+    a_PS, b_PS = _checked(a_PS), _checked(b_PS)
+    P = len(a_PS)
+    if len(b_PS) != P:
+        raise ValueError(f"paired outcomes need the same prompts: {P} against {len(b_PS)}")
+    difference_P = a_PS.mean(axis=1) - b_PS.mean(axis=1)
+    difference = float(difference_P.mean())
+    if not _all_equal(difference_P):
+        return Difference(difference, *_bootstrap_mean(difference_P), n=P)
+    a, b = float(a_PS.mean()), float(b_PS.mean())
+    (a_low, a_high), (b_low, b_high) = wilson(a * P, P), wilson(b * P, P)
+    low = difference - float(np.hypot(a - a_low, b_high - b))
+    high = difference + float(np.hypot(a_high - a, b - b_low))
+    return Difference(difference, max(-1.0, low), min(1.0, high), n=P)
+
+
+def rate_over_seeds(outcomes: Sequence[np.ndarray]) -> Rate:
+    """The mean rate of K runs on the same prompts, with both sources of chance in its interval.
+
+    Each resample draws seeds and, independently, prompts (the same draw for all seeds, since they
+    share the test set). Deviations of seeds are widened by sqrt(K / (K - 1)), which makes their
+    bootstrap variance unbiased; with 2 or 3 seeds the interval is still too narrow where seeds
+    differ much, so show the seeds beside it. One seed: `rate`.
+    """
+    if not outcomes:
+        raise ValueError("rate_over_seeds needs the outcomes of at least one seed")
+    if len(outcomes) == 1:
+        return rate(outcomes[0])
+    mean_KP = _stack_seeds(outcomes)
+    K, P = mean_KP.shape
+    mean = float(mean_KP.mean())
+    if _all_equal(mean_KP):
+        return Rate(mean, *wilson(mean * P, P), n=P)
+    seed_K1 = mean_KP.mean(axis=1, keepdims=True)
+    widened_KP = mean_KP + (np.sqrt(K / (K - 1)) - 1) * (seed_K1 - mean)
+    rng = np.random.default_rng(_SEED)
+    draws = []
+    for size in _chunks(RESAMPLES, P):
+        seeds_RK = rng.multinomial(K, np.full(K, 1 / K), size=size) / K
+        prompts_RP = rng.multinomial(P, np.full(P, 1 / P), size=size) / P
+        draws.append(((seeds_RK @ widened_KP) * prompts_RP).sum(axis=1))
+    low, high = np.clip(np.percentile(np.concatenate(draws), _PERCENTILES), 0.0, 1.0)
+    return Rate(mean, float(low), float(high), n=P)
+
+
+def effective_sample_size(weight_N: np.ndarray) -> float:
+    """(sum w)^2 / sum w^2: as many equal weights carry as much (Kish); 0 where all are 0."""
+    weight_N = np.asarray(weight_N, np.float64)
+    squares = float(np.square(weight_N).sum())
+    return float(weight_N.sum()) ** 2 / squares if squares else 0.0
+
+
+def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    """Rank correlation with averaged ties; NaN for a constant side or fewer than 2 items."""
+    a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
+    if len(a_N) < 2 or _all_equal(a_N) or _all_equal(b_N):
+        return float("nan")
+    return float(stats.spearmanr(a_N, b_N).statistic)
+
+
+def _checked(outcomes_PS: np.ndarray) -> np.ndarray:
+    outcomes_PS = np.asarray(outcomes_PS, np.float64)
+    if outcomes_PS.ndim != 2 or 0 in outcomes_PS.shape:
+        raise ValueError(
+            f"outcomes are prompts x samples, not empty; got shape {outcomes_PS.shape}"
+        )
+    if not np.isin(outcomes_PS, (0.0, 1.0)).all():
+        raise ValueError("outcomes are 0 or 1; count an undecided verdict as 0 before")
+    return outcomes_PS
+
+
+def _all_equal(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) < 1e-12)
+
+
+def _bootstrap_mean(value_P: np.ndarray) -> tuple[float, float]:
+    """Percentile interval of the mean: a resample is a multinomial over the distinct values."""
+    distinct, count = np.unique(value_P.round(12), return_counts=True)
+    rng = np.random.default_rng(_SEED)
+    P = len(value_P)
+    draws = [
+        rng.multinomial(P, count / P, size=size) @ distinct / P
+        for size in _chunks(RESAMPLES, len(distinct))
+    ]
+    low, high = np.percentile(np.concatenate(draws), _PERCENTILES)
+    return float(low), float(high)
+
+
+def _stack_seeds(outcomes: Sequence[np.ndarray]) -> np.ndarray:
+    checked = [_checked(outcomes_PS) for outcomes_PS in outcomes]
+    sizes = sorted({len(outcomes_PS) for outcomes_PS in checked})
+    if len(sizes) > 1:
+        raise ValueError(f"the seeds need the same prompts; they have {sizes} of them")
+    return np.stack([outcomes_PS.mean(axis=1) for outcomes_PS in checked])
+
+
+def _chunks(total: int, row_elements: int) -> list[int]:
+    """Splits `total` resamples so that the counts of one chunk stay small."""
+    size = max(1, min(total, _CHUNK_ELEMENTS // row_elements))
+    return [size] * (total // size) + ([total % size] if total % size else [])

@@ -1,0 +1,208 @@
+"""Impact of each conflict on a global objective J: scores <g_J, g_i> at theta_ref, and the weights made of them.
+
+Method: arXiv 2511.02623, theta*(w) = argmin sum w_i L_i with H ~ gamma I. Positive = a step on record i lowers J.
+
+At theta_ref every logratio is 0, so one directional derivative per response, d(y) = <g_J, grad log p(y|x)>, gives the score of
+every loss (`score`). Three paths compute the same numbers:
+
+    jvp          d(y) by one forward-mode pass over packed, unique responses (the default)
+    jvp_losses   jvp of the batched per-example losses, packed
+    vmap_grad    explicit per-example gradients dotted with g_J: the reference
+
+Legend: R rows, L tokens, S example slots of a row, G gold batches (one tangent each).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trace_jax import batches, logprobs, methods, train
+from trace_jax.errors import InputError
+
+Array = jax.Array
+PATHS = ("jvp", "jvp_losses", "vmap_grad")
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"))
+def objective_gradient(
+    params: nnx.State,
+    frozen: nnx.State,
+    step: batches.Step,
+    hyper: train.Hyper,
+    *,
+    graphdef: nnx.GraphDef,
+    options: train.Options,
+) -> nnx.State:
+    """g_J over the trainable leaves: gradient of the mean preference loss of the gold pairs in `step` at theta_ref.
+
+    The step's ref_logp are those of theta_ref itself, so every logratio is 0 up to rounding.
+    """
+    return train.gradient(params, frozen, None, step, hyper, graphdef=graphdef, options=options)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "n_responses"))
+def response_derivatives(
+    params: nnx.State,
+    frozen: nnx.State,
+    tangents_G: nnx.State,
+    rows: batches.Rows,
+    *,
+    graphdef: nnx.GraphDef,
+    n_responses: int,
+) -> Array:
+    """d(y) of every response of rows [M, R, ...] along each tangent, [M, R, n_responses, G]; one primal pass."""
+
+    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
+        def logp(params: nnx.State) -> Array:
+            return logprobs.response_logprobs(nnx.merge(graphdef, params, frozen), micro, n_responses)
+
+        def along(tangent: nnx.State) -> Array:
+            return jax.jvp(logp, (params,), (tangent,))[1]
+
+        return carry, jax.vmap(along, out_axes=-1)(tangents_G)
+
+    return jax.lax.scan(body, None, rows)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"))
+def loss_derivatives(
+    params: nnx.State,
+    frozen: nnx.State,
+    tangent: nnx.State,
+    batch: batches.Batch,
+    hyper: train.Hyper,
+    *,
+    graphdef: nnx.GraphDef,
+    options: train.Options,
+) -> Array:
+    """<g_J, g_i> by jvp of the per-example losses of batch [M, R, ...], [M, R, S]. Also valid away from theta_ref."""
+
+    def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
+        loss_fn = _example_losses(frozen, micro, hyper, graphdef, options)
+        return carry, jax.jvp(loss_fn, (params,), (tangent,))[1]
+
+    return jax.lax.scan(body, None, batch)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"))
+def per_example_gradient_dots(
+    params: nnx.State,
+    frozen: nnx.State,
+    tangent: nnx.State,
+    batch: batches.Batch,
+    hyper: train.Hyper,
+    *,
+    graphdef: nnx.GraphDef,
+    options: train.Options,
+) -> Array:
+    """The same by vmap(grad): one gradient per example (one example a row), dotted with g_J, [M, R, S]."""
+
+    def dot(row: batches.Batch) -> Array:
+        one = jax.tree.map(lambda a: a[None], row)
+        loss_fn = _example_losses(frozen, one, hyper, graphdef, options)
+        gradients = jax.grad(lambda p: jnp.sum(loss_fn(p)))(params)
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradients, tangent)))
+
+    def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
+        return carry, jax.vmap(dot)(micro)[:, None]
+
+    return jax.lax.scan(body, None, batch)[1]
+
+
+def _example_losses(frozen, batch, hyper, graphdef, options) -> Callable[[nnx.State], Array]:
+    n = batch.ref_logp.shape[-1]
+
+    def loss_fn(params: nnx.State) -> Array:
+        logp = logprobs.response_logprobs(nnx.merge(graphdef, params, frozen), batch.rows, n)
+        lengths = logprobs.response_lengths(batch.rows, n)
+        return train.example_losses(logp, lengths, batch, hyper, options)[0]
+
+    return loss_fn
+
+
+def score(
+    example: methods.Example,
+    d0: np.ndarray,
+    d1: np.ndarray,
+    *,
+    options: train.Options,
+    beta: float,
+    tau: float,
+    lengths: tuple[int, int] = (1, 1),
+) -> np.ndarray:
+    """<g_J, g_i> of an example with unit weight, from d(y0) and d(y1) at theta_ref (closed form; shapes pass through).
+
+    logistic: (beta / 2)(d1 - d0); squared: (1 / tau)(d1 - d0); NPO: (beta / 2) d, times 2 / beta in the NPO paper's scale.
+    """
+    n0, n1 = lengths if options.length_normalised else (1, 1)
+    total = 0.0 * d0
+    if example.pref:
+        slope = beta / 2 if options.preference == "logistic" else 1 / tau
+        total = total + slope * (d1 / n1 - d0 / n0)
+    npo = 1.0 if options.npo_scale == "two_over_beta" else beta / 2
+    return total + npo * (bool(example.npo0) * d0 + bool(example.npo1) * d1)
+
+
+def weights(scores: np.ndarray, *, normalisation: str, clamp: bool = True) -> np.ndarray:
+    """Weights of n scores: clamped at 0, then
+
+    mean_one     n s / sum(s), so that the mean weight is 1 (comparable with w = 1; the default)
+    sum_to_one   s / sum(s), as the paper has it (the conflict : KL ratio falls by a factor n)
+    """
+    if normalisation not in ("mean_one", "sum_to_one"):
+        raise InputError(f"impact.normalisation={normalisation!r} is unknown; use 'mean_one' or 'sum_to_one'")
+    clamped = np.maximum(scores, 0.0) if clamp else scores
+    total = np.abs(clamped).sum()
+    if not np.isfinite(total):
+        raise InputError("impact scores are not finite; look for broken weights or records, or score in float32")
+    if total <= 0:
+        raise InputError(
+            f"all {len(scores)} impact scores are negative, so every weight would be 0; use --config.impact.weights=uniform, "
+            "punish with corrections (train.punish='correction'), or a larger impact.gold_size"
+        )
+    return clamped / total * (len(scores) if normalisation == "mean_one" else 1.0)
+
+
+def draw_gold(
+    triaged: Sequence, corrections: dict, *, size: int, seed: int
+) -> tuple[list[methods.Example], list[str]]:
+    """The gold pairs of J, preferred response first, and warnings.
+
+    A third RETAIN as (y_w, y_l), a third INVERT as (y_l, y_w), the rest PUNISH as (y_c, y_w), where y_c is the record's own
+    correction or, without one, a random compliant response to another prompt (the paper's form).
+    """
+    rng = np.random.default_rng([seed, 0x601D])
+    by_action = {a: [t for t in triaged if t.action == a] for a in ("RETAIN", "INVERT", "PUNISH")}
+    third = size // 3
+    wanted = {"RETAIN": third, "INVERT": third, "PUNISH": size - 2 * third}
+    compliant = [t.record.chosen for t in by_action["RETAIN"]] + [t.record.rejected for t in by_action["INVERT"]]
+    pairs, warnings = [], []
+    for action, items in by_action.items():
+        n = min(wanted[action], len(items) // 2)
+        if n < wanted[action]:
+            warnings.append(f"gold batch: {wanted[action]} {action} records wanted, {n} taken of {len(items)}")
+        for i in sorted(rng.permutation(len(items))[:n]):
+            better, worse = _gold_pair(items[i], corrections, compliant, rng)
+            record = items[i].record
+            pairs.append(methods.Example(record.id, action, record.prompt, better, worse, pref=1.0))
+    if not pairs:
+        raise InputError("no gold pairs: triage left too few records; add records or use impact.weights=uniform")
+    order = rng.permutation(len(pairs))
+    return [pairs[i] for i in order], warnings
+
+
+def _gold_pair(item, corrections: dict, compliant: list, rng: np.random.Generator) -> tuple:
+    record = item.record
+    if item.action == "RETAIN":
+        return record.chosen, record.rejected
+    if item.action == "INVERT":
+        return record.rejected, record.chosen
+    if record.id in corrections:
+        return corrections[record.id], record.chosen
+    if not compliant:
+        raise InputError("no compliant response in the data to stand against PUNISH records; make corrections first")
+    return compliant[int(rng.integers(len(compliant)))], record.chosen

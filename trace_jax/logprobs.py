@@ -1,0 +1,118 @@
+"""Log-probabilities of responses over packed rows: in the step, and for whole lists of texts.
+
+Legend: R rows, L tokens of a row, S example slots of a row (2 S responses).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trace_jax import batches, losses
+
+Array = jax.Array
+
+
+def response_logprobs(module, rows: batches.Rows, n_responses: int) -> Array:
+    """Sum of log p(token) over each response's tokens, [R, n_responses]."""
+    hidden_RLD = module.hidden(rows.tokens, rows.positions, rows.segments, rows.branches)
+    logp_RL = losses.token_logprobs(module.logits, hidden_RLD, rows.targets)
+    return sum_by_response(logp_RL, rows.responses, n_responses)
+
+
+def sum_by_response(values_RL: Array, responses_RL: Array, n_responses: int) -> Array:
+    """Sums values over the positions of each response, [R, n_responses]; positions of no response are left out."""
+
+    def row(values_L: Array, responses_L: Array) -> Array:
+        return jax.ops.segment_sum(values_L, responses_L, num_segments=n_responses + 1)[:n_responses]
+
+    return jax.vmap(row)(values_RL, responses_RL)
+
+
+def response_lengths(rows: batches.Rows, n_responses: int) -> Array:
+    """Tokens that count of each response, [R, n_responses] float32."""
+    return sum_by_response(jnp.ones(rows.responses.shape, jnp.float32), rows.responses, n_responses)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "n_responses"))
+def _scan_logprobs(graphdef, state, rows: batches.Rows, n_responses: int) -> Array:
+    module = nnx.merge(graphdef, state)
+
+    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
+        return carry, response_logprobs(module, micro, n_responses)
+
+    return jax.lax.scan(body, None, rows)[1]
+
+
+def of_texts(
+    module,
+    encoded: Sequence[batches.Encoded],
+    *,
+    row_length: int,
+    micro_rows: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Log-probs of the first two responses of every encoded text, [n, 2] float32 (0 where there is one).
+
+    One compiled program serves all of them. `progress` is called with the number of texts done.
+    """
+    graphdef, state = nnx.split(module)
+    return map_packed(
+        lambda rows, n_responses: _scan_logprobs(graphdef, state, rows, n_responses),
+        encoded,
+        row_length=row_length,
+        micro_rows=micro_rows,
+        progress=progress,
+    )
+
+
+def map_packed(
+    compute: Callable[[batches.Rows, int], Array],
+    encoded: Sequence[batches.Encoded],
+    *,
+    row_length: int,
+    micro_rows: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Packs texts, runs `compute(rows [M, R, ...], n_responses) -> [M, R, n_responses, ...]`, returns [n, 2, ...] in order."""
+    layout, groups = packed_groups(encoded, row_length=row_length, micro_rows=micro_rows)
+    out: np.ndarray | None = None
+    pending: list[tuple[list[list[int]], Array]] = []
+
+    def collect() -> None:
+        nonlocal out
+        group, values = pending.pop(0)
+        flat = np.asarray(values).reshape(layout.n_rows, 2 * layout.slots, *values.shape[3:])
+        if out is None:
+            out = np.zeros((len(encoded), 2, *values.shape[3:]), np.float32)
+        for r, members in enumerate(group):
+            for slot, i in enumerate(members):
+                out[i] = flat[r, 2 * slot : 2 * slot + 2]
+        if progress is not None:
+            progress(sum(len(members) for members in group))
+
+    for group in groups:
+        rows = batches.make_batch(group, layout, encoded).rows
+        pending.append((group, compute(rows, 2 * layout.slots)))
+        if len(pending) > 1:
+            collect()
+    while pending:
+        collect()
+    return out
+
+
+def packed_groups(
+    encoded: Sequence[batches.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
+) -> tuple[batches.Layout, list[list[list[int]]]]:
+    """One layout for all texts and the groups of rows that fill it one after the other."""
+    lengths = [e.row_length for e in encoded]
+    max_slots = max(1, row_length // max(1, min(lengths)))
+    rows = batches.pack_rows(lengths, row_length, max_slots)
+    slots = 1 << (max(len(row) for row in rows) - 1).bit_length()  # few shapes, so few programs
+    micro_batches = micro_batches if len(rows) > micro_rows else 1
+    layout = batches.Layout(micro_rows, row_length, slots, micro_batches)
+    size = layout.n_rows
+    return layout, [rows[at : at + size] for at in range(0, len(rows), size)]

@@ -1,0 +1,103 @@
+"""What a method is: a table of coefficients over the examples a triaged record gives.
+
+An example is a prompt, a response y0, optionally a second response y1, and five coefficients:
+
+    loss = pref * L_pref(r0 - r1) + npo0 * L_npo(r0) + npo1 * L_npo(r1) + kl * KL(ref || theta on y0) + nll * NLL(y0)
+
+This is the only place where chosen and rejected change places.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from trace_jax import records
+from trace_jax.errors import InputError
+
+METHODS = ("trace", "trace_no_triage", "trace_no_kl", "trace_no_impact", "dpo", "sft")
+CONFLICTS = ("INVERT", "PUNISH")
+TRIAGED = ("trace", "trace_no_kl", "trace_no_impact")
+WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage")  # methods that use impact weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One row of the loss. `y1` is None where the loss has one response."""
+
+    record_id: str
+    action: str
+    prompt: records.Text
+    y0: records.Text
+    y1: records.Text | None = None
+    pref: float = 0.0
+    npo0: float = 0.0
+    npo1: float = 0.0
+    kl: float = 0.0
+    nll: float = 0.0
+
+
+def examples(
+    method: str,
+    triaged: Iterable[records.TriagedRecord],
+    *,
+    corrections: Mapping[str, records.Text],
+    weights: Mapping[str, float] | None,
+    alpha_kl: float,
+    punish: str = "correction",
+) -> list[Example]:
+    """Examples of `method`, in record order; UNRESOLVED records give none.
+
+    corrections: record id -> y_c. weights: record id -> impact weight; None means 1 everywhere.
+    punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo" is always dual NPO.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if punish not in ("correction", "dual_npo"):
+        raise InputError(f"train.punish={punish!r} is unknown; use 'correction' or 'dual_npo'")
+    use_weights = weights is not None and method in WEIGHTED
+    out = []
+    for item in triaged:
+        weight = weights[item.record.id] if use_weights and item.record.id in weights else 1.0
+        if item.action != "UNRESOLVED" or method in ("dpo", "sft"):
+            out += _of_record(method, item, weight, corrections, alpha_kl, punish)
+    return [e for e in out if e.pref or e.npo0 or e.npo1 or e.kl or e.nll]
+
+
+def _of_record(
+    method: str,
+    item: records.TriagedRecord,
+    weight: float,
+    corrections: Mapping[str, records.Text],
+    alpha_kl: float,
+    punish: str,
+) -> list[Example]:
+    record, action = item.record, item.action
+    y_w, y_l = record.chosen, record.rejected
+
+    def example(y0: records.Text, y1: records.Text | None = None, **coefficients: float) -> Example:
+        return Example(record.id, action, record.prompt, y0, y1, **coefficients)
+
+    if method == "dpo":
+        return [example(y_w, y_l, pref=1.0)]
+    if method == "sft":
+        return _compliant_text(item, corrections, example)
+    if method == "trace_no_triage":
+        return [example(y_w, npo0=weight)]
+    if action == "INVERT":
+        return [example(y_l, y_w, pref=weight)]
+    if action == "PUNISH":
+        if punish == "correction" and record.id in corrections:
+            return [example(corrections[record.id], y_w, pref=weight)]
+        return [example(y_w, y_l, npo0=weight, npo1=weight)]
+    return [] if method == "trace_no_kl" else [example(y_w, kl=alpha_kl)]
+
+
+def _compliant_text(item: records.TriagedRecord, corrections: Mapping[str, records.Text], example) -> list:
+    """sft: NLL on every response of the record that is known to comply, and on its correction."""
+    found = []
+    if item.chosen_verdict.compliant:
+        found.append(item.record.chosen)
+    if item.rejected_verdict.compliant:
+        found.append(item.record.rejected)
+    if item.record.id in corrections:
+        found.append(corrections[item.record.id])
+    return [example(y, nll=1.0) for y in found]

@@ -1,0 +1,7 @@
+"""Language models in flax.nnx, read from and written to Hugging Face checkpoints. Imports jax."""
+
+from trace_jax.models.decoder import Decoder, init
+from trace_jax.models.hf_weights import load, save
+from trace_jax.models.model_config import ModelConfig
+
+__all__ = ["Decoder", "ModelConfig", "init", "load", "save"]

@@ -1,0 +1,143 @@
+"""The shape of a model: what config.json says, checked. Imports no jax."""
+
+import dataclasses
+from typing import Any, Self
+
+from trace_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama-3.1's change to the RoPE frequencies, for contexts longer than it was trained on."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model, under the names that Hugging Face's config.json uses."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise errors.InputError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise errors.InputError(
+                f"head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even one"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Self:
+        """From config.json of transformers 4 or 5; InputError names what we cannot run."""
+        names = hf.get("architectures") or ["LlamaForCausalLM"]
+        if hf.get("model_type") != "llama" or names != ["LlamaForCausalLM"]:
+            raise errors.InputError(
+                f"config.json: architecture {', '.join(names)} (model_type {hf.get('model_type')}) "
+                "is not supported, only LlamaForCausalLM (llama) is"
+            )
+        for key, only in _ONLY.items():
+            if hf.get(key, only) != only:
+                raise errors.InputError(
+                    f"config.json: {key}={hf[key]!r} is not supported, only {only!r} is"
+                )
+        for key in _REQUIRED:
+            if not isinstance(hf.get(key), int) or hf[key] < 1:
+                raise errors.InputError(
+                    f"config.json: {key}={hf.get(key)!r} is not a positive integer"
+                )
+        rope_theta, rope_scaling = _rope_from_hf(hf)
+        heads = hf["num_attention_heads"]
+        if not hf.get("head_dim") and hf["hidden_size"] % heads:
+            raise errors.InputError(
+                f"config.json: head_dim is missing, and hidden_size={hf['hidden_size']} is not a "
+                f"multiple of num_attention_heads={heads}"
+            )
+        return cls(
+            **{key: hf[key] for key in _REQUIRED},
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_ids=id_tuple(hf.get("eos_token_id")),
+            pad_token_id=hf.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """For config.json. RoPE in the form of transformers 4, which 5 reads as well."""
+        hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        hf |= _ONLY | dataclasses.asdict(self)
+        del hf["quantization_config"]
+        eos = list(hf.pop("eos_token_ids"))
+        hf["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+        if self.rope_scaling is not None:
+            hf["rope_scaling"] = {"rope_type": "llama3"} | hf["rope_scaling"]
+        return hf
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_ONLY = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "quantization_config": None,
+}
+
+
+def id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids as Hugging Face writes them: nothing, one, or several."""
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """(theta, scaling) from transformers 5's `rope_parameters` or 4's two keys."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind not in ("default", "llama3"):
+        raise errors.InputError(
+            f"config.json: RoPE type {kind!r} is not supported, only default and llama3 are"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise errors.InputError(
+            "config.json: partial_rotary_factor is not supported, heads are rotated whole"
+        )
+    if kind == "default":
+        return theta, None
+    fields = [field.name for field in dataclasses.fields(Llama3Scaling)]
+    missing = [name for name in fields if name not in rope]
+    if missing:
+        raise errors.InputError(f"config.json: llama3 RoPE scaling without {', '.join(missing)}")
+    return theta, Llama3Scaling(**{name: rope[name] for name in fields})

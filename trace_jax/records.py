@@ -1,0 +1,254 @@
+"""Records, verdicts, triaged records; and JSONL files that survive a kill. Standard library only."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from trace_jax.errors import InputError
+
+Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
+AnyPath = str | os.PathLike[str]
+
+STATUSES = ("compliant", "violating", "abstain", "error")
+ACTIONS = ("INVERT", "PUNISH", "RETAIN", "UNRESOLVED")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """A prompt, a chosen and a rejected response, in their ORIGINAL order.
+
+    `labels` are the dataset's own annotations, None where it has none.
+    """
+
+    id: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    labels: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of records.jsonl; without labels where there are none."""
+        row = {
+            "id": self.id,
+            "prompt": self.prompt,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+        return row if self.labels is None else row | {"labels": self.labels}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Reads back `to_json`; other keys are left alone."""
+        return cls(row["id"], row["prompt"], row["chosen"], row["rejected"], row.get("labels"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClauseVerdict:
+    """A judge's answer on one clause: a status, and P(compliant), None where it gives none."""
+
+    status: str
+    probability: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's answer on one response. `clauses`: clause id -> ClauseVerdict."""
+
+    status: str
+    probability: float | None
+    clauses: Mapping[str, ClauseVerdict]
+    rationale: str = ""
+    raw: str = ""
+    judge: str = ""
+    policy_hash: str = ""
+
+    @property
+    def compliant(self) -> bool | None:
+        """True, False, or None where nothing was decided."""
+        return {"compliant": True, "violating": False}.get(self.status)
+
+    def to_json(self) -> dict[str, Any]:
+        """What triage.jsonl keeps of it."""
+        clauses = {name: dataclasses.asdict(clause) for name, clause in self.clauses.items()}
+        return {"status": self.status, "probability": self.probability, "clauses": clauses}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Reads back `to_json`."""
+        clauses = {name: ClauseVerdict(**clause) for name, clause in row["clauses"].items()}
+        return cls(row["status"], row["probability"], clauses)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TriagedRecord:
+    """A record, the new policy's verdicts on both responses, and the action they give."""
+
+    record: PreferenceRecord
+    chosen_verdict: Verdict
+    rejected_verdict: Verdict
+    action: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of triage.jsonl."""
+        return {
+            "id": self.record.id,
+            "prompt": self.record.prompt,
+            "chosen": self.record.chosen,
+            "rejected": self.record.rejected,
+            "chosen_verdict": self.chosen_verdict.to_json(),
+            "rejected_verdict": self.rejected_verdict.to_json(),
+            "action": self.action,
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Reads back `to_json`."""
+        verdicts = (Verdict.from_json(row[f"{side}_verdict"]) for side in ("chosen", "rejected"))
+        return cls(PreferenceRecord.from_json(row), *verdicts, row["action"])
+
+
+def content_id(*parts: Text) -> str:
+    """The id of a content: a record's prompt, chosen, rejected; or any other texts in order.
+
+    The first 16 hex digits of SHA-256 over the canonical JSON of the parts.
+    """
+    canonical = json.dumps(list(parts), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def read_jsonl(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) of every line that is not blank.
+
+    Raises:
+      InputError: the file cannot be read, or a line is not one JSON object in UTF-8.
+    """
+    try:
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put
+                if line.strip():
+                    yield number, _parse(line, f"{path}:{number}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+        if b"\\u" in line:  # "\ud83d" alone is JSON, but no text that could be written again
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise InputError(
+            f"{where}: not valid Unicode ({error.reason}): write the file as UTF-8, or fix or "
+            "delete the line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}): fix or delete the line") from error
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{where}: a line must be a JSON object, this is a {type(row).__name__}: fix or "
+            "delete the line"
+        )
+    return row
+
+
+def read_json(path: AnyPath) -> Any:
+    """Reads a JSON file that `write_json` wrote."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); do its stage again with --redo"
+        ) from error
+
+
+def write_json(path: AnyPath, value: Any) -> None:
+    """Writes the whole file or nothing, keys sorted."""
+    with _atomic(path) as stream:
+        stream.write(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+
+
+def write_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the whole file or nothing."""
+    with _atomic(path) as stream:
+        for row in rows:
+            stream.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def _atomic(path: AnyPath) -> Iterator[TextIO]:
+    """A file beside `path` that takes its place once it is written without an exception."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _unwritable(path: AnyPath, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot be written ({error.strerror}); free space or use another folder"
+    )
+
+
+class JsonlAppender:
+    """Appends rows with an id to a JSONL file, in whole lines.
+
+    Opening an existing file drops a last line that a kill cut off. `ids` are those in the file.
+    """
+
+    def __init__(self, path: AnyPath):
+        self.path = Path(path)
+        self.ids: set[str] = set()
+        if self.path.exists():
+            _drop_half_line(self.path)
+            self.ids = {_id(row, f"{path}:{number}") for number, row in read_jsonl(path)}
+        try:
+            self._stream = open(self.path, "a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stream.close()
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows and flushes: a kill of this process no longer loses them."""
+        try:
+            for row in rows:
+                line = _line(row)  # first: a row that cannot be written leaves no trace
+                self.ids.add(row["id"])
+                self._stream.write(line)
+            self._stream.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+
+def _drop_half_line(path: Path) -> None:
+    whole = path.read_bytes()
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        os.truncate(path, end)
+
+
+def _id(row: Mapping[str, Any], where: str) -> str:
+    if "id" not in row:
+        raise InputError(f"{where}: the line has no id; do its stage again with --redo")
+    return row["id"]

@@ -1,0 +1,286 @@
+"""One self-contained page about a run: what changed, what each pair got, what came of it, its cost.
+
+`collect` reads the artefacts of a workdir into a context, `write` renders a context. Prompts and
+responses are untrusted: the template escapes everything but the charts, and the page loads nothing
+and runs no script.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from trace_jax import charts, metrics, policy, records
+
+CONFLICTS = ("INVERT", "PUNISH")
+MODELS = {"base": "base model", "ref": "M_ref (old policy)", "trained": "re-aligned model"}
+SAMPLES_SHOWN = 12
+FEW_CONFLICTS = 0.01  # a clause that fewer of the conflicts touch is marked in the coverage table
+_RATES = ("compliance_guarded", "compliance", "compliance_greedy")
+_EVALUATION_TABLES = (
+    ("Guarded compliance by action", "compliance_guarded", "by_action"),
+    ("Share of responses that meet each clause", "compliance", "by_clause"),
+)
+_TRAINING_CHARTS = (
+    ("Loss and its parts", ("loss/total", "loss/preference", "loss/npo", "loss/nll")),
+    ("Log-ratio of y0 and y1 in preference pairs", ("train/logratio_0", "train/logratio_1")),
+    ("KL to M_ref on RETAIN, nats a token", ("train/kl",)),
+    ("Share of pairs with the wanted order", ("train/pairs_won",)),
+    ("Gradient norm", ("train/grad_norm",)),
+)
+
+Row = dict[str, Any]
+
+
+def write(path: Path, context: Mapping[str, Any]) -> None:
+    """Renders the context (see `collect`) into one HTML file."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trace_jax"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "figure": _figure,
+        "duration": metrics.duration,
+        "plain": _plain,
+        "pretty": _pretty,
+    }
+    page = environment.get_template("report.html.j2").render(context, models=MODELS)
+    # Models may write lone surrogates, which are no UTF-8.
+    Path(path).write_bytes(page.encode("utf-8", errors="replace"))
+
+
+def collect(workdir: Path) -> dict[str, Any]:
+    """The context of a workdir. A section without its artefacts is None and left out of the page.
+
+    Keys:
+      title: str. config, versions: the JSON files, {} where missing.
+      policy: {"old", "new", "clauses": [{"id", "change", "before", "after"}]}; change is unchanged,
+      added, removed or changed.
+      triage: {"n", "n_conflicts", "actions": [{"action", "n", "share"}], "clauses": [{"id",
+        "chosen", "rejected", "conflicts", "rare"}]}: responses that violate each clause.
+      impact: impact_summary.json with "charts": [chart].
+      training: [chart]; a chart is {"title", "names", "svg"}.
+      evaluation: {"rows": [{"model", "rates": [rate], "perplexity"}], "tables": [{"title",
+        "columns", "rows"}], "guard"}; a rate is {"rate", "low", "high", "n"} or None.
+      samples: [{"prompt", "cells": [{"model", "response", "compliant", "guarded", "violated"}]}].
+      stages: [{"stage", "seconds", "summary": [(name, value)]}]. total_seconds: float.
+    """
+    workdir = Path(workdir)
+    config = _read_json(workdir / "config.json") or {}
+    changes = _policy(config)
+    stages = _stages(workdir)
+    return {
+        "title": f"{changes['old']} → {changes['new']}" if changes else "TRACE run",
+        "config": config,
+        "versions": _read_json(workdir / "versions.json") or {},
+        "policy": changes,
+        "triage": _triage(_read_jsonl(workdir / "triage.jsonl")),
+        "impact": _impact(
+            _read_json(workdir / "impact_summary.json"), _read_jsonl(workdir / "impact.jsonl")
+        ),
+        "training": _training(workdir / "metrics.jsonl"),
+        "evaluation": _evaluation(_read_json(workdir / "eval.json")),
+        "samples": _samples(_read_jsonl(workdir / "samples.jsonl")),
+        "stages": stages,
+        "total_seconds": sum(stage["seconds"] for stage in stages),
+    }
+
+
+def _policy(config: Row) -> Row | None:
+    if "policy" not in config:
+        return None
+    old, new = policy.load(config["policy"]["old"]), policy.load(config["policy"]["new"])
+    before = {clause.id: clause.requirement for clause in old.clauses}
+    after = {clause.id: clause.requirement for clause in new.clauses}
+    changes = dataclasses.asdict(policy.diff(old, new))
+    clauses = [
+        {"id": i, "change": change, "before": before.get(i), "after": after.get(i)}
+        for change in ("added", "changed", "removed", "unchanged")
+        for i in changes[change]
+    ]
+    return {"old": old.name, "new": new.name, "clauses": clauses}
+
+
+def _triage(rows: Sequence[Row] | None) -> Row | None:
+    if not rows:
+        return None
+    actions = Counter(row["action"] for row in rows)
+    counted = [
+        {"action": action, "n": actions[action], "share": actions[action] / len(rows)}
+        for action in records.ACTIONS
+    ]
+    return {
+        "n": len(rows),
+        "n_conflicts": sum(actions[action] for action in CONFLICTS),
+        "actions": counted,
+        "clauses": _coverage(rows),
+    }
+
+
+def _coverage(rows: Sequence[Row]) -> list[Row]:
+    """How often each clause is violated, and how many conflicts it touches."""
+    counts: dict[str, Counter] = {}
+    n_conflicts = sum(row["action"] in CONFLICTS for row in rows)
+    for row in rows:
+        touched = set()
+        for side in ("chosen", "rejected"):
+            for clause_id, clause in row[f"{side}_verdict"]["clauses"].items():
+                count = counts.setdefault(clause_id, Counter())
+                if clause["status"] == "violating":
+                    count[side] += 1
+                    touched.add(clause_id)
+        if row["action"] in CONFLICTS:
+            for clause_id in touched:
+                counts[clause_id]["conflicts"] += 1
+    return [
+        {
+            "id": clause_id,
+            **{key: count[key] for key in ("chosen", "rejected", "conflicts")},
+            "rare": count["conflicts"] < max(1, FEW_CONFLICTS * n_conflicts),
+        }
+        for clause_id, count in counts.items()
+    ]
+
+
+def _impact(summary: Row | None, rows: Sequence[Row] | None) -> Row | None:
+    if summary is None:
+        return None
+    scored = [row for row in rows or () if row["score"] is not None and not row["gold"]]
+    weighted = [row for row in scored if row["weight"] > 0]
+    charts_found = [
+        _histogram("Impact scores", "score", scored),
+        _histogram("Weights in the loss", "weight", weighted),
+    ]
+    return summary | {"charts": [chart for chart in charts_found if chart["names"]]}
+
+
+def _histogram(title: str, key: str, rows: Sequence[Row]) -> Row:
+    groups = {a: [row[key] for row in rows if row["action"] == a] for a in CONFLICTS}
+    groups = {action: values for action, values in groups.items() if values}
+    svg = charts.histogram(groups, f"{title}, records per value")
+    return {"title": title, "names": list(groups), "svg": svg}
+
+
+def _training(path: Path) -> list[Row] | None:
+    if not path.exists():
+        return None
+    rows = metrics.read_metrics(path)
+    found = []
+    for title, names in _TRAINING_CHARTS:
+        series = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+        series = {name: points for name, points in series.items() if any(y for _, y in points)}
+        if series:
+            svg = charts.line_chart(series, f"{title} by step")
+            found.append({"title": title, "names": list(series), "svg": svg})
+    return found or None
+
+
+def _evaluation(result: Row | None) -> Row | None:
+    if result is None:
+        return None
+    by_model = {"base": result.get("base"), "ref": result.get("ref"), "trained": result}
+    by_model = {model: found for model, found in by_model.items() if found}
+    rows = [
+        {
+            "model": model,
+            "rates": [found.get(key) for key in _RATES],
+            "perplexity": found.get("perplexity"),
+        }
+        for model, found in by_model.items()
+    ]
+    tables = []
+    for title, figure, key in _EVALUATION_TABLES:
+        parts = {model: found[figure].get(key) or {} for model, found in by_model.items()}
+        names = list(dict.fromkeys(name for part in parts.values() for name in part))
+        if names:
+            cells = [{"name": n, "rates": [part.get(n) for part in parts.values()]} for n in names]
+            tables.append({"title": title, "columns": list(parts), "rows": cells})
+    return {"rows": rows, "tables": tables, "guard": result.get("guard")}
+
+
+def _samples(rows: Sequence[Row] | None) -> list[Row] | None:
+    """The first prompts of the first split, each with every model's first sample: not chosen."""
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows or ():
+        is_first = row["mode"] == "sample" and row["sample"] == 0
+        if is_first and row["split"] == rows[0]["split"]:
+            by_prompt.setdefault(row["id"], []).append(row)
+    found = []
+    for group in list(by_prompt.values())[:SAMPLES_SHOWN]:
+        cells = sorted((_cell(row) for row in group), key=lambda c: list(MODELS).index(c["model"]))
+        found.append({"prompt": group[0]["prompt"], "cells": cells})
+    return found or None
+
+
+def _cell(row: Row) -> Row:
+    cell = {key: row[key] for key in ("model", "response", "compliant", "guarded")}
+    violated = [clause for clause, status in row["clauses"].items() if status == "violating"]
+    return cell | {"violated": violated}
+
+
+def _stages(workdir: Path) -> list[Row]:
+    marks = [_read_json(path) for path in (workdir / ".stages").glob("*.json")]
+    done = [mark for mark in marks if "seconds" in mark]
+    order = (
+        "prepare",
+        "align",
+        "triage",
+        "baseline",
+        "correct",
+        "impact",
+        "train",
+        "evaluate",
+        "export",
+    )
+    done.sort(key=lambda mark: order.index(mark["stage"]) if mark["stage"] in order else len(order))
+    return [
+        {"stage": m["stage"], "seconds": m["seconds"], "summary": _flat(m.get("summary") or {})}
+        for m in done
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def _read_json(path: Path) -> Row | None:
+    return records.read_json(path) if path.exists() else None
+
+
+def _read_jsonl(path: Path) -> list[Row] | None:
+    return [row for _, row in records.read_jsonl(path)] if path.exists() else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _figure(value: float | None, digits: str) -> str:
+    """A number in a format such as ".2f", a dash where it is not defined."""
+    return "–" if value is None or math.isnan(value) else format(value, digits)
+
+
+def _pretty(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def _plain(text: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt or response as text; chat messages as "role: content" lines."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in text)

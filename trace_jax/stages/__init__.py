@@ -1,0 +1,128 @@
+"""The stages of a run in order: each reads artefacts, writes its own, and is skipped, continued or refused by what is there."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from trace_jax import metrics, workdir
+from trace_jax.errors import InputError
+from trace_jax.stages import context
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+      keys: prefixes of the config keys that change what it computes.
+      upstream: stages whose outputs it reads.
+      outputs: names in the workdir that it writes.
+      function: "module:function" under trace_jax.stages, called with a Context; returns a small summary for the closing table.
+      partial: outputs of an interrupted run that are not its final ones (deleted by --redo as well).
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    upstream: tuple[str, ...]
+    outputs: tuple[str, ...]
+    partial: tuple[str, ...] = ()
+
+    @property
+    def artefacts(self) -> tuple[str, ...]:
+        return self.outputs + self.partial
+
+
+STAGES = (
+    Stage("prepare", ("seed", "model", "data", "policy.old"), (), ("records.jsonl", "prompts.jsonl"),
+          ("base", "base_checkpoints", "openings.jsonl", "continuations.jsonl")),
+    Stage("align", ("seed", "align", "data.max_length", "data.append_stop"), ("prepare",), ("ref",),
+          ("ref_checkpoints",)),
+    Stage("triage", ("policy.new", "judge"), ("prepare",), ("triage.jsonl",)),
+    Stage("baseline", ("seed", "policy", "judge", "evaluate"), ("prepare", "align"),
+          ("baseline.jsonl", "guard.json", "perplexity.json")),
+    Stage("correct", ("seed", "correct", "policy.new", "judge"), ("prepare", "align", "triage", "baseline"),
+          ("corrections.jsonl",)),
+    Stage("impact", ("seed", "impact", "train.punish", "train.beta", "train.preference", "train.tau", "train.npo_scale",
+                     "train.length_normalised", "train.adapters", "train.lora"),
+          ("prepare", "align", "triage", "correct"), ("gold.json", "impact.jsonl", "impact_summary.json")),
+    Stage("train", ("seed", "train"), ("prepare", "align", "triage", "correct", "impact"),
+          ("checkpoints", "metrics.jsonl")),
+    Stage("evaluate", ("seed", "policy", "judge", "evaluate"), ("prepare", "align", "baseline", "train"),
+          ("samples.jsonl", "eval.json")),
+    Stage("export", (), ("prepare", "train"), ("model",)),
+    Stage("report", (), ("prepare", "align", "triage", "baseline", "correct", "impact", "train", "evaluate", "export"),
+          ("report.html",)),
+)  # fmt: skip
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def chosen(names: str | None) -> tuple[Stage, ...]:
+    """Stages named in "a,b" in their own order; all for None."""
+    if not names:
+        return STAGES
+    wanted = [n.strip() for n in names.split(",") if n.strip()]
+    unknown = [n for n in wanted if n not in NAMES]
+    if unknown:
+        raise InputError(f"unknown stage {unknown[0]!r}; choose from {', '.join(NAMES)}")
+    return tuple(stage for stage in STAGES if stage.name in wanted)
+
+
+def inputs(stage: Stage, run: context.Context) -> dict[str, object]:
+    """Everything that decides what the stage writes: config values, policy and judge hashes, upstream artefacts."""
+    found = {
+        key: value
+        for key, value in run.flat_config.items()
+        if any(key == prefix or key.startswith(prefix + ".") for prefix in stage.keys)
+    }
+    found |= run.content_hashes(stage.name)
+    for name in stage.upstream:
+        mark = run.workdir.finished(name)
+        if mark is None:
+            raise InputError(f"stage {stage.name} needs stage {name}, which has not finished; run it first (--stages={name})")
+        found |= {f"{name}/{output}": digest for output, digest in mark["outputs"].items()}
+    return found
+
+
+def run(run: context.Context, selected: Sequence[Stage], *, redo: bool) -> None:
+    """Runs the selected stages in order. A finished stage with the same inputs is skipped."""
+    for stage in selected:
+        wanted = inputs(stage, run)
+        if _is_current(stage, run, wanted, redo=redo):
+            metrics.say(f"[{stage.name}] done before, skipped")
+            continue
+        run.workdir.start(stage.name, wanted)
+        metrics.say(f"[{stage.name}]")
+        clock = workdir.Clock()
+        summary = _function(stage.name)(run)
+        run.workdir.finish(stage.name, wanted, stage.outputs, clock.seconds, summary)
+
+
+def _is_current(stage: Stage, run: context.Context, wanted: dict, *, redo: bool) -> bool:
+    """True: skip it. False: run it (anew or from where it stopped). A stage made from other inputs is an InputError."""
+    finished, started = run.workdir.finished(stage.name), run.workdir.started(stage.name)
+    if finished is not None:
+        intact = all((run.workdir.path / name).exists() for name in stage.outputs)
+        if finished["inputs"] == wanted and intact:
+            return True
+        if finished["inputs"] == wanted or redo:
+            run.workdir.forget(stage.name, stage.artefacts)
+            return False
+        raise _changed(stage, run, finished["inputs"], wanted)
+    if started is not None and started["inputs"] != wanted:
+        if not redo:
+            raise _changed(stage, run, started["inputs"], wanted)
+        run.workdir.forget(stage.name, stage.artefacts)
+    return False
+
+
+def _changed(stage: Stage, run: context.Context, old: dict, new: dict) -> InputError:
+    return InputError(
+        f"{run.workdir.path}: stage {stage.name} was made from other inputs ({workdir.difference(old, new)}); use another "
+        "--workdir, or --redo to do this stage and what depends on it again"
+    )
+
+
+def _function(name: str) -> Callable[[context.Context], dict]:
+    """The stage's function; its module (and jax) loads only when the stage runs."""
+    import importlib
+
+    return importlib.import_module(f"trace_jax.stages.{name}").run

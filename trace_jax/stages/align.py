@@ -1,0 +1,34 @@
+"""Stage align: M_ref, the base model aligned to the old policy by DPO on the records as they are."""
+
+from trace_jax import fit, methods, metrics, models, records
+from trace_jax.stages import context
+
+
+def run(run: context.Context) -> dict:
+    """Writes `ref/` in Hugging Face layout; without align.enabled the base model is M_ref and `ref/` only says so."""
+    target = run.workdir.path / "ref"
+    if not run.config.align.enabled:
+        target.mkdir(exist_ok=True)
+        (target / "README.md").write_text(f"M_ref is the model at {run.base_directory} (align.enabled=False).\n")
+        return {"aligned": False}
+    found = [
+        records.PreferenceRecord.from_json(row)
+        for _, row in records.read_jsonl(run.file("prepare", "records.jsonl"))
+    ]
+    examples = [methods.Example(r.id, "", r.prompt, r.chosen, r.rejected, pref=1.0) for r in found]
+    dropped: list[str] = []
+    fitted = fit.fit(
+        run.base,
+        examples,
+        run.settings("align"),
+        encoder=run.encoder,
+        directory=run.workdir.path / "ref_checkpoints",
+        metrics_path=run.workdir.path / "ref_checkpoints" / "metrics.jsonl",
+        on_drop=run.on_drop(dropped),
+        progress=run.progress,
+    )
+    if dropped:
+        metrics.say(f"  {len(dropped)} records too long, dropped: {', '.join(dropped[:10])}")
+    models.save(fitted.module, target)
+    run.tokenizer.save_pretrained(target)
+    return {"aligned": True, "dropped": len(dropped), "real_token_share": round(fitted.real_token_share, 4)}

@@ -1,0 +1,159 @@
+"""What a stage gets: config, workdir, and the models, policies and judge, loaded when first asked for."""
+
+import functools
+from pathlib import Path
+
+import ml_collections
+
+from trace_jax import config as config_lib
+from trace_jax import judges, methods, metrics, policy, records, triage, workdir
+from trace_jax.errors import InputError
+
+
+class Context:
+    """One run. Nothing is loaded, and jax is not imported, before a stage asks for it."""
+
+    def __init__(self, config: ml_collections.ConfigDict, directory: workdir.Workdir):
+        self.config = config
+        self.workdir = directory
+        self.flat_config = config_lib.flatten(config)
+        self.progress = metrics.progress
+
+    def content_hashes(self, stage: str) -> dict[str, str]:
+        """Hashes of what config keys only name: policies, and for prepare the model's and the data's files."""
+        found = {}
+        if stage in ("triage", "baseline", "correct", "evaluate"):
+            found["policy.new/hash"] = self.new_policy.hash
+        if stage in ("prepare", "baseline", "evaluate"):
+            found["policy.old/hash"] = self.old_policy.hash
+        if stage == "prepare":
+            for key in ("model.path", "data.path", "data.prompts_path"):
+                if self.flat_config[key]:
+                    found[f"{key}/hash"] = workdir.hash_path(Path(str(self.flat_config[key])))
+        if stage == "impact":
+            found["impact/examples"] = self.scored_method or "none"
+        return found
+
+    @property
+    def scored_method(self) -> str | None:
+        """Whose examples stage impact scores; None where the method takes no weights."""
+        method = self.config.train.method
+        if self.config.impact.weights == "uniform" or method not in methods.WEIGHTED:
+            return None
+        return method if method == "trace_no_triage" else "trace"
+
+    def file(self, stage: str, name: str) -> Path:
+        """Path of an artefact of a stage."""
+        return self.workdir.file(stage, name)
+
+    @functools.cached_property
+    def old_policy(self) -> policy.Policy:
+        return policy.load(self.config.policy.old)
+
+    @functools.cached_property
+    def new_policy(self) -> policy.Policy:
+        return policy.load(self.config.policy.new)
+
+    @functools.cached_property
+    def judge(self) -> judges.Judge:
+        """The judge of the new policy."""
+        return judges.make(self.config.judge.name, self.new_policy)
+
+    @functools.cached_property
+    def old_judge(self) -> judges.Judge:
+        """The judge of the old policy."""
+        return judges.make(self.config.judge.name, self.old_policy)
+
+    @property
+    def base_directory(self) -> Path:
+        """Hugging Face directory of the deployed model."""
+        return Path(self.config.model.path) if self.config.model.path else self.file("prepare", "base")
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The base model's tokenizer."""
+        import transformers
+
+        try:
+            return transformers.AutoTokenizer.from_pretrained(self.base_directory, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{self.base_directory}: no tokenizer could be loaded ({first})") from error
+
+    @functools.cached_property
+    def encoder(self):
+        """Texts to tokens, under the one format used for training, scoring and evaluation alike."""
+        from trace_jax import batches
+
+        data = self.config.data
+        end_id = self.stop_ids[0] if data.append_stop else None
+        return batches.Encoder(self.tokenizer, max_length=data.max_length, end_id=end_id)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        if self.config.model.stop_ids:
+            return tuple(self.config.model.stop_ids)
+        if self.tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer names no EOS; set --config.model.stop_ids=(id,)")
+        return (self.tokenizer.eos_token_id,)
+
+    def load_model(self, directory: Path):
+        """A model in Hugging Face layout with this run's activation dtype and remat choice."""
+        from trace_jax import models
+
+        module = models.load(directory)
+        module.dtype = self.activation_dtype
+        module.remat = self.config.model.remat
+        return module
+
+    @property
+    def activation_dtype(self):
+        import jax.numpy as jnp
+
+        return jnp.dtype(self.config.model.dtype)
+
+    @functools.cached_property
+    def base(self):
+        """The deployed model before it was aligned to the old policy."""
+        return self.load_model(self.base_directory)
+
+    @functools.cached_property
+    def ref(self):
+        """M_ref: aligned to the old policy."""
+        return self.load_model(self.file("align", "ref")) if self.config.align.enabled else self.base
+
+    @functools.cached_property
+    def trained(self):
+        """The re-aligned model, from the newest checkpoint of stage train."""
+        from trace_jax import fit
+
+        return fit.restore(self.ref, self.settings("train"), self.file("train", "checkpoints"))
+
+    def settings(self, section: str):
+        """Training settings of a config section ("align", "train" or "model.scratch.training")."""
+        from trace_jax import fit
+
+        found = self.config
+        for part in section.split("."):
+            found = found[part]
+        return fit.Settings.of(found, row_length=self.config.data.row_length, seed=self.config.seed)
+
+    @functools.cached_property
+    def prompts(self) -> list[dict]:
+        """Held-out prompts: {"id", "prompt", "split"}."""
+        return [row for _, row in records.read_jsonl(self.file("prepare", "prompts.jsonl"))]
+
+    @functools.cached_property
+    def triaged(self) -> list[records.TriagedRecord]:
+        return triage.read(self.file("triage", "triage.jsonl"))
+
+    @functools.cached_property
+    def corrections(self) -> dict[str, records.Text]:
+        """Record id -> y_c."""
+        rows = (row for _, row in records.read_jsonl(self.file("correct", "corrections.jsonl")))
+        return {row["id"]: row["response"] for row in rows if row["response"] is not None}
+
+    def on_drop(self, dropped: list[str]):
+        """What to do with an example that is too long: None makes it an error."""
+        return dropped.append if self.config.data.too_long == "drop" else None

@@ -1,0 +1,170 @@
+"""Stage prepare: the base model, the preference records and the held-out prompts."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from trace_jax import metrics, records, self_sampled, sources, synth
+from trace_jax.errors import InputError
+from trace_jax.stages import context
+
+
+def run(run: context.Context) -> dict:
+    """Writes records.jsonl and prompts.jsonl; trains `base/` first where model.path is empty."""
+    source = run.config.data.source
+    if not run.config.model.path:
+        _train_from_scratch(run)
+    found, prompts = {"jsonl": _from_jsonl, "synth": _from_synth, "self_sampled": _self_sampled}[source](run)
+    _check(found, prompts, run)
+    records.write_jsonl(run.workdir.path / "prompts.jsonl", prompts)
+    records.write_jsonl(run.workdir.path / "records.jsonl", [r.to_json() for r in found])
+    by_split = {s: sum(p["split"] == s for p in prompts) for s in ("validation", "test")}
+    metrics.say(f"  {len(found)} records; held-out prompts: {by_split}")
+    return {"records": len(found), **by_split}
+
+
+def _check(found: list, prompts: list[dict], run: context.Context) -> None:
+    if not found:
+        raise InputError("no preference records were found or made; see data.source")
+    for split in run.config.evaluate.splits:
+        if not any(p["split"] == split for p in prompts):
+            raise InputError(f"the {split} split has no prompts; raise data.{split}_prompts or give data.prompts_path")
+
+
+def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
+    data = run.config.data
+    found, counts = sources.read_records(Path(data.path))
+    metrics.say(f"  {data.path}: {counts}")
+    rng = np.random.default_rng([run.config.seed, 0x5711])
+    if data.prompts_path:
+        held_out = [{"id": p.id, "prompt": p.prompt} for p in sources.read_prompts(Path(data.prompts_path))]
+        held_out = [held_out[i] for i in rng.permutation(len(held_out))]
+    else:
+        by_prompt = {records.content_id(r.prompt): r.prompt for r in found}
+        ids = list(by_prompt)
+        wanted = min(data.validation_prompts + data.test_prompts, len(ids) // 3)
+        taken = [ids[i] for i in rng.permutation(len(ids))[:wanted]]
+        held_out = [{"id": i, "prompt": by_prompt[i]} for i in taken]
+        found = [r for r in found if records.content_id(r.prompt) not in set(taken)]
+    total = data.validation_prompts + data.test_prompts
+    n_test = data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
+    return found, _with_splits(held_out[:total], n_test)
+
+
+def _with_splits(held_out: list[dict], n_test: int) -> list[dict]:
+    return [row | {"split": "test" if i < n_test else "validation"} for i, row in enumerate(held_out)]
+
+
+def _from_synth(run: context.Context) -> tuple[list, list[dict]]:
+    config = run.config
+    found = [
+        records.PreferenceRecord(
+            records.content_id(p["prompt"], p["chosen"], p["rejected"]), p["prompt"], p["chosen"], p["rejected"], p["labels"]
+        )
+        for p in synth.pairs(config.seed, config.data.pairs)
+    ]
+    unique = list({r.id: r for r in found}.values())
+    prompts = []
+    for split, n in (("test", config.data.test_prompts), ("validation", config.data.validation_prompts)):
+        rows = synth.prompts(config.seed, split, n)
+        prompts += [{"id": p["id"], "prompt": p["prompt"], "split": split} for p in rows]
+    return unique, prompts
+
+
+def _self_sampled(run: context.Context) -> tuple[list, list[dict]]:
+    """Openings and continuations sampled from the base model, each kept in a file, so that a rerun goes on."""
+    config, data = run.config, run.config.data
+    openings_path = run.workdir.path / "openings.jsonl"
+    n_held_out = data.validation_prompts + data.test_prompts
+    if openings_path.exists():
+        openings = [self_sampled.respond.Prompt(**row) for _, row in records.read_jsonl(openings_path)]
+    else:
+        with run.progress(None, "sample openings") as bar:
+            openings = self_sampled.openings(
+                run.base,
+                run.encoder,
+                n=n_held_out + data.openings,
+                seed=config.seed,
+                tokens=tuple(data.opening_tokens),
+                stop_ids=run.stop_ids,
+                batch_rows=config.evaluate.batch_rows,
+                progress=bar.advance,
+            )
+        records.write_jsonl(openings_path, [dataclasses.asdict(p) for p in openings])
+    held_out = [{"id": p.id, "prompt": p.prompt} for p in openings[:n_held_out]]
+    train = openings[n_held_out:]
+    responses = _continuations(run, train)
+    pairs = self_sampled.pairs(train, responses, run.old_judge, limit=data.pairs, seed=config.seed)
+    return pairs, _with_splits(held_out, data.test_prompts)
+
+
+def _continuations(run: context.Context, prompts: list) -> list[list[str]]:
+    config, data = run.config, run.config.data
+    path = run.workdir.path / "continuations.jsonl"
+    if path.exists():
+        return [row["responses"] for _, row in records.read_jsonl(path)]
+    total = len(prompts) * data.continuations
+    with run.progress(total, "sample continuations") as bar:
+        responses = self_sampled.respond.respond(
+            run.base,
+            prompts,
+            run.encoder,
+            seed=config.seed,
+            samples=data.continuations,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            temperature=1.0,
+            stop_ids=run.stop_ids,
+            batch_rows=config.evaluate.batch_rows,
+            progress=bar.advance,
+        )
+    rows = [{"id": p.id, "responses": r} for p, r in zip(prompts, responses, strict=True)]
+    records.write_jsonl(path, rows)
+    return responses
+
+
+def _train_from_scratch(run: context.Context) -> None:
+    """Trains a small decoder on the synthetic corpus and saves it with its tokenizer as `base/`."""
+    target = run.workdir.path / "base"
+    if (target / "model.safetensors").exists():
+        return
+    import transformers
+
+    from trace_jax import batches, fit, methods, models
+
+    shape, seed = run.config.model.scratch, run.config.seed
+    building = run.workdir.path / "base_tokenizer"
+    synth.tokenizer(building)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(building)
+    config = models.ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden_size // shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=(tokenizer.eos_token_id,),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    documents = synth.corpus(seed, shape.documents)
+    examples = [methods.Example(f"document-{i}", "", "", p + r, nll=1.0) for i, (p, r) in enumerate(documents)]
+    encoder = batches.Encoder(tokenizer, max_length=shape.context, end_id=tokenizer.eos_token_id)
+    fitted = fit.fit(
+        models.init(config, seed),
+        examples,
+        run.settings("model.scratch.training"),
+        encoder=encoder,
+        directory=run.workdir.path / "base_checkpoints",
+        metrics_path=run.workdir.path / "base_checkpoints" / "metrics.jsonl",
+        on_drop=None,
+        progress=run.progress,
+    )
+    metrics.say(f"  trained a model of {fit.n_parameters(fitted.module):,} parameters from scratch")
+    models.save(fitted.module, target)
+    tokenizer.save_pretrained(target)
+    shutil.rmtree(building)

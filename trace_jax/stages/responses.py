@@ -1,0 +1,81 @@
+"""Generate, judge and score the responses of one model to held-out prompts: shared by baseline and evaluate."""
+
+import numpy as np
+
+from trace_jax import records, respond, self_sampled, triage
+from trace_jax.evaluate import compliance
+from trace_jax.stages import context
+
+
+def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
+    """Judged rows of `module`: config.evaluate.samples at temperature and one greedy response to every prompt of a split."""
+    config = run.config.evaluate
+    prompts = [p for p in run.prompts if p["split"] == split]
+    rows = []
+    for mode, samples, temperature in (("sample", config.samples, config.temperature), ("greedy", 1, 0.0)):
+        with run.progress(len(prompts) * samples, f"{model}: {mode} {split}") as bar:
+            responses = respond.respond(
+                module,
+                [respond.Prompt(p["id"], p["prompt"]) for p in prompts],
+                run.encoder,
+                seed=run.config.seed,
+                samples=samples,
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+                stop_ids=run.stop_ids,
+                batch_rows=config.batch_rows,
+                progress=bar.advance,
+            )
+        rows += compliance.judged_rows(
+            prompts,
+            responses,
+            model=model,
+            mode=mode,
+            judge=run.judge,
+            mean_logprobs=base_logprobs(run, prompts, responses),
+        )
+    return rows
+
+
+def base_logprobs(run: context.Context, prompts: list[dict], responses: list[list[str]]) -> np.ndarray:
+    """Mean log-prob per token under the base model, flat."""
+    pairs = [(p["prompt"], r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt]
+    return likelihood(run, run.base, pairs, "likelihood under the base model")
+
+
+def likelihood(run: context.Context, module, pairs: list[tuple[records.Text, str]], description: str) -> np.ndarray:
+    """Mean log-prob per token of (prompt, response) pairs under `module`."""
+    config = run.config.evaluate
+    row_length = run.config.data.row_length
+    with run.progress(len(pairs), description) as bar:
+        return respond.mean_logprobs(
+            module, pairs, run.encoder, micro_rows=config.micro_rows, row_length=row_length, progress=bar.advance
+        )
+
+
+def perplexity(run: context.Context, module, base_rows: list[dict], name: str) -> float:
+    """exp of minus the mean log-prob per token of the base model's own samples, each sample counting alike."""
+    pairs = [(r["prompt"], r["response"]) for r in base_rows if r["mode"] == "sample" and r["response"].strip()]
+    return float(np.exp(-np.mean(likelihood(run, module, pairs, f"{name}: perplexity of base text"))))
+
+
+def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:
+    """Prompt id -> the action triage gives the first pair of base samples there that the old policy orders."""
+    by_prompt: dict[str, list[dict]] = {}
+    for row in base_rows:
+        if row["mode"] == "sample":
+            by_prompt.setdefault(row["id"], []).append(row)
+    found = {}
+    for prompt_id, rows in by_prompt.items():
+        old = run.old_judge.judge([(r["prompt"], r["response"]) for r in rows])
+        ranked = [
+            (rows[i], rows[j]) if self_sampled.order(old[i], old[j]) > 0 else (rows[j], rows[i])
+            for i in range(len(rows))
+            for j in range(i + 1, len(rows))
+            if self_sampled.order(old[i], old[j])
+        ]
+        if ranked:
+            decided = {"compliant": True, "violating": False}
+            better, worse = (decided.get(r["status"]) for r in ranked[0])
+            found[prompt_id] = triage.action(better, worse)
+    return found

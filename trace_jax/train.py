@@ -1,0 +1,271 @@
+"""The train step: one pure function for every method, and the loop around it.
+
+Legend: R rows of a micro-batch, L tokens, S example slots of a row. A step is one completed update.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from trace_jax import batches, logprobs, losses
+from trace_jax.errors import InputError
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """step: updates completed, int32. params: the trainable leaves (float32). opt_state: optax's."""
+
+    step: Array
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+class Hyper(NamedTuple):
+    """Values that may change without recompiling. learning_rate is the peak of the schedule."""
+
+    learning_rate: Array
+    beta: Array
+    tau: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the step is compiled for.
+
+    Attributes:
+      preference: "logistic" or "squared".
+      npo_scale: "plain" or "two_over_beta".
+      length_normalised: divide each logratio of the preference loss by its response's length.
+      n_conflict, n_retain: examples a step; the conflict loss is a sum over n_conflict, the KL loss a sum over n_retain.
+      total_steps, warmup_steps: of the schedule (linear warm-up, cosine to final_fraction of the peak).
+      weight_decay, clip_norm, b1, b2: AdamW.
+    """
+
+    preference: str
+    npo_scale: str
+    length_normalised: bool
+    n_conflict: int
+    n_retain: int
+    total_steps: int
+    warmup_steps: int
+    final_fraction: float
+    weight_decay: float
+    clip_norm: float
+    b1: float
+    b2: float
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """AdamW with clipping, without its learning rate, which the step applies."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.scale_by_adam(b1=options.b1, b2=options.b2),
+        optax.add_decayed_weights(options.weight_decay),
+    )
+
+
+def schedule(options: Options) -> optax.Schedule:
+    """Linear warm-up and cosine decay of a peak of 1."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=1.0,
+        warmup_steps=options.warmup_steps,
+        decay_steps=max(options.total_steps, options.warmup_steps + 1),
+        end_value=options.final_fraction,
+    )
+
+
+def init_state(params: nnx.State, options: Options) -> TrainState:
+    """A fresh state on copies of `params` (the step donates its state, the originals stay valid)."""
+    params = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.float32, copy=True), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(options).init(params))
+
+
+def example_losses(
+    logp_R2S: Array, lengths_R2S: Array, batch: batches.Batch, hyper: Hyper, options: Options
+) -> tuple[Array, dict[str, Array]]:
+    """Loss of every example slot but for its KL part, [R, S], and its parts; an empty slot is exactly 0."""
+    R, S2 = logp_R2S.shape
+    logratio = (logp_R2S - batch.ref_logp).reshape(R, S2 // 2, 2)
+    n_tokens = jnp.maximum(lengths_R2S.reshape(R, S2 // 2, 2), 1.0)
+    r0_RS, r1_RS = logratio[..., 0], logratio[..., 1]
+    c = batch.coefficients
+    scaled = logratio / n_tokens if options.length_normalised else logratio
+    if options.preference == "logistic":
+        preference_RS = losses.logistic_preference(scaled[..., 0], scaled[..., 1], hyper.beta)
+    else:
+        preference_RS = losses.squared_preference(scaled[..., 0], scaled[..., 1], hyper.tau)
+    nll_RS = -logp_R2S.reshape(R, S2 // 2, 2)[..., 0] / n_tokens[..., 0]
+    parts = {
+        "preference": _weighted(c["pref"], preference_RS),
+        "npo": _weighted(c["npo0"], losses.npo(r0_RS, hyper.beta, options.npo_scale))
+        + _weighted(c["npo1"], losses.npo(r1_RS, hyper.beta, options.npo_scale)),
+        "nll": _weighted(c["nll"], nll_RS),
+    }
+    is_pair_RS = (c["pref"] != 0).astype(jnp.float32)
+    diagnostics = {
+        "n_pairs": is_pair_RS,
+        "logratio_0": is_pair_RS * r0_RS,
+        "logratio_1": is_pair_RS * r1_RS,
+        "pairs_won": is_pair_RS * (r0_RS > r1_RS),
+    }
+    return sum(parts.values()), {**parts, **diagnostics}
+
+
+def _weighted(coefficient_RS: Array, loss_RS: Array) -> Array:
+    """coefficient * loss, exactly 0 (value and gradient) where the coefficient is 0."""
+    used = coefficient_RS != 0
+    return jnp.where(used, coefficient_RS * jnp.where(used, loss_RS, 0.0), 0.0)
+
+
+def conflict_loss(module, batch: batches.Batch, hyper: Hyper, options: Options) -> tuple[Array, dict[str, Array]]:
+    """Sum of the losses of one micro-batch over n_conflict, and its parts summed likewise (diagnostics unscaled)."""
+    n = batch.ref_logp.shape[-1]
+    logp = logprobs.response_logprobs(module, batch.rows, n)
+    lengths = logprobs.response_lengths(batch.rows, n)
+    loss_RS, parts = example_losses(logp, lengths, batch, hyper, options)
+    return jnp.sum(loss_RS) / options.n_conflict, {k: jnp.sum(v) for k, v in parts.items()}
+
+
+def retain_loss(module, ref_module, batch: batches.Batch, options: Options) -> tuple[Array, dict[str, Array]]:
+    """Sum of kl * mean-over-tokens KL(ref || theta) of one micro-batch over n_retain."""
+    rows, n = batch.rows, batch.ref_logp.shape[-1]
+    where = (rows.tokens, rows.positions, rows.segments, rows.branches)
+    kl_RL = losses.token_kl(
+        ref_module.logits, jax.lax.stop_gradient(ref_module.hidden(*where)), module.logits, module.hidden(*where)
+    )
+    lengths = jnp.maximum(logprobs.response_lengths(rows, n), 1.0)
+    kl_RS = (logprobs.sum_by_response(kl_RL, rows.responses, n) / lengths)[:, ::2]
+    loss = jnp.sum(_weighted(batch.coefficients["kl"], kl_RS)) / options.n_retain
+    return loss, {"kl": jnp.sum(jnp.where(batch.coefficients["kl"] != 0, kl_RS, 0.0))}
+
+
+def _accumulate(loss_fn: Callable, params: nnx.State, batch: batches.Batch) -> tuple[nnx.State, Array, dict]:
+    """Gradient, loss and parts summed over the micro-batches of `batch` by a scan."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def body(carry, micro: batches.Batch):
+        (loss, parts), grads = grad_fn(params, micro)
+        return jax.tree.map(jnp.add, carry, (grads, loss, parts)), None
+
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], batch))
+    (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, (grads, loss, parts), batch)[0]
+
+
+def gradient(
+    params: nnx.State,
+    frozen: nnx.State,
+    ref_params: nnx.State | None,
+    step: batches.Step,
+    hyper: Hyper,
+    *,
+    graphdef: nnx.GraphDef,
+    options: Options,
+) -> tuple[nnx.State, dict[str, Array]]:
+    """Gradient of the step's loss over the trainable leaves, and metrics (device scalars)."""
+    total, grads, metrics = jnp.zeros(()), None, {}
+
+    def conflict(params: nnx.State, micro: batches.Batch):
+        return conflict_loss(nnx.merge(graphdef, params, frozen), micro, hyper, options)
+
+    def retain(params: nnx.State, micro: batches.Batch):
+        reference = nnx.merge(graphdef, ref_params, frozen)
+        return retain_loss(nnx.merge(graphdef, params, frozen), reference, micro, options)
+
+    if step.conflict is not None:
+        grads, loss, parts = _accumulate(conflict, params, step.conflict)
+        total += loss
+        n_pairs = jnp.maximum(parts.pop("n_pairs"), 1.0)
+        for name in ("logratio_0", "logratio_1", "pairs_won"):
+            metrics[f"train/{name}"] = parts.pop(name) / n_pairs
+        metrics |= {f"loss/{k}": v / options.n_conflict for k, v in parts.items()}
+    if step.retain is not None:
+        retain_grads, loss, parts = _accumulate(retain, params, step.retain)
+        grads = retain_grads if grads is None else jax.tree.map(jnp.add, grads, retain_grads)
+        total += loss
+        metrics["train/kl"] = parts["kl"] / options.n_retain
+    return grads, {"loss/total": total, **metrics}
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames=("state",))
+def train_step(
+    state: TrainState,
+    frozen: nnx.State,
+    ref_params: nnx.State | None,
+    step: batches.Step,
+    hyper: Hyper,
+    *,
+    graphdef: nnx.GraphDef,
+    options: Options,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update. A non-finite loss or gradient leaves params and optimizer as they were and sets train/skipped to 1."""
+    grads, metrics = gradient(
+        state.params, frozen, ref_params, step, hyper, graphdef=graphdef, options=options
+    )
+    rate = hyper.learning_rate * schedule(options)(state.step)
+    updates, opt_state = optimizer(options).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics |= {
+        "train/grad_norm": norm,
+        "train/learning_rate": rate,
+        "train/skipped": 1.0 - finite.astype(jnp.float32),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def loop(
+    state: TrainState,
+    data: Iterator[batches.Step],
+    step_fn: Callable[[TrainState, batches.Step], tuple[TrainState, dict[str, Array]]],
+    *,
+    start: int,
+    total_steps: int,
+    record_ids: Callable[[int], list[str]],
+    on_metrics: Callable[[int, dict[str, float]], None],
+    save: Callable[[int, TrainState], None],
+    save_every: int,
+) -> TrainState:
+    """Runs steps start..total_steps-1. Metrics of step n are read after step n + 1 was dispatched.
+
+    A non-finite step changes nothing; it stops the run with an InputError that names its records.
+    """
+    pending: tuple[int, dict[str, Array]] | None = None
+    for index in range(start, total_steps):
+        state, metrics = step_fn(state, next(data))
+        if pending is not None:
+            _report(*pending, record_ids, on_metrics)
+        pending = (index, metrics)
+        if (index + 1) % save_every == 0 or index + 1 == total_steps:
+            _report(*pending, record_ids, on_metrics)
+            pending = None
+            save(index + 1, state)
+    return state
+
+
+def _report(
+    index: int,
+    metrics: dict[str, Array],
+    record_ids: Callable[[int], list[str]],
+    on_metrics: Callable[[int, dict[str, float]], None],
+) -> None:
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    on_metrics(index + 1, values)
+    if values["train/skipped"]:
+        raise InputError(
+            f"step {index + 1}: the loss or its gradient is not finite (loss {values['loss/total']}); stopped, the last good "
+            f"checkpoint is kept. Records of that step: {', '.join(sorted(set(record_ids(index))))}. "
+            "Look at those records, or lower train.learning_rate."
+        )
