@@ -40,4 +40,4 @@ $(INSTALLED): setup.py constraints.txt | $(PYTHON)
 	touch $@
 
 $(PYTHON):
-	python=$$($(FIND_PYTHON)) && $$python -m venv $(VENV)
+	@python=$$($(FIND_PYTHON)) && echo "making $(VENV) with $$python" && $$python -m venv $(VENV)

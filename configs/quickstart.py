@@ -13,10 +13,11 @@ def get_config():
     c.data.pairs = 1500
     c.data.validation_prompts = 150
     c.data.test_prompts = 300
-    c.model.scratch.training.total_steps = 400
+    c.model.scratch.training.total_steps = 300
     c.model.scratch.training.examples_per_step = 64
-    c.model.scratch.training.learning_rate = 2e-3
+    c.model.scratch.training.learning_rate = 3e-3
     c.model.scratch.training.warmup_steps = 30
+    c.model.scratch.training.b2 = 0.98
     c.align.total_steps = 100
     c.train.total_steps = 150
     return c

@@ -10,8 +10,12 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Compiled programs are kept for the other worker, for subprocesses and for the next run (4x less).
+_ROOT = Path(__file__).resolve().parents[1]
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_ROOT / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-_SHARED = Path(__file__).resolve().parents[2] / "shared"
+_SHARED = _ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")

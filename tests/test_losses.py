@@ -47,8 +47,12 @@ def test_forward_kl_by_hand():
     ref = jnp.log(jnp.array([[[0.5, 0.5], [0.5, 0.5]]]))
     logits = jnp.log(jnp.array([[[0.25, 0.75], [0.5, 0.5]]]))
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    np.testing.assert_allclose(losses.forward_kl(ref, logits, jnp.array([[1, 1]])), [expected / 2], rtol=1e-5)
-    np.testing.assert_allclose(losses.forward_kl(ref, logits, jnp.array([[1, 0]])), [expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.forward_kl(ref, logits, jnp.array([[1, 1]])), [expected / 2], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        losses.forward_kl(ref, logits, jnp.array([[1, 0]])), [expected], rtol=1e-5
+    )
     np.testing.assert_allclose(losses.forward_kl(ref, logits, jnp.array([[0, 0]])), [0.0])
 
 
@@ -74,7 +78,10 @@ def test_chunked_head_equals_whole_head(monkeypatch, chunk_bytes):
 
     args = (hidden, kernel)
     np.testing.assert_allclose(chunked(*args), whole(*args), rtol=2e-5, atol=2e-5)
-    for a, b in zip(*(jax.grad(lambda *x, f=f: f(*x).sum(), (0, 1))(*args) for f in (chunked, whole)), strict=True):
+    for a, b in zip(
+        *(jax.grad(lambda *x, f=f: f(*x).sum(), (0, 1))(*args) for f in (chunked, whole)),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     tangent = jax.tree.map(jnp.ones_like, args)
     for a, b in zip(*(jax.jvp(f, args, tangent) for f in (chunked, whole)), strict=True):

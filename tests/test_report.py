@@ -275,7 +275,8 @@ def test_evaluation_compares_the_three_models(workdir):
     found = report.collect(workdir)["evaluation"]
     assert [row["model"] for row in found["rows"]] == ["base", "ref", "trained"]
     assert [row["perplexity"] for row in found["rows"]] == [3.9, 4.7, 5.2]
-    assert [rate["rate"] for rate in found["rows"][2]["rates"]] == [0.73, 0.78, 0.81]
+    rates = [rate["rate"] for rate in found["rows"][2]["rates"]]
+    assert rates == pytest.approx([0.73, 0.78, 0.81])
     by_action, by_clause = found["tables"]
     assert by_action["rows"][0]["rates"][2]["rate"] == 0.73  # guarded
     assert by_clause["rows"][0]["rates"][2]["rate"] == pytest.approx(0.88)  # raw

@@ -62,11 +62,11 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(module):
 
 def test_samples_do_not_depend_on_the_batch(module):
     together = generate(module)
-    assert together == generate(module, batch_rows=5)
+    assert together == generate(module, batch_rows=13)
     order = np.random.default_rng(0).permutation(13)
     shuffled = generate(module, [PROMPTS[i] for i in order], [IDS[i] for i in order])
     assert shuffled == [together[i] for i in order]
-    assert generate(module, PROMPTS[3:4], IDS[3:4], samples=1) == [together[3][:1]]
+    assert generate(module, PROMPTS[3:4], IDS[3:4]) == [together[3]]
 
 
 def test_samples_depend_on_seed_id_and_sample(module):
@@ -88,13 +88,18 @@ def test_frequencies_are_the_softmax(module, temperature):
     assert chi_square < 29.6  # 10 degrees of freedom, p = 0.001; the seed is fixed
 
 
+def test_more_samples_go_on_from_the_first(module):
+    more = generate(module, first_sample=1, samples=1, batch_rows=13)
+    assert more == [each[1:] for each in generate(module)]
+
+
 def test_a_stop_token_ends_a_sample_and_is_not_part_of_it(module):
     free = generate(module, stop_ids=())
-    stopped = generate(module, stop_ids=(3, 4))
+    stopped = generate(module, stop_ids=(3,))
     ended = 0
     for long, short in zip(sum(free, []), sum(stopped, []), strict=True):
         assert len(long.tokens) == 6 and not long.finished
-        end = next((n for n, token in enumerate(long.tokens) if token in (3, 4)), None)
+        end = next((n for n, token in enumerate(long.tokens) if token == 3), None)
         assert short.tokens == long.tokens[:end]
         assert short.finished == (end is not None)
         ended += short.finished
@@ -119,8 +124,8 @@ def test_temperature_and_seed_do_not_compile_again(module):
 
 def test_progress_counts_rows(module):
     calls = []
-    generate(module, batch_rows=5, progress=calls.append)
-    assert calls == [5, 5, 5, 5, 5, 1]
+    generate(module, PROMPTS[1:], IDS[1:], batch_rows=13, progress=calls.append)
+    assert calls == [13, 11]
 
 
 def test_no_prompts_no_samples(module):

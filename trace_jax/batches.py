@@ -85,8 +85,12 @@ class Encoder:
         if isinstance(prompt, str):
             return prompt
         if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError("records are chats but the tokenizer has no chat template; set one or use plain text")
-        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            raise InputError(
+                "records are chats but the tokenizer has no chat template; set one or use plain text"
+            )
+        return self.tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True
+        )
 
     def prompt_tokens(self, prompt: records.Text) -> tuple[int, ...]:
         """Tokens of a prompt alone, for generation."""
@@ -97,7 +101,9 @@ class Encoder:
         whole = self.tokenizer.decode([*prompt_tokens, *tokens], skip_special_tokens=True)
         return whole[len(self.tokenizer.decode(prompt_tokens, skip_special_tokens=True)) :]
 
-    def encode(self, prompt: records.Text, responses: Sequence[records.Text], name: str = "") -> Encoded:
+    def encode(
+        self, prompt: records.Text, responses: Sequence[records.Text], name: str = ""
+    ) -> Encoded:
         """Tokenises prompt and each response together and finds the boundary in token space.
 
         Truncation cuts the prompt from the left (counted in `truncated_prompts`), never a response; a response that
@@ -130,7 +136,9 @@ class Encoder:
         return self._cache[key]
 
     def _tokenise(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
-        out = self.tokenizer(prompt + response, add_special_tokens=False, return_offsets_mapping=True)
+        out = self.tokenizer(
+            prompt + response, add_special_tokens=False, return_offsets_mapping=True
+        )
         tokens, ends = list(out["input_ids"]), [end for _, end in out["offset_mapping"]]
         n_prompt = sum(end <= len(prompt) for end in ends)
         if self.tokenizer.bos_token_id is not None and tokens[:1] != [self.tokenizer.bos_token_id]:
@@ -160,7 +168,9 @@ def pack_rows(lengths: Sequence[int], row_length: int, max_slots: int) -> list[l
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > row_length:
-            raise ValueError(f"an example of {lengths[i]} positions does not fit a row of {row_length}")
+            raise ValueError(
+                f"an example of {lengths[i]} positions does not fit a row of {row_length}"
+            )
         for r in range(len(rows)):
             if room[r] >= lengths[i] and len(rows[r]) < max_slots:
                 rows[r].append(i)
@@ -179,7 +189,9 @@ def empty_rows(n_rows: int, row_length: int, slots: int) -> Rows:
     return Rows(**arrays)
 
 
-def write_rows(examples: Sequence[Encoded], plan: Sequence[Sequence[int]], shape: tuple[int, int, int]) -> Rows:
+def write_rows(
+    examples: Sequence[Encoded], plan: Sequence[Sequence[int]], shape: tuple[int, int, int]
+) -> Rows:
     """Rows of `plan` (indices into examples) in arrays of shape (n_rows, row_length, slots)."""
     rows = empty_rows(*shape)
     for r, members in enumerate(plan):
@@ -232,7 +244,14 @@ class PackPlan:
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, per_step: int, total_steps: int, seed: int, row_length: int, micro_rows: int
+        self,
+        lengths: Sequence[int],
+        *,
+        per_step: int,
+        total_steps: int,
+        seed: int,
+        row_length: int,
+        micro_rows: int,
     ):
         n = len(lengths)
         epochs = -(-per_step * total_steps // n)
@@ -242,7 +261,10 @@ class PackPlan:
         self.members = stream[: per_step * total_steps].reshape(total_steps, per_step)
         max_slots = max(1, row_length // max(1, min(lengths)))
         self.rows = [
-            [[int(step[j]) for j in row] for row in pack_rows([lengths[i] for i in step], row_length, max_slots)]
+            [
+                [int(step[j]) for j in row]
+                for row in pack_rows([lengths[i] for i in step], row_length, max_slots)
+            ]
             for step in self.members
         ]
         n_rows = round_up(max(len(rows) for rows in self.rows), micro_rows)
@@ -271,7 +293,9 @@ class StepSource:
         return len(self.plan.rows)
 
     def __getitem__(self, step: int) -> Batch:
-        return make_batch(self.plan.rows[step], self.plan.layout, self.encoded, self.examples, self.ref_logp)
+        return make_batch(
+            self.plan.rows[step], self.plan.layout, self.encoded, self.examples, self.ref_logp
+        )
 
     def record_ids(self, step: int) -> list[str]:
         """Record ids of a step, for error messages."""
@@ -288,7 +312,9 @@ def make_batch(
     """The batch of one step, arrays shaped [M, R, ...]. Without examples, coefficients are 0."""
     shape = (layout.n_rows, layout.row_length, layout.slots)
     packed = write_rows(encoded, rows, shape)
-    coefficients = {name: np.zeros((layout.n_rows, layout.slots), np.float32) for name in COEFFICIENTS}
+    coefficients = {
+        name: np.zeros((layout.n_rows, layout.slots), np.float32) for name in COEFFICIENTS
+    }
     ref = np.zeros((layout.n_rows, 2 * layout.slots), np.float32)
     for r, members in enumerate(rows):
         for slot, i in enumerate(members):
@@ -312,7 +338,10 @@ def _split_micro_batches(batch: Batch, layout: Layout) -> Batch:
 
 
 def encode_examples(
-    encoder: Encoder, examples: Sequence[methods.Example], *, on_drop: Callable[[str], None] | None = None
+    encoder: Encoder,
+    examples: Sequence[methods.Example],
+    *,
+    on_drop: Callable[[str], None] | None = None,
 ) -> tuple[list[methods.Example], list[Encoded]]:
     """Encodes examples; one that is too long is an InputError, or is named to `on_drop` and left out."""
     kept, encoded = [], []

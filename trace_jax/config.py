@@ -29,7 +29,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.impact = _impact()
     c.train = _training()
     c.train.method = "trace"  # see trace_jax/methods.py
-    c.train.punish = "correction"  # correction: (y_c, y_w) where y_c was found, else dual NPO | dual_npo
+    c.train.punish = (
+        "correction"  # correction: (y_c, y_w) where y_c was found, else dual NPO | dual_npo
+    )
     c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
     c.evaluate = _evaluate()
     return c.lock()
@@ -153,25 +155,40 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
         _positive(key, _section(config, key))
     if config.data.source == "jsonl" and not config.data.path:
-        raise InputError("data.source='jsonl' needs --config.data.path=FILE with prompt, chosen, rejected on each line")
+        raise InputError(
+            "data.source='jsonl' needs --config.data.path=FILE with prompt, chosen, rejected on each line"
+        )
     if config.data.source == "jsonl" and not Path(config.data.path).is_file():
         raise InputError(f"data.path={config.data.path}: no such file")
     if config.data.source != "synth" and not config.model.path:
-        raise InputError("model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout")
+        raise InputError(
+            "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout"
+        )
     if config.model.path and not (Path(config.model.path) / "config.json").is_file():
-        raise InputError(f"model.path={config.model.path}: no config.json there; give a directory in Hugging Face layout")
+        raise InputError(
+            f"model.path={config.model.path}: no config.json there; give a directory in Hugging Face layout"
+        )
 
 
 def _validate_training(name: str, c: ml_collections.ConfigDict) -> None:
     _one_of(f"{name}.preference", c.preference, ("logistic", "squared"))
     _one_of(f"{name}.npo_scale", c.npo_scale, ("plain", "two_over_beta"))
     _one_of(f"{name}.adapters", c.adapters, ADAPTERS)
-    for key in ("total_steps", "examples_per_step", "retain_per_step", "micro_rows", "save_every", "keep"):
+    for key in (
+        "total_steps",
+        "examples_per_step",
+        "retain_per_step",
+        "micro_rows",
+        "save_every",
+        "keep",
+    ):
         _positive(f"{name}.{key}", c[key])
     for key in ("learning_rate", "beta", "tau", "clip_norm"):
         _positive(f"{name}.{key}", c[key])
     if c.warmup_steps >= c.total_steps:
-        raise InputError(f"{name}.warmup_steps={c.warmup_steps} must be below {name}.total_steps={c.total_steps}")
+        raise InputError(
+            f"{name}.warmup_steps={c.warmup_steps} must be below {name}.total_steps={c.total_steps}"
+        )
 
 
 def _section(config: ml_collections.ConfigDict, name: str):

@@ -58,7 +58,9 @@ class Settings:
         """What the step is compiled for."""
         names = {f.name for f in dataclasses.fields(train.Options)}
         shared = {k: v for k, v in dataclasses.asdict(self).items() if k in names}
-        return train.Options(n_conflict=self.examples_per_step, n_retain=self.retain_per_step, **shared)
+        return train.Options(
+            n_conflict=self.examples_per_step, n_retain=self.retain_per_step, **shared
+        )
 
     def hyper(self) -> train.Hyper:
         """What the step takes as arguments."""
@@ -71,7 +73,13 @@ def adapted(module, settings: Settings):
         return module
     targets = settings.lora_targets
     targets = targets if targets == "all" else tuple(t.strip() for t in targets.split(","))
-    return lora.add(module, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=settings.seed)
+    return lora.add(
+        module,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=targets,
+        seed=settings.seed,
+    )
 
 
 def trainable(settings: Settings) -> type:
@@ -92,7 +100,9 @@ class _Steps:
         return batches.Step(*(None if s is None else s[step] for s in (self.conflict, self.retain)))
 
     def record_ids(self, step: int) -> list[str]:
-        return [i for s in (self.conflict, self.retain) if s is not None for i in s.record_ids(step)]
+        return [
+            i for s in (self.conflict, self.retain) if s is not None for i in s.record_ids(step)
+        ]
 
 
 @dataclasses.dataclass
@@ -121,7 +131,9 @@ def fit(
     """
     kept, encoded = batches.encode_examples(encoder, examples, on_drop=on_drop)
     if not kept:
-        raise InputError("no examples to train on: every record is UNRESOLVED, dropped or has coefficient 0")
+        raise InputError(
+            "no examples to train on: every record is UNRESOLVED, dropped or has coefficient 0"
+        )
     source = _sources(module, kept, encoded, settings, directory, progress)
     module = adapted(module, settings)
     graphdef, params, frozen = nnx.split(module, trainable(settings), ...)
@@ -131,7 +143,13 @@ def fit(
 
     def step_fn(state: train.TrainState, step: batches.Step):
         return train.train_step(
-            state, frozen, ref_params, step, settings.hyper(), graphdef=graphdef, options=settings.options()
+            state,
+            frozen,
+            ref_params,
+            step,
+            settings.hyper(),
+            graphdef=graphdef,
+            options=settings.options(),
         )
 
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
@@ -156,7 +174,11 @@ def fit(
                 )
     trained = nnx.merge(graphdef, state.params, frozen)
     share = _token_share(source, encoded, settings)
-    return Fitted(lora.merge(trained) if settings.adapters == "lora" else trained, share, settings.total_steps - start)
+    return Fitted(
+        lora.merge(trained) if settings.adapters == "lora" else trained,
+        share,
+        settings.total_steps - start,
+    )
 
 
 def _reference(params: nnx.State, settings: Settings) -> nnx.State:
@@ -202,7 +224,9 @@ def longest_row(encoded: Sequence[batches.Encoded]) -> int:
     return batches.round_up(max(e.row_length for e in encoded), 64)
 
 
-def reference_logprobs(module, encoded, row_length: int, micro_rows: int, directory: Path, progress) -> np.ndarray:
+def reference_logprobs(
+    module, encoded, row_length: int, micro_rows: int, directory: Path, progress
+) -> np.ndarray:
     """log p_ref of both responses, [n, 2]; computed once and kept beside the checkpoints, keyed by the tokens.
 
     The weights are fixed by `directory`: a stage whose model changed does not continue there.
@@ -226,7 +250,9 @@ def reference_logprobs(module, encoded, row_length: int, micro_rows: int, direct
 
 def _token_share(source: _Steps, encoded, settings: Settings) -> float:
     kinds = [s for s in (source.conflict, source.retain) if s is not None]
-    return float(np.mean([s.plan.real_token_share([e.row_length for e in s.encoded]) for s in kinds]))
+    return float(
+        np.mean([s.plan.real_token_share([e.row_length for e in s.encoded]) for s in kinds])
+    )
 
 
 def restore(module, settings: Settings, directory: Path):

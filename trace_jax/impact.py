@@ -58,7 +58,9 @@ def response_derivatives(
 
     def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
         def logp(params: nnx.State) -> Array:
-            return logprobs.response_logprobs(nnx.merge(graphdef, params, frozen), micro, n_responses)
+            return logprobs.response_logprobs(
+                nnx.merge(graphdef, params, frozen), micro, n_responses
+            )
 
         def along(tangent: nnx.State) -> Array:
             return jax.jvp(logp, (params,), (tangent,))[1]
@@ -154,11 +156,15 @@ def weights(scores: np.ndarray, *, normalisation: str, clamp: bool = True) -> np
     sum_to_one   s / sum(s), as the paper has it (the conflict : KL ratio falls by a factor n)
     """
     if normalisation not in ("mean_one", "sum_to_one"):
-        raise InputError(f"impact.normalisation={normalisation!r} is unknown; use 'mean_one' or 'sum_to_one'")
+        raise InputError(
+            f"impact.normalisation={normalisation!r} is unknown; use 'mean_one' or 'sum_to_one'"
+        )
     clamped = np.maximum(scores, 0.0) if clamp else scores
     total = np.abs(clamped).sum()
     if not np.isfinite(total):
-        raise InputError("impact scores are not finite; look for broken weights or records, or score in float32")
+        raise InputError(
+            "impact scores are not finite; look for broken weights or records, or score in float32"
+        )
     if total <= 0:
         raise InputError(
             f"all {len(scores)} impact scores are negative, so every weight would be 0; use --config.impact.weights=uniform, "
@@ -179,18 +185,24 @@ def draw_gold(
     by_action = {a: [t for t in triaged if t.action == a] for a in ("RETAIN", "INVERT", "PUNISH")}
     third = size // 3
     wanted = {"RETAIN": third, "INVERT": third, "PUNISH": size - 2 * third}
-    compliant = [t.record.chosen for t in by_action["RETAIN"]] + [t.record.rejected for t in by_action["INVERT"]]
+    compliant = [t.record.chosen for t in by_action["RETAIN"]] + [
+        t.record.rejected for t in by_action["INVERT"]
+    ]
     pairs, warnings = [], []
     for action, items in by_action.items():
         n = min(wanted[action], len(items) // 2)
         if n < wanted[action]:
-            warnings.append(f"gold batch: {wanted[action]} {action} records wanted, {n} taken of {len(items)}")
+            warnings.append(
+                f"gold batch: {wanted[action]} {action} records wanted, {n} taken of {len(items)}"
+            )
         for i in sorted(rng.permutation(len(items))[:n]):
             better, worse = _gold_pair(items[i], corrections, compliant, rng)
             record = items[i].record
             pairs.append(methods.Example(record.id, action, record.prompt, better, worse, pref=1.0))
     if not pairs:
-        raise InputError("no gold pairs: triage left too few records; add records or use impact.weights=uniform")
+        raise InputError(
+            "no gold pairs: triage left too few records; add records or use impact.weights=uniform"
+        )
     order = rng.permutation(len(pairs))
     return [pairs[i] for i in order], warnings
 
@@ -204,5 +216,7 @@ def _gold_pair(item, corrections: dict, compliant: list, rng: np.random.Generato
     if record.id in corrections:
         return corrections[record.id], record.chosen
     if not compliant:
-        raise InputError("no compliant response in the data to stand against PUNISH records; make corrections first")
+        raise InputError(
+            "no compliant response in the data to stand against PUNISH records; make corrections first"
+        )
     return compliant[int(rng.integers(len(compliant)))], record.chosen

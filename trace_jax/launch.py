@@ -17,13 +17,20 @@ from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
 _FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, see configs/.", flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.", flag_values=_FLAGS)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, see configs/.", flag_values=_FLAGS
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default runs/<name of the config>.", flag_values=_FLAGS
+)
 _STAGES = flags.DEFINE_string(
     "stages", None, f"Only these, joined by commas: {', '.join(stages.NAMES)}.", flag_values=_FLAGS
 )
 _REDO = flags.DEFINE_bool(
-    "redo", False, "Do stages again whose inputs changed, and what depends on them.", flag_values=_FLAGS
+    "redo",
+    False,
+    "Do stages again whose inputs changed, and what depends on them.",
+    flag_values=_FLAGS,
 )
 flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", flag_values=_FLAGS)
 
@@ -45,7 +52,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def realign(config, directory: Path, *, only: str | None = None, redo: bool = False) -> context.Context:
+def realign(
+    config, directory: Path, *, only: str | None = None, redo: bool = False
+) -> context.Context:
     """Validates, then runs the stages in `directory`; importable from a notebook."""
     config_lib.validate(config)
     selected = stages.chosen(only)
@@ -72,8 +81,12 @@ def _parse(argv: list[str]) -> None:
 
 def _one_line(error: Exception) -> str:
     text = str(error.args[0]) if error.args else str(error)
-    if isinstance(error, AttributeError | KeyError):  # what ml_collections says of a key that is not there
-        return f"unknown config key: {' '.join(text.split())} (see trace_jax/config.py for every key)"
+    if isinstance(
+        error, AttributeError | KeyError
+    ):  # what ml_collections says of a key that is not there
+        return (
+            f"unknown config key: {' '.join(text.split())} (see trace_jax/config.py for every key)"
+        )
     return " ".join(text.split())
 
 
@@ -91,12 +104,23 @@ def _describe(run: context.Context) -> None:
         records.write_json(path / "versions.json", versions())
         (path / "policy.yaml").write_text(run.new_policy.source)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another --workdir") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another --workdir"
+        ) from error
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    names = ("trace_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+    names = (
+        "trace_jax",
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "transformers",
+        "numpy",
+    )
     found = {"python": sys.version.split()[0]}
     for name in names:
         try:
@@ -108,7 +132,9 @@ def versions() -> dict[str, str]:
 
 def _compilation_cache() -> None:
     """Compiled programs outlive the process, so that a rerun starts at once; JAX's own variable wins."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "trace_jax" / "xla"))
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "trace_jax" / "xla")
+    )
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 

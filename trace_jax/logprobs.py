@@ -27,7 +27,9 @@ def sum_by_response(values_RL: Array, responses_RL: Array, n_responses: int) -> 
     """Sums values over the positions of each response, [R, n_responses]; positions of no response are left out."""
 
     def row(values_L: Array, responses_L: Array) -> Array:
-        return jax.ops.segment_sum(values_L, responses_L, num_segments=n_responses + 1)[:n_responses]
+        return jax.ops.segment_sum(values_L, responses_L, num_segments=n_responses + 1)[
+            :n_responses
+        ]
 
     return jax.vmap(row)(values_RL, responses_RL)
 

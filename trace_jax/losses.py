@@ -83,7 +83,9 @@ def _over_chunks(
     """Maps `chunk` over token chunks of arrays [B, L, ...]; a chunk's logits are recomputed in the backward pass."""
     B, L = arrays[0].shape[:2]
     hidden = next(a for a in arrays if a.ndim == 3)
-    V = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)).shape[-1]
+    V = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)).shape[
+        -1
+    ]
     size = max(128, _CHUNK_BYTES // (4 * V))
     flat = jax.tree.map(lambda a: a.reshape(B * L, *a.shape[2:]), arrays)
     if size >= B * L:

@@ -91,7 +91,9 @@ def _of_record(
     return [] if method == "trace_no_kl" else [example(y_w, kl=alpha_kl)]
 
 
-def _compliant_text(item: records.TriagedRecord, corrections: Mapping[str, records.Text], example) -> list:
+def _compliant_text(
+    item: records.TriagedRecord, corrections: Mapping[str, records.Text], example
+) -> list:
     """sft: NLL on every response of the record that is known to comply, and on its correction."""
     found = []
     if item.chosen_verdict.compliant:

@@ -1,51 +1,63 @@
-"""Policies: clauses in words, each with a deterministic predicate for the `rules` judge, read from YAML.
+"""Policies: clauses in words, each with a predicate that the `rules` judge can decide, in YAML.
 
     name: stories_new
-    description: what it is for
+    description: what the policy is for
     clauses:
       - id: no_fear
-        tier: high                     # critical | high | standard | reduced
+        tier: high                     # critical | high | standard (the default) | reduced
         requirement: The story must not frighten.
+        when: ...                      # optional predicate: the clause is about these cases only
         rules: {not: {words: {in: response, any_of: [scared, afraid, fright*]}}}
 
-A predicate is a mapping with one key; `docs` of each are in `_PREDICATES`. `python -m trace_jax.policy diff OLD NEW` prints
-what changed. Standard library and PyYAML only.
+A clause without `rules` is for judges that read. The predicates are listed in `predicates.py`.
+`python -m trace_jax.policy diff OLD NEW` prints what changed. Standard library and PyYAML only.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
+import importlib.resources.abc
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trace_jax import predicates
 from trace_jax.errors import InputError
 
-Predicate = Callable[[str, str], bool]  # (prompt, response) -> does it hold?
 TIERS = ("critical", "high", "standard", "reduced")
-REGIONS = ("response", "prompt", "ending")
-ENDING_WORDS = 20  # `ending` is the last so many words of the response
 
 
 @dataclasses.dataclass(frozen=True)
 class Clause:
-    """One requirement. `rules` is its predicate as written, None where no rule can decide it."""
+    """One requirement.
+
+    Attributes:
+      rules: its predicate as written, None where no rule decides it.
+      when: a predicate as written; where it does not hold, the clause asks for nothing.
+      predicate: `rules` where `when` holds, compiled; None without rules.
+    """
 
     id: str
     tier: str
     requirement: str
     rules: Mapping[str, Any] | None
-    predicate: Predicate | None = dataclasses.field(compare=False, repr=False)
+    when: Mapping[str, Any] | None = None
+    predicate: predicates.Predicate | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """Over everything that can change a verdict on this clause."""
-        return _digest([self.id, self.tier, self.requirement, self.rules])
+        parts = [predicates.LANGUAGE, self.id, self.tier, self.requirement, self.rules, self.when]
+        return _digest(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +67,11 @@ class Policy:
     name: str
     description: str
     clauses: tuple[Clause, ...]
-    source: str = dataclasses.field(compare=False, repr=False)
+    source: str = dataclasses.field(default="", compare=False, repr=False)
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
-        """Over all clauses."""
+        """Over everything that can change a verdict: all clauses in order, not name and prose."""
         return _digest([clause.hash for clause in self.clauses])
 
 
@@ -73,204 +85,133 @@ class Diff:
     unchanged: tuple[str, ...]
 
 
-def load(name_or_path: str) -> Policy:
-    """A policy by shipped name or file; anything wrong with it is one InputError line with file and line number."""
-    return parse(*_read(name_or_path))
+def load(name_or_path: str | os.PathLike[str]) -> Policy:
+    """Loads a policy by shipped name or from a file.
+
+    Raises:
+      InputError: anything wrong with it, with file and line.
+    """
+    name = os.fspath(name_or_path)
+    if not re.fullmatch(r"\w+", name):
+        try:
+            return parse(Path(name).read_text(encoding="utf-8"), name)
+        except OSError as error:
+            raise InputError(
+                f"{name}: cannot be read ({error.strerror}); check the path"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: not UTF-8 ({error.reason}); re-encode the file") from error
+    if name not in shipped():
+        raise InputError(
+            f"no policy {name!r} comes with the package; use one of {', '.join(shipped())} or the "
+            "path of a .yaml file"
+        )
+    return parse((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml")
 
 
 def shipped() -> tuple[str, ...]:
     """Names of the policies that come with the package."""
-    folder = importlib.resources.files("trace_jax") / "policies"
-    return tuple(sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml")))
+    return tuple(sorted(Path(f.name).stem for f in _folder().iterdir() if f.name.endswith(".yaml")))
 
 
-def _read(name_or_path: str) -> tuple[str, str]:
-    if re.fullmatch(r"\w+", name_or_path):
-        if name_or_path not in shipped():
-            raise InputError(f"no policy named {name_or_path!r} is shipped ({', '.join(shipped())}); give a .yaml file")
-        file = importlib.resources.files("trace_jax") / "policies" / f"{name_or_path}.yaml"
-        return file.read_text(encoding="utf-8"), file.name
-    try:
-        return Path(name_or_path).read_text(encoding="utf-8"), name_or_path
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"policy file {name_or_path} cannot be read: {error}") from error
+def _folder() -> importlib.resources.abc.Traversable:
+    return importlib.resources.files("trace_jax") / "policies"
 
 
 def parse(text: str, where: str = "policy") -> Policy:
-    """A policy from YAML text; `where` names it in errors."""
+    """Reads a policy from YAML text; `where` names it in errors."""
+    data, lines = _parse_yaml(text, where)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: a policy is a mapping with name, description and clauses")
-    _keys(data, {"name", "clauses"}, {"description"}, where)
-    if not isinstance(data["clauses"], list) or not data["clauses"]:
-        raise InputError(f"{where}: the policy has no clauses; write at least one")
-    lines = _clause_lines(root)
-    clauses = tuple(_clause(c, f"{where}:{line}") for c, line in zip(data["clauses"], lines, strict=True))
-    seen: set[str] = set()
-    for clause, line in zip(clauses, lines, strict=True):
+        return _policy(data, lines, where, text)
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply; does an anchor contain itself?") from error
+
+
+def _policy(data: Any, lines: Sequence[int], where: str, text: str) -> Policy:
+    predicates.check_mapping(data, where, required=("name", "clauses"), optional=("description",))
+    clauses = data["clauses"]
+    if not isinstance(clauses, list) or not clauses:
+        raise InputError(f"{where}: clauses must be a list of at least one clause")
+    seen: dict[str, Clause] = {}
+    for line, clause_data in zip(lines, clauses, strict=True):
+        clause = _clause(clause_data, f"{where}:{line}")
         if clause.id in seen:
             raise InputError(f"{where}:{line}: two clauses have the id {clause.id!r}; rename one")
-        seen.add(clause.id)
-    return Policy(str(data["name"]), str(data.get("description", "")), clauses, text)
+        seen[clause.id] = clause
+    name = predicates.string(data["name"], f"{where}: name")
+    description = predicates.string(data.get("description", ""), f"{where}: description")
+    return Policy(name, description, tuple(seen.values()), text)
 
 
-def _clause_lines(root: yaml.Node) -> list[int]:
-    for key, value in root.value:
-        if key.value == "clauses":
-            return [node.start_mark.line + 1 for node in value.value]
-    return []
+def _parse_yaml(text: str, where: str) -> tuple[Any, list[int]]:
+    """The document, and the line of each of its clauses."""
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        _check_keys_differ(root, where)
+        return loader.construct_document(root) if root else None, _clause_lines(root)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{where}:{mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        raise InputError(f"{at}: not valid YAML ({problem})") from error
+    except (ValueError, RecursionError) as error:  # a date like 2024-99-99; 10,000 brackets
+        raise InputError(f"{where}: not valid YAML ({error})") from error
+
+
+def _check_keys_differ(root: yaml.Node | None, where: str) -> None:
+    """YAML's loader would let the last of two equal keys win."""
+    remaining, seen = [root], set()
+    while remaining:
+        node = remaining.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            remaining += node.value
+            continue
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            line = node.start_mark.line + 1
+            raise InputError(f"{where}:{line}: key {twice!r} is given twice; keep one")
+        remaining += [value for _, value in node.value]
+
+
+def _clause_lines(root: yaml.Node | None) -> list[int]:
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    lists = [v for k, v in pairs if k.value == "clauses" and isinstance(v, yaml.SequenceNode)]
+    return [node.start_mark.line + 1 for found in lists for node in found.value]
 
 
 def _clause(data: Any, where: str) -> Clause:
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: a clause is a mapping with id and requirement")
-    _keys(data, {"id", "requirement"}, {"tier", "rules"}, where)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(data["id"])):
-        raise InputError(f"{where}: clause id {data['id']!r} may hold letters, digits, '_', '.' and '-' only")
-    tier = data.get("tier", "standard")
+    predicates.check_mapping(data, where, ("id", "requirement"), ("tier", "rules", "when"))
+    name = predicates.string(data["id"], f"{where}: id")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise InputError(f"{where}: id {name!r} may hold letters, digits, '_', '.' and '-' only")
+    where = f"{where}: clause {name}"
+    requirement = predicates.string(data["requirement"], f"{where}: requirement").strip()
+    if not requirement:
+        raise InputError(f"{where}: requirement is empty; say in words what is asked")
+    tier, rules, when = data.get("tier", "standard"), data.get("rules"), data.get("when")
     if tier not in TIERS:
         raise InputError(f"{where}: tier {tier!r} is unknown; use one of {', '.join(TIERS)}")
-    rules = data.get("rules")
-    predicate = None if rules is None else _compile(rules, f"{where}: clause {data['id']}")
-    return Clause(str(data["id"]), tier, str(data["requirement"]).strip(), rules, predicate)
+    predicate = None if rules is None else predicates.compile_rules(rules, where)
+    if when is not None:
+        applies = predicates.compile_rules(when, f"{where}: when")
+        predicate = predicate and predicates.implies(applies, predicate)
+    return Clause(name, tier, requirement, rules, when, predicate)
 
 
-def _keys(data: Mapping, required: set[str], optional: set[str], where: str) -> None:
-    missing, unknown = required - data.keys(), data.keys() - required - optional
-    if missing:
-        raise InputError(f"{where}: {', '.join(sorted(missing))} missing")
-    if unknown:
-        known = ", ".join(sorted(required | optional))
-        raise InputError(f"{where}: unknown key {', '.join(sorted(map(str, unknown)))}; known: {known}")
-
-
-def _compile(rules: Any, where: str) -> Predicate:
-    if not isinstance(rules, dict) or len(rules) != 1:
-        raise InputError(f"{where}: a predicate is a mapping with one key, one of {', '.join(_PREDICATES)}")
-    (name, body), *_ = rules.items()
-    if name not in _PREDICATES:
-        raise InputError(f"{where}: unknown predicate {name!r}; known: {', '.join(_PREDICATES)}")
-    return _PREDICATES[name](body, f"{where}: {name}")
-
-
-def _all(body: Any, where: str) -> Predicate:
-    """all: [predicates], every one holds."""
-    parts = _list_of(body, where)
-    return lambda prompt, response: all(p(prompt, response) for p in parts)
-
-
-def _any(body: Any, where: str) -> Predicate:
-    """any: [predicates], at least one holds."""
-    parts = _list_of(body, where)
-    return lambda prompt, response: any(p(prompt, response) for p in parts)
-
-
-def _not(body: Any, where: str) -> Predicate:
-    """not: predicate."""
-    part = _compile(body, where)
-    return lambda prompt, response: not part(prompt, response)
-
-
-def _if(body: Any, where: str) -> Predicate:
-    """if: {when: predicate, then: predicate}, holds where `when` does not."""
-    _mapping(body, {"when", "then"}, set(), where)
-    when, then = _compile(body["when"], where), _compile(body["then"], where)
-    return lambda prompt, response: not when(prompt, response) or then(prompt, response)
-
-
-def _words(body: Any, where: str) -> Predicate:
-    """words: {in: region, any_of: [words or phrases, "fright*" for a beginning], at_least: 1}, whole words, any case."""
-    _mapping(body, {"in", "any_of"}, {"at_least"}, where)
-    entries = body["any_of"]
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e.strip("* ") for e in entries):
-        raise InputError(f"{where}: any_of must be a list of words")
-    pattern = re.compile("|".join(_word_pattern(e) for e in entries), re.IGNORECASE)
-    region, least = _region(body["in"], where), _count(body.get("at_least", 1), where)
-    if least == 1:
-        return lambda prompt, response: pattern.search(region(prompt, response)) is not None
-    return lambda prompt, response: len(pattern.findall(region(prompt, response))) >= least
-
-
-def _word_pattern(entry: str) -> str:
-    body = r"\s+".join(re.escape(w) for w in entry.rstrip("*").split())
-    return rf"(?<!\w){body}" + (r"\w*" if entry.endswith("*") else r"(?!\w)")
-
-
-def _regex(body: Any, where: str) -> Predicate:
-    """regex: {in: region, pattern: Python regular expression}, found anywhere."""
-    _mapping(body, {"in", "pattern"}, set(), where)
-    region = _region(body["in"], where)
-    try:
-        pattern = re.compile(body["pattern"])
-    except (re.error, TypeError) as error:
-        raise InputError(f"{where}: pattern {body['pattern']!r} is not a regular expression ({error})") from error
-    return lambda prompt, response: pattern.search(region(prompt, response)) is not None
-
-
-def _length(body: Any, where: str) -> Predicate:
-    """length: {in: region, unit: words | characters, min: n, max: n}, both ends included."""
-    _mapping(body, {"in", "unit"}, {"min", "max"}, where)
-    if body["unit"] not in ("words", "characters"):
-        raise InputError(f"{where}: unit {body['unit']!r} is unknown; use words or characters")
-    region = _region(body["in"], where)
-    low, high = _count(body.get("min", 0), where), body.get("max")
-    high = None if high is None else _count(high, where)
-
-    def holds(prompt: str, response: str) -> bool:
-        text = region(prompt, response)
-        n = len(text.split()) if body["unit"] == "words" else len(text)
-        return low <= n and (high is None or n <= high)
-
-    return holds
-
-
-_PREDICATES: dict[str, Callable[[Any, str], Predicate]] = {
-    "words": _words,
-    "regex": _regex,
-    "length": _length,
-    "not": _not,
-    "all": _all,
-    "any": _any,
-    "if": _if,
-}
-
-
-def _list_of(body: Any, where: str) -> list[Predicate]:
-    if not isinstance(body, list) or not body:
-        raise InputError(f"{where}: needs a list of predicates")
-    return [_compile(part, where) for part in body]
-
-
-def _mapping(body: Any, required: set[str], optional: set[str], where: str) -> None:
-    if not isinstance(body, dict):
-        raise InputError(f"{where}: needs {', '.join(sorted(required))}")
-    _keys(body, required, optional, where)
-
-
-def _count(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{where}: {value!r} must be a whole number, 0 or more")
-    return value
-
-
-def _region(name: Any, where: str) -> Callable[[str, str], str]:
-    if name not in REGIONS:
-        raise InputError(f"{where}: in: {name!r} is unknown; use one of {', '.join(REGIONS)}")
-    if name == "ending":
-        return lambda prompt, response: " ".join(response.split()[-ENDING_WORDS:])
-    return (lambda prompt, response: response) if name == "response" else (lambda prompt, response: prompt)
+def _digest(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def diff(old: Policy, new: Policy) -> Diff:
-    """What changed from old to new, by clause id; a clause that reads otherwise is changed."""
-    before = {c.id: c.hash for c in old.clauses}
-    after = {c.id: c.hash for c in new.clauses}
+    """What changed from old to new, by clause id; a clause with another hash is changed."""
+    before = {clause.id: clause.hash for clause in old.clauses}
+    after = {clause.id: clause.hash for clause in new.clauses}
     return Diff(
         added=tuple(i for i in after if i not in before),
         removed=tuple(i for i in before if i not in after),
@@ -279,26 +220,31 @@ def diff(old: Policy, new: Policy) -> Diff:
     )
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+def _diff_lines(old: Policy, new: Policy) -> Iterator[str]:
+    before = {clause.id: " ".join(clause.requirement.split()) for clause in old.clauses}
+    after = {clause.id: " ".join(clause.requirement.split()) for clause in new.clauses}
+    for kind, ids in dataclasses.asdict(diff(old, new)).items():
+        for i in ids:
+            yield f"{kind:9}  {i}: {before.get(i, after.get(i))}"
+            if kind == "changed" and before[i] == after[i]:
+                yield f"{'':9}  in tier, rules or when only"
+            elif kind == "changed":
+                yield f"{'':9}  now: {after[i]}"
 
 
-def main(argv: list[str]) -> int:
-    """`python -m trace_jax.policy diff OLD NEW`."""
-    if len(argv) != 4 or argv[1] != "diff":
-        print("usage: python -m trace_jax.policy diff OLD NEW (shipped names or files)", file=sys.stderr)
+def main(argv: Sequence[str]) -> int:
+    """Runs `python -m trace_jax.policy diff OLD NEW`."""
+    if len(argv) != 3 or argv[0] != "diff":
+        usage = "usage: python -m trace_jax.policy diff OLD NEW (shipped names or files)"
+        print(usage, file=sys.stderr)
         return 2
     try:
-        old, new = load(argv[2]), load(argv[3])
+        print("\n".join(_diff_lines(load(argv[1]), load(argv[2]))))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found, requirement = diff(old, new), {c.id: c.requirement for c in old.clauses + new.clauses}
-    for kind, ids in dataclasses.asdict(found).items():
-        for clause_id in ids:
-            print(f"{kind:9}  {clause_id}: {requirement[clause_id]}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv[1:]))

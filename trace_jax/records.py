@@ -1,4 +1,4 @@
-"""Records, verdicts, triaged records; and JSONL files that survive a kill. Standard library only."""
+"""Records, verdicts, triaged records; JSONL files that survive a kill. Standard library only."""
 
 import contextlib
 import dataclasses
@@ -141,13 +141,8 @@ def read_jsonl(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
-        if b"\\u" in line:  # "\ud83d" alone is JSON, but no text that could be written again
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeError as error:
-        raise InputError(
-            f"{where}: not valid Unicode ({error.reason}): write the file as UTF-8, or fix or "
-            "delete the line"
-        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error.reason}): re-encode the file") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}): fix or delete the line") from error
     if not isinstance(row, dict):

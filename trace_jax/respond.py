@@ -67,7 +67,9 @@ def mean_logprobs(
         return out
     encoded = [encoder.encode(pairs[i][0], [pairs[i][1]]) for i in filled]
     row_length = max(row_length, batches.round_up(max(e.row_length for e in encoded), 64))
-    logp = logprobs.of_texts(module, encoded, row_length=row_length, micro_rows=micro_rows, progress=progress)
+    logp = logprobs.of_texts(
+        module, encoded, row_length=row_length, micro_rows=micro_rows, progress=progress
+    )
     n_tokens = np.array([len(e.branches[0]) - e.skip[0] for e in encoded])
     out[filled] = logp[:, 0] / n_tokens
     return out

@@ -56,6 +56,7 @@ def generate(
 ) -> list[list[Sample]]:
     """`samples` continuations of every prompt (token ids), in the order of the prompts.
 
+    They are number `first_sample` and on, so that more can be added to those made before.
     Temperature 0 is greedy. Randomness depends on (seed, id, sample, position) alone, so a sample
     is the same whatever else is in its batch, up to the rounding of the logits. A prompt longer
     than the context less max_new_tokens loses its left end, which `prompt_tokens_cut` says.

@@ -48,12 +48,12 @@ def openings(
                 f"only {len(found)} of {n} different openings after 20 rounds; lower data.openings or raise "
                 "data.opening_tokens"
             )
-    return [
-        respond.Prompt(records.content_id(text), text) for text in itertools.islice(found, n)
-    ]
+    return [respond.Prompt(records.content_id(text), text) for text in itertools.islice(found, n)]
 
 
-def _cut_at_word(encoder: batches.Encoder, start: Sequence[int], tokens: Sequence[int], cut: int) -> str:
+def _cut_at_word(
+    encoder: batches.Encoder, start: Sequence[int], tokens: Sequence[int], cut: int
+) -> str:
     """The longest whole-word text within the first `cut` tokens; empty if the sample ended before."""
     if len(tokens) <= cut:
         return ""
@@ -73,7 +73,9 @@ def pairs(
     seed: int,
 ) -> list[records.PreferenceRecord]:
     """Pairs of a prompt's responses that `judge` orders (see `order`), at most `limit`, spread evenly over prompts."""
-    items = [(p.prompt, r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt]
+    items = [
+        (p.prompt, r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt
+    ]
     verdicts = iter(judge.judge(items))
     rng = np.random.default_rng([seed, 0x9A125])
     by_prompt: list[list[records.PreferenceRecord]] = []

@@ -7,6 +7,7 @@ counted.
 
 import collections
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ def read_records(path: records.AnyPath) -> tuple[list[records.PreferenceRecord],
     found: dict[str, records.PreferenceRecord] = {}  # content -> record
     for number, row in records.read_jsonl(path):
         where = f"{path}:{number}"
+        _check_unicode(row, where)
         prompt, chosen, rejected = (_text(row, k, where) for k in ("prompt", "chosen", "rejected"))
         if chosen == rejected:
             raise InputError(f"{where}: chosen and rejected are the same; fix or delete the line")
@@ -61,9 +63,7 @@ def read_records(path: records.AnyPath) -> tuple[list[records.PreferenceRecord],
             n_duplicates += 1
             continue
         name = _claim_id(row, content, lines, path, number)
-        found[content] = records.PreferenceRecord(
-            name, prompt, chosen, rejected, row.get("labels")
-        )
+        found[content] = records.PreferenceRecord(name, prompt, chosen, rejected, row.get("labels"))
     if not found:
         raise InputError(f"{path}: no records; a line needs prompt, chosen and rejected")
     return list(found.values()), Counts(len(found), n_duplicates, dict(ignored))
@@ -78,6 +78,7 @@ def read_prompts(path: records.AnyPath) -> list[HeldOutPrompt]:
     lines: dict[str, int] = {}
     found: dict[str, HeldOutPrompt] = {}
     for number, row in records.read_jsonl(path):
+        _check_unicode(row, f"{path}:{number}")
         prompt = _text(row, "prompt", f"{path}:{number}")
         content = records.content_id(prompt)
         if content not in found:
@@ -85,6 +86,17 @@ def read_prompts(path: records.AnyPath) -> list[HeldOutPrompt]:
     if not found:
         raise InputError(f"{path}: no prompts; a line needs prompt")
     return list(found.values())
+
+
+def _check_unicode(row: Mapping[str, Any], where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError(
+            f"{where}: holds {half}, half a character, which no file can keep; fix or delete the "
+            "line"
+        ) from error
 
 
 def _claim_id(

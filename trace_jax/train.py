@@ -125,7 +125,9 @@ def _weighted(coefficient_RS: Array, loss_RS: Array) -> Array:
     return jnp.where(used, coefficient_RS * jnp.where(used, loss_RS, 0.0), 0.0)
 
 
-def conflict_loss(module, batch: batches.Batch, hyper: Hyper, options: Options) -> tuple[Array, dict[str, Array]]:
+def conflict_loss(
+    module, batch: batches.Batch, hyper: Hyper, options: Options
+) -> tuple[Array, dict[str, Array]]:
     """Sum of the losses of one micro-batch over n_conflict, and its parts summed likewise (diagnostics unscaled)."""
     n = batch.ref_logp.shape[-1]
     logp = logprobs.response_logprobs(module, batch.rows, n)
@@ -134,12 +136,17 @@ def conflict_loss(module, batch: batches.Batch, hyper: Hyper, options: Options) 
     return jnp.sum(loss_RS) / options.n_conflict, {k: jnp.sum(v) for k, v in parts.items()}
 
 
-def retain_loss(module, ref_module, batch: batches.Batch, options: Options) -> tuple[Array, dict[str, Array]]:
+def retain_loss(
+    module, ref_module, batch: batches.Batch, options: Options
+) -> tuple[Array, dict[str, Array]]:
     """Sum of kl * mean-over-tokens KL(ref || theta) of one micro-batch over n_retain."""
     rows, n = batch.rows, batch.ref_logp.shape[-1]
     where = (rows.tokens, rows.positions, rows.segments, rows.branches)
     kl_RL = losses.token_kl(
-        ref_module.logits, jax.lax.stop_gradient(ref_module.hidden(*where)), module.logits, module.hidden(*where)
+        ref_module.logits,
+        jax.lax.stop_gradient(ref_module.hidden(*where)),
+        module.logits,
+        module.hidden(*where),
     )
     lengths = jnp.maximum(logprobs.response_lengths(rows, n), 1.0)
     kl_RS = (logprobs.sum_by_response(kl_RL, rows.responses, n) / lengths)[:, ::2]
@@ -147,7 +154,9 @@ def retain_loss(module, ref_module, batch: batches.Batch, options: Options) -> t
     return loss, {"kl": jnp.sum(jnp.where(batch.coefficients["kl"] != 0, kl_RS, 0.0))}
 
 
-def _accumulate(loss_fn: Callable, params: nnx.State, batch: batches.Batch) -> tuple[nnx.State, Array, dict]:
+def _accumulate(
+    loss_fn: Callable, params: nnx.State, batch: batches.Batch
+) -> tuple[nnx.State, Array, dict]:
     """Gradient, loss and parts summed over the micro-batches of `batch` by a scan."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -216,7 +225,9 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
     )
     metrics |= {
         "train/grad_norm": norm,

@@ -25,7 +25,11 @@ class Workdir:
 
     def of(self, stage: str) -> "Workdir":
         """The workdir that holds the artefacts of `stage`."""
-        return self.shared.of(stage) if self.shared is not None and stage in self.shared_stages else self
+        return (
+            self.shared.of(stage)
+            if self.shared is not None and stage in self.shared_stages
+            else self
+        )
 
     def file(self, stage: str, name: str) -> Path:
         """Path of an artefact of `stage`."""
@@ -42,12 +46,19 @@ class Workdir:
     def start(self, stage: str, inputs: Mapping[str, object]) -> None:
         """Marks a stage as begun."""
         self._mark(stage, "started.json").parent.mkdir(parents=True, exist_ok=True)
-        records.write_json(self._mark(stage, "started.json"), {"stage": stage, "inputs": dict(inputs)})
+        records.write_json(
+            self._mark(stage, "started.json"), {"stage": stage, "inputs": dict(inputs)}
+        )
 
-    def finish(self, stage: str, inputs: Mapping, outputs: Mapping, seconds: float, summary: Mapping) -> None:
+    def finish(
+        self, stage: str, inputs: Mapping, outputs: Mapping, seconds: float, summary: Mapping
+    ) -> None:
         """Marks a stage as done, with hashes of what it wrote."""
         mark = {"stage": stage, "seconds": round(seconds, 3), "inputs": dict(inputs)}
-        mark |= {"outputs": {name: hash_path(self.path / name) for name in outputs}, "summary": dict(summary)}
+        mark |= {
+            "outputs": {name: hash_path(self.path / name) for name in outputs},
+            "summary": dict(summary),
+        }
         records.write_json(self._mark(stage, "json"), mark)
         self._mark(stage, "started.json").unlink(missing_ok=True)
 
@@ -69,7 +80,9 @@ def _read_mark(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path}: not readable ({error}); delete it and the stage is done again") from error
+        raise InputError(
+            f"{path}: not readable ({error}); delete it and the stage is done again"
+        ) from error
 
 
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""The `rules` judge: the policy's own lexical predicates. Deterministic, free, blind to the rest."""
+"""The `rules` judge: the policy's own predicates. Deterministic, free, blind to all else."""
 
 from collections.abc import Sequence
 

@@ -131,16 +131,16 @@ class Layer(nnx.Module):
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
 
-        def linear(rows: int, columns: int, std: float = 0.02) -> Linear:
-            return Linear(jnp.asarray(draw(std, (N, rows, columns)), dtype))
+        def linear(rows: int, columns: int, gain: float = 1.0) -> Linear:
+            return Linear(jnp.asarray(draw(gain * rows**-0.5, (N, rows, columns)), dtype))
 
-        out_std = 0.02 / math.sqrt(2 * N)
+        out_gain = 1.0 / math.sqrt(2 * N)
         self.attention_norm = Norm(jnp.ones((N, D), dtype), config.rms_norm_eps)
         self.q, self.k, self.v = linear(D, q), linear(D, kv), linear(D, kv)
-        self.o = linear(q, D, out_std)
+        self.o = linear(q, D, out_gain)
         self.mlp_norm = Norm(jnp.ones((N, D), dtype), config.rms_norm_eps)
         self.gate, self.up = linear(D, F), linear(D, F)
-        self.down = linear(F, D, out_std)
+        self.down = linear(F, D, out_gain)
         self.head_dim = config.head_dim
 
     def qkv(self, x_BLD: jax.Array, angles: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -184,7 +184,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = True
-        self.embed = nnx.Param(jnp.asarray(draw(0.02, (V, D)), dtype))
+        self.embed = nnx.Param(jnp.asarray(draw(2 * D**-0.5, (V, D)), dtype))
         self.layers = Layer(config, draw, dtype)
         self.norm = Norm(jnp.ones((D,), dtype), config.rms_norm_eps)
         self.head = nnx.data(None)
@@ -306,6 +306,6 @@ def visible(
 
 
 def init(config: model_config.ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Decoder:
-    """Random weights: normal, std 0.02, over sqrt(2 N) where they write to the residual."""
+    """Random weights: normal with std 1 / sqrt(inputs), over sqrt(2 N) where they write to the residual; embeddings 2 / sqrt(D)."""
     rng = np.random.default_rng(seed)  # nothing to compile, and the same on every backend
     return Decoder(config, lambda std, shape: std * rng.standard_normal(shape, np.float32), dtype)

@@ -77,7 +77,9 @@ def inputs(stage: Stage, run: context.Context) -> dict[str, object]:
     for name in stage.upstream:
         mark = run.workdir.finished(name)
         if mark is None:
-            raise InputError(f"stage {stage.name} needs stage {name}, which has not finished; run it first (--stages={name})")
+            raise InputError(
+                f"stage {stage.name} needs stage {name}, which has not finished; run it first (--stages={name})"
+            )
         found |= {f"{name}/{output}": digest for output, digest in mark["outputs"].items()}
     return found
 

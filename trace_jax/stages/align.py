@@ -9,7 +9,9 @@ def run(run: context.Context) -> dict:
     target = run.workdir.path / "ref"
     if not run.config.align.enabled:
         target.mkdir(exist_ok=True)
-        (target / "README.md").write_text(f"M_ref is the model at {run.base_directory} (align.enabled=False).\n")
+        (target / "README.md").write_text(
+            f"M_ref is the model at {run.base_directory} (align.enabled=False).\n"
+        )
         return {"aligned": False}
     found = [
         records.PreferenceRecord.from_json(row)
@@ -31,4 +33,8 @@ def run(run: context.Context) -> dict:
         metrics.say(f"  {len(dropped)} records too long, dropped: {', '.join(dropped[:10])}")
     models.save(fitted.module, target)
     run.tokenizer.save_pretrained(target)
-    return {"aligned": True, "dropped": len(dropped), "real_token_share": round(fitted.real_token_share, 4)}
+    return {
+        "aligned": True,
+        "dropped": len(dropped),
+        "real_token_share": round(fitted.real_token_share, 4),
+    }

@@ -23,8 +23,12 @@ def run(run: context.Context) -> dict:
             perplexities[split]["ref"] = responses.perplexity(run, run.ref, text, "ref")
     records.write_json(run.workdir.path / "perplexity.json", perplexities)
     first = run.config.evaluate.splits[0]
-    thresholds = compliance.fit_guard([r for r in found if r["model"] == "base" and r["split"] == first])
+    thresholds = compliance.fit_guard(
+        [r for r in found if r["model"] == "base" and r["split"] == first]
+    )
     records.write_json(run.workdir.path / "guard.json", thresholds.to_json())
-    records.write_jsonl(run.workdir.path / "baseline.jsonl", compliance.with_guard(found, thresholds))
+    records.write_jsonl(
+        run.workdir.path / "baseline.jsonl", compliance.with_guard(found, thresholds)
+    )
     metrics.say(f"  guard: {thresholds.to_json()}")
     return {"rows": len(found)}

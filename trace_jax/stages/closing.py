@@ -12,7 +12,10 @@ def show(run: context.Context) -> None:
         metrics.table("Triage and weights", _actions(run))
     if run.workdir.finished("evaluate"):
         found = records.read_json(run.file("evaluate", "eval.json"))
-        metrics.table(f"Compliance with the new policy on held-out prompts ({found['split']}), 95 % intervals", figures(found))
+        metrics.table(
+            f"Compliance with the new policy on held-out prompts ({found['split']}), 95 % intervals",
+            figures(found),
+        )
     done = [(s.name, run.workdir.finished(s.name)) for s in stages.STAGES]
     metrics.table("Stages", [_stage(name, mark) for name, mark in done if mark])
     for stage, name, what in (("report", "report.html", "report"), ("export", "model", "model")):
@@ -65,4 +68,9 @@ def _number(value: float | None) -> str:
 
 def _stage(name: str, mark: dict) -> dict:
     what = ", ".join(f"{k}={v}" for k, v in mark["summary"].items() if not isinstance(v, dict))
-    return {"stage": name, "seconds": f"{mark['seconds']:.1f}", "what": what, "artefacts": ", ".join(mark["outputs"])}
+    return {
+        "stage": name,
+        "seconds": f"{mark['seconds']:.1f}",
+        "what": what,
+        "artefacts": ", ".join(mark["outputs"]),
+    }

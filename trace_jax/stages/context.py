@@ -67,7 +67,9 @@ class Context:
     @property
     def base_directory(self) -> Path:
         """Hugging Face directory of the deployed model."""
-        return Path(self.config.model.path) if self.config.model.path else self.file("prepare", "base")
+        return (
+            Path(self.config.model.path) if self.config.model.path else self.file("prepare", "base")
+        )
 
     @functools.cached_property
     def tokenizer(self):
@@ -75,10 +77,14 @@ class Context:
         import transformers
 
         try:
-            return transformers.AutoTokenizer.from_pretrained(self.base_directory, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(
+                self.base_directory, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
-            raise InputError(f"{self.base_directory}: no tokenizer could be loaded ({first})") from error
+            raise InputError(
+                f"{self.base_directory}: no tokenizer could be loaded ({first})"
+            ) from error
 
     @functools.cached_property
     def encoder(self):
@@ -121,7 +127,9 @@ class Context:
     @functools.cached_property
     def ref(self):
         """M_ref: aligned to the old policy."""
-        return self.load_model(self.file("align", "ref")) if self.config.align.enabled else self.base
+        return (
+            self.load_model(self.file("align", "ref")) if self.config.align.enabled else self.base
+        )
 
     @functools.cached_property
     def trained(self):

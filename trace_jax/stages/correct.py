@@ -23,11 +23,15 @@ def run(run: context.Context) -> dict:
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
     corrected = sum(row["response"] is not None for row in rows)
-    metrics.say(f"  corrections for {corrected} of {len(rows)} PUNISH records; dual NPO for the others")
+    metrics.say(
+        f"  corrections for {corrected} of {len(rows)} PUNISH records; dual NPO for the others"
+    )
     return {"corrected": corrected, "of": len(rows)}
 
 
-def _search(run: context.Context, prompts: list[respond.Prompt]) -> tuple[dict[str, str], dict[str, int]]:
+def _search(
+    run: context.Context, prompts: list[respond.Prompt]
+) -> tuple[dict[str, str], dict[str, int]]:
     config = run.config.correct
     writer = run.base if config.writer == "base" else run.ref
     found: dict[str, str] = {}
@@ -57,7 +61,11 @@ def _search(run: context.Context, prompts: list[respond.Prompt]) -> tuple[dict[s
 def _first_accepted(
     run: context.Context, prompts: list[respond.Prompt], samples: list[list[str]]
 ) -> dict[str, str]:
-    items = [(p.id, p.prompt, s) for p, of_prompt in zip(prompts, samples, strict=True) for s in of_prompt]
+    items = [
+        (p.id, p.prompt, s)
+        for p, of_prompt in zip(prompts, samples, strict=True)
+        for s in of_prompt
+    ]
     verdicts = run.judge.judge([(prompt, s) for _, prompt, s in items])
     compliant = [item for item, v in zip(items, verdicts, strict=True) if v.compliant]
     if run.config.correct.guard and compliant:
@@ -80,4 +88,6 @@ def _plausible(run: context.Context, items: list[tuple]) -> list[tuple]:
         micro_rows=config.evaluate.micro_rows,
         row_length=row_length,
     )
-    return [item for item, value in zip(items, logp, strict=True) if thresholds.passes(item[2], value)]
+    return [
+        item for item, value in zip(items, logp, strict=True) if thresholds.passes(item[2], value)
+    ]

@@ -14,17 +14,28 @@ def run(run: context.Context) -> dict:
     for split in run.config.evaluate.splits:
         of_split = [r for r in before if r["split"] == split]
         base_rows = [r for r in of_split if r["model"] == "base"]
-        trained = compliance.with_guard(responses.rows_of(run, run.trained, "trained", split), thresholds)
+        trained = compliance.with_guard(
+            responses.rows_of(run, run.trained, "trained", split), thresholds
+        )
         rows += trained
         actions = responses.actions(run, base_rows)
         figures = compliance.summary(trained, actions)
         figures["perplexity"] = responses.perplexity(run, run.trained, base_rows, "trained")
         for model in sorted({r["model"] for r in of_split}):
             of_model = [r for r in of_split if r["model"] == model]
-            figures[model] = compliance.summary(of_model, actions) | {"perplexity": perplexities[split][model]}
+            figures[model] = compliance.summary(of_model, actions) | {
+                "perplexity": perplexities[split][model]
+            }
         found[split] = figures
     first, *others = run.config.evaluate.splits
-    out = found[first] | {"split": first, "guard": thresholds.to_json(), "splits": {s: found[s] for s in others}}
+    out = found[first] | {
+        "split": first,
+        "guard": thresholds.to_json(),
+        "splits": {s: found[s] for s in others},
+    }
     records.write_jsonl(run.workdir.path / "samples.jsonl", rows)
     records.write_json(run.workdir.path / "eval.json", out)
-    return {k: round(out[k]["rate"], 4) for k in ("compliance_guarded", "compliance", "compliance_greedy")}
+    return {
+        k: round(out[k]["rate"], 4)
+        for k in ("compliance_guarded", "compliance", "compliance_greedy")
+    }

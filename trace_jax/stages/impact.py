@@ -40,15 +40,22 @@ def run(run: context.Context) -> dict:
 
 
 def _write_gold(run: context.Context, gold: Sequence[methods.Example]) -> None:
-    rows = [{"id": e.record_id, "action": e.action, "half": "AB"[i % 2]} for i, e in enumerate(gold)]
+    rows = [
+        {"id": e.record_id, "action": e.action, "half": "AB"[i % 2]} for i, e in enumerate(gold)
+    ]
     records.write_json(run.workdir.path / "gold.json", {"seed": run.config.seed, "pairs": rows})
 
 
 def _uniform(run: context.Context, examples: Sequence[methods.Example]) -> dict:
     """w = 1 for every conflict; nothing is scored."""
-    rows = [{"id": e.record_id, "action": e.action, "score": None, "weight": 1.0, "gold": False} for e in examples]
+    rows = [
+        {"id": e.record_id, "action": e.action, "score": None, "weight": 1.0, "gold": False}
+        for e in examples
+    ]
     records.write_json(run.workdir.path / "gold.json", {"seed": run.config.seed, "pairs": []})
-    records.write_json(run.workdir.path / "impact_summary.json", {"normalisation": "uniform", "n_scored": 0})
+    records.write_json(
+        run.workdir.path / "impact_summary.json", {"normalisation": "uniform", "n_scored": 0}
+    )
     records.write_jsonl(run.workdir.path / "impact.jsonl", rows)
     return {"scored": 0}
 
@@ -56,22 +63,29 @@ def _uniform(run: context.Context, examples: Sequence[methods.Example]) -> dict:
 def _scores(run: context.Context, examples, encoded, gold) -> np.ndarray:
     """Scores of `examples` along the gradients of both gold halves, [n, 2]."""
     settings = run.settings("train")
-    graphdef, params, frozen = nnx.split(fit.adapted(run.ref, settings), fit.trainable(settings), ...)
+    graphdef, params, frozen = nnx.split(
+        fit.adapted(run.ref, settings), fit.trainable(settings), ...
+    )
     row_length = run.config.data.row_length or fit.longest_row(encoded)
     halves = [gold[::2], gold[1::2]]
-    gradients = [_gold_gradient(run, half, graphdef, params, frozen, row_length) for half in halves if half]
+    gradients = [
+        _gold_gradient(run, half, graphdef, params, frozen, row_length) for half in halves if half
+    ]
     path = run.config.impact.path
     if path == "jvp":
         return _by_response(run, examples, gradients, graphdef, params, frozen)
     by_loss = impact.loss_derivatives if path == "jvp_losses" else impact.per_example_gradient_dots
     one_a_row = path == "vmap_grad"
     scores = [
-        _by_example(run, examples, encoded, g, graphdef, params, frozen, by_loss, one_a_row) for g in gradients
+        _by_example(run, examples, encoded, g, graphdef, params, frozen, by_loss, one_a_row)
+        for g in gradients
     ]
     return np.stack(scores, axis=-1)
 
 
-def _gold_gradient(run: context.Context, half, graphdef, params, frozen, row_length: int) -> nnx.State:
+def _gold_gradient(
+    run: context.Context, half, graphdef, params, frozen, row_length: int
+) -> nnx.State:
     config = run.config.impact
     encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in half]
     row_length = max(row_length, fit.longest_row(encoded))
@@ -87,13 +101,17 @@ def _gold_gradient(run: context.Context, half, graphdef, params, frozen, row_len
     step = batches.Step(conflict=batches.StepSource(plan, encoded, half, ref)[0], retain=None)
     options = _options(run, n_conflict=len(half))
     hyper = run.settings("train").hyper()._replace(beta=jnp.float32(config.gold_beta))
-    return impact.objective_gradient(params, frozen, step, hyper, graphdef=graphdef, options=options)
+    return impact.objective_gradient(
+        params, frozen, step, hyper, graphdef=graphdef, options=options
+    )
 
 
 def _options(run: context.Context, n_conflict: int) -> train.Options:
     import dataclasses
 
-    return dataclasses.replace(run.settings("train").options(), preference="logistic", n_conflict=n_conflict)
+    return dataclasses.replace(
+        run.settings("train").options(), preference="logistic", n_conflict=n_conflict
+    )
 
 
 def _by_response(run: context.Context, examples, gradients, graphdef, params, frozen) -> np.ndarray:
@@ -117,7 +135,9 @@ def _by_response(run: context.Context, examples, gradients, graphdef, params, fr
         )
     d = {key: d_n2G[i, b] for i, of_row in enumerate(keys) for b, key in enumerate(of_row)}
     n_tokens = {
-        key: len(encoded[i].branches[b]) - encoded[i].skip[b] for i, of_row in enumerate(keys) for b, key in enumerate(of_row)
+        key: len(encoded[i].branches[b]) - encoded[i].skip[b]
+        for i, of_row in enumerate(keys)
+        for b, key in enumerate(of_row)
     }
 
     def scored(e: methods.Example) -> np.ndarray:
@@ -136,7 +156,9 @@ def _by_response(run: context.Context, examples, gradients, graphdef, params, fr
     return np.stack([scored(e) for e in examples])
 
 
-def _unique_responses(run: context.Context, examples) -> tuple[list[list[str]], list[batches.Encoded]]:
+def _unique_responses(
+    run: context.Context, examples
+) -> tuple[list[list[str]], list[batches.Encoded]]:
     """Every (prompt, response) once, two of a prompt to a row: their keys and tokens."""
     by_prompt: dict[str, dict[str, tuple]] = {}
     for e in examples:
@@ -158,23 +180,35 @@ def _key(prompt: records.Text, response: records.Text) -> str:
     return records.content_id(prompt, response)
 
 
-def _by_example(run, examples, encoded, gradient, graphdef, params, frozen, by_loss, one_a_row: bool) -> np.ndarray:
+def _by_example(
+    run, examples, encoded, gradient, graphdef, params, frozen, by_loss, one_a_row: bool
+) -> np.ndarray:
     """Paths jvp_losses and vmap_grad: derivatives of the per-example losses themselves."""
     config, settings = run.config, run.settings("train")
     row_length = fit.longest_row(encoded)
-    ref = logprobs.of_texts(run.ref, encoded, row_length=row_length, micro_rows=config.impact.micro_rows)
+    ref = logprobs.of_texts(
+        run.ref, encoded, row_length=row_length, micro_rows=config.impact.micro_rows
+    )
     if one_a_row:
         rows = [[i] for i in range(len(encoded))]
         layout = batches.Layout(config.impact.micro_rows, row_length, 1, 1)
         groups = [rows[i : i + layout.n_rows] for i in range(0, len(rows), layout.n_rows)]
     else:
-        layout, groups = logprobs.packed_groups(encoded, row_length=row_length, micro_rows=config.impact.micro_rows)
+        layout, groups = logprobs.packed_groups(
+            encoded, row_length=row_length, micro_rows=config.impact.micro_rows
+        )
     out = np.zeros(len(encoded))
     with run.progress(len(encoded), "impact scores") as bar:
         for group in groups:
             batch = batches.make_batch(group, layout, encoded, examples, ref)
             values = by_loss(
-                params, frozen, gradient, batch, settings.hyper(), graphdef=graphdef, options=settings.options()
+                params,
+                frozen,
+                gradient,
+                batch,
+                settings.hyper(),
+                graphdef=graphdef,
+                options=settings.options(),
             )
             flat = np.asarray(values).reshape(layout.n_rows, layout.slots)
             for r, members in enumerate(group):
@@ -183,7 +217,9 @@ def _by_example(run, examples, encoded, gradient, graphdef, params, frozen, by_l
     return out
 
 
-def _write(run, examples, scores_nG: np.ndarray, gold_ids: set[str], gold_size: int, warnings: list[str]) -> dict:
+def _write(
+    run, examples, scores_nG: np.ndarray, gold_ids: set[str], gold_size: int, warnings: list[str]
+) -> dict:
     config = run.config.impact
     scores = scores_nG.mean(axis=1)
     is_gold = np.array([e.record_id in gold_ids for e in examples])
@@ -203,7 +239,13 @@ def _write(run, examples, scores_nG: np.ndarray, gold_ids: set[str], gold_size: 
                 "that action hardly trains (corrections, a larger gold_size or impact.weights=uniform change that)"
             )
     rows = [
-        {"id": e.record_id, "action": e.action, "score": float(s), "weight": float(w), "gold": bool(g)}
+        {
+            "id": e.record_id,
+            "action": e.action,
+            "score": float(s),
+            "weight": float(w),
+            "gold": bool(g),
+        }
         for e, s, w, g in zip(examples, scores, weights, is_gold, strict=True)
     ]
     halves = scores_nG[~is_gold]
@@ -227,10 +269,15 @@ def _write(run, examples, scores_nG: np.ndarray, gold_ids: set[str], gold_size: 
             f"  {action}: {figures['n']} scored, {figures['clamped_share']:.0%} clamped, mean weight {figures['mean_weight']:.2f}, "
             f"rank correlation of the two gold halves {figures['stability']:.2f}"
         )
-    metrics.say(f"  effective sample size {summary['effective_sample_size']:.0f} of {summary['n_scored']}")
+    metrics.say(
+        f"  effective sample size {summary['effective_sample_size']:.0f} of {summary['n_scored']}"
+    )
     records.write_json(run.workdir.path / "impact_summary.json", summary)
     records.write_jsonl(run.workdir.path / "impact.jsonl", rows)
-    return {"scored": summary["n_scored"], "effective_sample_size": round(summary["effective_sample_size"], 1)}
+    return {
+        "scored": summary["n_scored"],
+        "effective_sample_size": round(summary["effective_sample_size"], 1),
+    }
 
 
 def _action_figures(scores_nG: np.ndarray, weights: np.ndarray) -> dict:

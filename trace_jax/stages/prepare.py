@@ -16,7 +16,9 @@ def run(run: context.Context) -> dict:
     source = run.config.data.source
     if not run.config.model.path:
         _train_from_scratch(run)
-    found, prompts = {"jsonl": _from_jsonl, "synth": _from_synth, "self_sampled": _self_sampled}[source](run)
+    found, prompts = {"jsonl": _from_jsonl, "synth": _from_synth, "self_sampled": _self_sampled}[
+        source
+    ](run)
     _check(found, prompts, run)
     records.write_jsonl(run.workdir.path / "prompts.jsonl", prompts)
     records.write_jsonl(run.workdir.path / "records.jsonl", [r.to_json() for r in found])
@@ -30,7 +32,9 @@ def _check(found: list, prompts: list[dict], run: context.Context) -> None:
         raise InputError("no preference records were found or made; see data.source")
     for split in run.config.evaluate.splits:
         if not any(p["split"] == split for p in prompts):
-            raise InputError(f"the {split} split has no prompts; raise data.{split}_prompts or give data.prompts_path")
+            raise InputError(
+                f"the {split} split has no prompts; raise data.{split}_prompts or give data.prompts_path"
+            )
 
 
 def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
@@ -39,7 +43,9 @@ def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
     metrics.say(f"  {data.path}: {counts}")
     rng = np.random.default_rng([run.config.seed, 0x5711])
     if data.prompts_path:
-        held_out = [{"id": p.id, "prompt": p.prompt} for p in sources.read_prompts(Path(data.prompts_path))]
+        held_out = [
+            {"id": p.id, "prompt": p.prompt} for p in sources.read_prompts(Path(data.prompts_path))
+        ]
         held_out = [held_out[i] for i in rng.permutation(len(held_out))]
     else:
         by_prompt = {records.content_id(r.prompt): r.prompt for r in found}
@@ -49,25 +55,36 @@ def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
         held_out = [{"id": i, "prompt": by_prompt[i]} for i in taken]
         found = [r for r in found if records.content_id(r.prompt) not in set(taken)]
     total = data.validation_prompts + data.test_prompts
-    n_test = data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
+    n_test = (
+        data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
+    )
     return found, _with_splits(held_out[:total], n_test)
 
 
 def _with_splits(held_out: list[dict], n_test: int) -> list[dict]:
-    return [row | {"split": "test" if i < n_test else "validation"} for i, row in enumerate(held_out)]
+    return [
+        row | {"split": "test" if i < n_test else "validation"} for i, row in enumerate(held_out)
+    ]
 
 
 def _from_synth(run: context.Context) -> tuple[list, list[dict]]:
     config = run.config
     found = [
         records.PreferenceRecord(
-            records.content_id(p["prompt"], p["chosen"], p["rejected"]), p["prompt"], p["chosen"], p["rejected"], p["labels"]
+            records.content_id(p["prompt"], p["chosen"], p["rejected"]),
+            p["prompt"],
+            p["chosen"],
+            p["rejected"],
+            p["labels"],
         )
         for p in synth.pairs(config.seed, config.data.pairs)
     ]
     unique = list({r.id: r for r in found}.values())
     prompts = []
-    for split, n in (("test", config.data.test_prompts), ("validation", config.data.validation_prompts)):
+    for split, n in (
+        ("test", config.data.test_prompts),
+        ("validation", config.data.validation_prompts),
+    ):
         rows = synth.prompts(config.seed, split, n)
         prompts += [{"id": p["id"], "prompt": p["prompt"], "split": split} for p in rows]
     return unique, prompts
@@ -79,7 +96,9 @@ def _self_sampled(run: context.Context) -> tuple[list, list[dict]]:
     openings_path = run.workdir.path / "openings.jsonl"
     n_held_out = data.validation_prompts + data.test_prompts
     if openings_path.exists():
-        openings = [self_sampled.respond.Prompt(**row) for _, row in records.read_jsonl(openings_path)]
+        openings = [
+            self_sampled.respond.Prompt(**row) for _, row in records.read_jsonl(openings_path)
+        ]
     else:
         with run.progress(None, "sample openings") as bar:
             openings = self_sampled.openings(
@@ -152,7 +171,10 @@ def _train_from_scratch(run: context.Context) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     documents = synth.corpus(seed, shape.documents)
-    examples = [methods.Example(f"document-{i}", "", "", p + r, nll=1.0) for i, (p, r) in enumerate(documents)]
+    examples = [
+        methods.Example(f"document-{i}", "", "", p + r, nll=1.0)
+        for i, (p, r) in enumerate(documents)
+    ]
     encoder = batches.Encoder(tokenizer, max_length=shape.context, end_id=tokenizer.eos_token_id)
     fitted = fit.fit(
         models.init(config, seed),

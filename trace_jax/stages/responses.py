@@ -12,7 +12,10 @@ def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
     config = run.config.evaluate
     prompts = [p for p in run.prompts if p["split"] == split]
     rows = []
-    for mode, samples, temperature in (("sample", config.samples, config.temperature), ("greedy", 1, 0.0)):
+    for mode, samples, temperature in (
+        ("sample", config.samples, config.temperature),
+        ("greedy", 1, 0.0),
+    ):
         with run.progress(len(prompts) * samples, f"{model}: {mode} {split}") as bar:
             responses = respond.respond(
                 module,
@@ -37,26 +40,43 @@ def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
     return rows
 
 
-def base_logprobs(run: context.Context, prompts: list[dict], responses: list[list[str]]) -> np.ndarray:
+def base_logprobs(
+    run: context.Context, prompts: list[dict], responses: list[list[str]]
+) -> np.ndarray:
     """Mean log-prob per token under the base model, flat."""
-    pairs = [(p["prompt"], r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt]
+    pairs = [
+        (p["prompt"], r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt
+    ]
     return likelihood(run, run.base, pairs, "likelihood under the base model")
 
 
-def likelihood(run: context.Context, module, pairs: list[tuple[records.Text, str]], description: str) -> np.ndarray:
+def likelihood(
+    run: context.Context, module, pairs: list[tuple[records.Text, str]], description: str
+) -> np.ndarray:
     """Mean log-prob per token of (prompt, response) pairs under `module`."""
     config = run.config.evaluate
     row_length = run.config.data.row_length
     with run.progress(len(pairs), description) as bar:
         return respond.mean_logprobs(
-            module, pairs, run.encoder, micro_rows=config.micro_rows, row_length=row_length, progress=bar.advance
+            module,
+            pairs,
+            run.encoder,
+            micro_rows=config.micro_rows,
+            row_length=row_length,
+            progress=bar.advance,
         )
 
 
 def perplexity(run: context.Context, module, base_rows: list[dict], name: str) -> float:
     """exp of minus the mean log-prob per token of the base model's own samples, each sample counting alike."""
-    pairs = [(r["prompt"], r["response"]) for r in base_rows if r["mode"] == "sample" and r["response"].strip()]
-    return float(np.exp(-np.mean(likelihood(run, module, pairs, f"{name}: perplexity of base text"))))
+    pairs = [
+        (r["prompt"], r["response"])
+        for r in base_rows
+        if r["mode"] == "sample" and r["response"].strip()
+    ]
+    return float(
+        np.exp(-np.mean(likelihood(run, module, pairs, f"{name}: perplexity of base text")))
+    )
 
 
 def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:

@@ -30,4 +30,8 @@ def run(run: context.Context) -> dict:
     run.trained = fitted.module
     if dropped:
         metrics.say(f"  {len(dropped)} examples too long, dropped: {', '.join(dropped[:10])}")
-    return {"examples": len(examples), "dropped": len(dropped), "real_token_share": round(fitted.real_token_share, 4)}
+    return {
+        "examples": len(examples),
+        "dropped": len(dropped),
+        "real_token_share": round(fitted.real_token_share, 4),
+    }

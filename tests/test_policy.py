@@ -1,0 +1,279 @@
+import importlib.resources
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import yaml
+
+from trace_jax import policy, predicates
+from trace_jax.errors import InputError
+
+GOOD = """\
+name: tales
+description: for tests
+clauses:
+  - id: no_fear
+    tier: high
+    requirement: The story must not frighten.
+    rules: {not: {words: {in: response, any_of: [scared, fright*]}}}
+  - id: warm
+    requirement: The story is warm.
+"""
+
+
+def holds(rules, response="", prompt=""):
+    return predicates.compile_rules(rules, "here")(prompt, response)
+
+
+def words(*entries, region="response", **more):
+    return {"words": {"in": region, "any_of": list(entries), **more}}
+
+
+def length(unit="words", region="response", **ends):
+    return {"length": {"in": region, "unit": unit, **ends}}
+
+
+YES, NO = length(min=0), length(min=9)
+
+
+@pytest.mark.parametrize(
+    "rules, response, expected",
+    [
+        (words("dog"), "A DOG's life", True),
+        (words("dog"), "Hot-dog", True),
+        (words("dog"), "dogs and Dogma", False),
+        (words("Élan"), "with élan", True),
+        (words("fright*"), "so FRIGHTENED", True),
+        (words("fright*"), "a fright", True),
+        (words("fright*"), "unfrightened", False),
+        (words("at last"), "at\n last!", True),
+        (words("at last"), "at the last", False),
+        (words("at last"), "that last", False),
+        (words("at la*"), "At lamps", True),
+        (words("don't"), "I don't", True),
+        (words("c++"), "in C++ today", True),
+        (words("a", "b", at_least=2), "a a a", False),
+        (words("a", "b", at_least=2), "b, a", True),
+        (words("a", "x y", "z*", at_least=3), "a x y", False),
+        (words("a", "x y", "z*", at_least=3), "zoo: x y a", True),
+        (words("x y", "z*", at_least=2), "zoo zebra", False),
+        ({"regex": {"in": "response", "pattern": r"\?\s*\Z"}}, "Why? ", True),
+        ({"regex": {"in": "response", "pattern": r"\?\s*\Z"}}, "Why? So.", False),
+        ({"regex": {"in": "response", "pattern": "why"}}, "Why", False),
+        (length(min=2), "one two", True),
+        (length(min=3), "one two", False),
+        (length(max=2), "one two", True),
+        (length(max=1), "one two", False),
+        (length("characters", min=3, max=3), "a b", True),
+        (length("characters", max=2), "a b", False),
+        ({"not": YES}, "", False),
+        ({"all": [YES, YES]}, "", True),
+        ({"all": [YES, NO]}, "", False),
+        ({"any": [NO, YES]}, "", True),
+        ({"any": [NO, NO]}, "", False),
+        ({"if": {"when": YES, "then": NO}}, "", False),
+        ({"if": {"when": YES, "then": YES}}, "", True),
+        ({"if": {"when": NO, "then": NO}}, "", True),
+    ],
+)
+def test_predicates(rules, response, expected):
+    assert holds(rules, response) is expected
+
+
+def test_regions():
+    assert holds(words("cat", region="prompt"), "a dog", "a cat")
+    assert not holds(words("cat"), "a dog", "a cat")
+    filler = " x" * (predicates.ENDING_WORDS - 1)
+    assert holds(words("sad", region="ending"), f"glad sad{filler}")
+    assert not holds(words("glad", region="ending"), f"glad sad{filler}")
+    assert holds(words("sad", region="ending"), "sad")
+
+
+def test_policy_is_read():
+    found = policy.parse(GOOD)
+    fear, warm = found.clauses
+    assert (found.name, found.description, found.source) == ("tales", "for tests", GOOD)
+    assert (fear.id, fear.tier, fear.requirement) == (
+        "no_fear",
+        "high",
+        "The story must not frighten.",
+    )
+    assert fear.predicate("", "all calm") and not fear.predicate("", "a fright")
+    assert (warm.tier, warm.rules, warm.when, warm.predicate) == ("standard", None, None, None)
+
+
+def test_a_clause_asks_for_nothing_where_when_does_not_hold():
+    clause = """  - id: talk
+    requirement: Talk names a parent.
+    when: {words: {in: response, any_of: [said]}}
+    rules: {words: {in: response, any_of: [mum, dad]}}
+"""
+    predicate = policy.parse(GOOD + clause).clauses[2].predicate
+    assert predicate("", "Mum said so") and predicate("", "Silence")
+    assert not predicate("", "He said so")
+    without_rules = policy.parse(GOOD + clause.replace("    rules", "    # rules"))
+    assert without_rules.clauses[2].predicate is None
+
+
+def rules_line(rules):
+    return GOOD.replace("{not: {words: {in: response, any_of: [scared, fright*]}}}", rules)
+
+
+MALFORMED = {
+    "": r"p\.yaml: must be a mapping with the keys name, clauses, description",
+    "[1]": r"p\.yaml: must be a mapping",
+    "name: [": r"p\.yaml:1: not valid YAML",
+    "name: x\n\tclauses: 1": r"p\.yaml:2: not valid YAML",
+    "name: !!python/name:os.x": r"p\.yaml:1: not valid YAML",
+    "name: 2024-99-99": r"p\.yaml: not valid YAML",
+    "a: " + "[" * 5000: r"p\.yaml: not valid YAML",
+    "name: x": "key 'clauses' is missing",
+    "name: x\nclauses: []": "clauses must be a list of at least one clause",
+    "name: x\nclauses: {a: 1}": "clauses must be a list",
+    "name: x\nclauses: [1]": r"p\.yaml:2: must be a mapping with the keys id, requirement",
+    "name: 3\n" + GOOD.partition("\n")[2]: "name: 3 is not a text",
+    GOOD + "colour: red\n": "unknown key 'colour'; use name, clauses, description",
+    GOOD + "    colour: red\n": r"p\.yaml:8: unknown key 'colour'; use id, requirement, tier, r",
+    GOOD + "name: x\n": r"p\.yaml:1: key 'name' is given twice",
+    GOOD + "    id: x\n": r"p\.yaml:8: key 'id' is given twice",
+    GOOD.replace("warm\n", "no_fear\n"): r"p\.yaml:8: two clauses have the id 'no_fear'; rename",
+    GOOD.replace("warm\n", "a b\n"): "id 'a b' may hold letters",
+    GOOD.replace("warm\n", "off\n"): "id: False is not a text; put it in quotes",
+    GOOD.replace("    requirement: The story is warm.\n", ""): "key 'requirement' is missing",
+    GOOD.replace("The story is warm.", "' '"): "clause warm: requirement is empty",
+    GOOD.replace("tier: high", "tier: top"): "tier 'top' is unknown; use one of critical, high,",
+    GOOD + "    when: {word: 1}\n": r"p\.yaml:8: clause warm: when: unknown predicate 'word'",
+    rules_line("&a {not: *a}"): "nested too deeply",
+    rules_line("{word: 1}"): r"p\.yaml:4: clause no_fear: unknown predicate 'word'; use one of "
+    "words, regex, length, not, all, any, if",
+    rules_line("{not: {all: [{word: 1}]}}"): "clause no_fear: not: all: unknown predicate 'word'",
+    rules_line("{not: {}, all: []}"): "a predicate is a mapping with one key",
+    rules_line("words"): "a predicate is a mapping with one key",
+    rules_line("{all: []}"): "all: needs a list of at least one predicate",
+    rules_line("{any: {}}"): "any: needs a list",
+    rules_line("{if: {when: {any: 1}}}"): "if: key 'then' is missing",
+    rules_line("{if: {when: {any: 1}, then: {any: 1}}}"): "if: when: any: needs a list",
+    rules_line("{words: [a]}"): "words: must be a mapping with the keys in, any_of, at_least",
+    rules_line("{words: {any_of: [a]}}"): "words: key 'in' is missing",
+    rules_line("{words: {in: answer, any_of: [a]}}"): "in: 'answer' is unknown; use one of prompt",
+    rules_line("{words: {in: [], any_of: [a]}}"): r"in: \[\] is unknown",
+    rules_line("{words: {in: prompt, any_of: a}}"): "any_of must be a list of words",
+    rules_line("{words: {in: prompt, any_of: []}}"): "any_of must be a list of words",
+    rules_line("{words: {in: prompt, any_of: [a, no]}}"): "any_of: False is not a text; put it in",
+    rules_line("{words: {in: prompt, any_of: ['*']}}"): r"entry '\*': write a word or phrase",
+    rules_line("{words: {in: prompt, any_of: [a*b]}}"): r"entry 'a\*b': write a word or phrase",
+    rules_line("{words: {in: prompt, any_of: [' ']}}"): "entry '': write a word or phrase",
+    rules_line("{words: {in: prompt, any_of: [a], at_least: 2}}"): "at_least=2 must be from 1 to 1",
+    rules_line("{words: {in: prompt, any_of: [a], at_least: 0}}"): "at_least=0 must be from 1",
+    rules_line("{words: {in: prompt, any_of: [a], at_least: true}}"): "True must be a whole number",
+    rules_line("{words: {in: prompt, any_of: [a], most: 2}}"): "words: unknown key 'most'",
+    rules_line("{regex: {in: prompt, pattern: '('}}"): "not a valid regular expression",
+    rules_line("{regex: {in: prompt, pattern: 3}}"): "pattern: 3 is not a text",
+    rules_line("{length: {in: prompt, unit: lines, min: 1}}"): "unit 'lines' is unknown; use words",
+    rules_line("{length: {in: prompt, unit: words}}"): "length: needs min or max",
+    rules_line("{length: {in: prompt, unit: words, min: -1}}"): "-1 must be a whole number",
+    rules_line("{length: {in: prompt, unit: words, min: 3, max: 2}}"): "min=3 is above max=2",
+}
+
+
+@pytest.mark.parametrize("text, problem", MALFORMED.items(), ids=lambda text: text[-40:])
+def test_a_malformed_policy_is_one_clear_line(tmp_path, text, problem):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=problem) as caught:
+        policy.load(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_policy_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no policy 'nonsense' .* one of .*stories_new.* or the"):
+        policy.load("nonsense")
+    with pytest.raises(InputError, match="none.yaml: cannot be read"):
+        policy.load(tmp_path / "none.yaml")
+    (tmp_path / "p.yaml").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="not UTF-8"):
+        policy.load(tmp_path / "p.yaml")
+
+
+def test_diff():
+    old, new = policy.load("stories_old"), policy.load("stories_new")
+    change = policy.diff(old, new)
+    assert set(change.added + change.changed + change.unchanged) == {c.id for c in new.clauses}
+    assert set(change.removed + change.changed + change.unchanged) == {c.id for c in old.clauses}
+    back = policy.diff(new, old)
+    assert (back.added, back.removed) == (change.removed, change.added)
+    assert policy.diff(new, new).unchanged == tuple(c.id for c in new.clauses)
+
+
+@pytest.mark.parametrize(
+    "before, after, changed",
+    [
+        ("not frighten", "never frighten", ["no_fear"]),
+        ("tier: high", "tier: critical", ["no_fear"]),
+        ("[scared, fright*]", "[scared]", ["no_fear"]),
+        ("[scared, fright*]", "[fright*, scared]", ["no_fear"]),
+        ("is warm.", "is warm.\n    when: {words: {in: prompt, any_of: [a]}}", ["warm"]),
+        ("tier: high", "tier: high  # a comment", []),
+        ("name: tales", "name: fables", []),
+    ],
+)
+def test_the_hash_covers_what_affects_verdicts(before, after, changed):
+    old, new = policy.parse(GOOD), policy.parse(GOOD.replace(before, after))
+    assert list(policy.diff(old, new).changed) == changed
+    assert (old.hash != new.hash) == bool(changed)
+
+
+def test_the_hash_covers_the_predicate_language(monkeypatch):
+    old = policy.parse(GOOD).hash
+    monkeypatch.setattr(predicates, "LANGUAGE", predicates.LANGUAGE + 1)
+    assert policy.parse(GOOD).hash != old
+
+
+def test_the_diff_command(tmp_path, capsys):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(GOOD + "  - {id: gone, requirement: Left out.}\n  - {id: same, requirement: S.}")
+    changed = GOOD.replace("is warm.", "is\n      kind.").replace("tier: high", "tier: reduced")
+    new.write_text(changed + "  - {id: same, requirement: S.}\n  - {id: more, requirement: New.}")
+    assert policy.main(["diff", str(old), str(new)]) == 0
+    assert capsys.readouterr().out == textwrap.dedent("""\
+        added      more: New.
+        removed    gone: Left out.
+        changed    no_fear: The story must not frighten.
+                   in tier, rules or when only
+        changed    warm: The story is warm.
+                   now: The story is kind.
+        unchanged  same: S.
+        """)
+    assert policy.main(["diff", str(old), "nonsense"]) == 2
+    assert capsys.readouterr().err.startswith("error: no policy 'nonsense'")
+    assert policy.main(["diff", str(old)]) == 2
+    assert capsys.readouterr().err.startswith("usage: ")
+
+
+def test_the_diff_command_runs_as_a_module():
+    command = [sys.executable, "-m", "trace_jax.policy", "diff", "stories_old", "stories_new"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "unchanged  no_fear: " in told
+
+
+def test_shipped_policies_are_complete():
+    folder = importlib.resources.files("trace_jax") / "policies"
+    assert policy.shipped() == ("stories_new", "stories_old", "synth_new", "synth_old")
+    for name in policy.shipped():
+        found = policy.load(name)
+        assert found.name == name and found.description
+        assert all(clause.rules and clause.requirement[-1] == "." for clause in found.clauses)
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        assert yaml.safe_load(text)["name"] == name == policy.parse(text).name
+
+
+def test_predicates_are_fast():
+    clauses = policy.load("stories_new").clauses
+    texts = [f"{i} One day Lily went to the park with her friend. " * 6 for i in range(500)]
+    started = time.process_time()
+    for text in texts:
+        for clause in clauses:
+            clause.predicate("", text)
+    assert len(texts) * len(clauses) / (time.process_time() - started) > 10_000
