@@ -1,4 +1,4 @@
-"""SynthValueBench, a decoder trained from scratch, one policy change: the whole method without a download.
+"""SynthValueBench, a decoder trained from scratch, one policy change: TRACE without a download.
 
 python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart
 """
@@ -7,6 +7,7 @@ from trace_jax import config
 
 
 def get_config():
+    """The quickstart run."""
     c = config.base_config()
     c.data.source = "synth"
     c.data.max_length = 96
@@ -18,6 +19,7 @@ def get_config():
     c.model.scratch.training.learning_rate = 3e-3
     c.model.scratch.training.warmup_steps = 30
     c.model.scratch.training.b2 = 0.98
-    c.align.total_steps = 100
+    c.align.total_steps = 60
     c.train.total_steps = 150
+    c.evaluate.splits = ("test", "validation")
     return c

@@ -1,12 +1,14 @@
 """A real trained model (stories260k) and a children's-story publisher whose policy changes.
 
-python -m trace_jax.launch --config=configs/stories.py --config.model.path=../shared/models/stories260k --workdir=runs/stories
+python -m trace_jax.launch --config=configs/stories.py
+--config.model.path=../shared/models/stories260k --workdir=runs/stories
 """
 
 from trace_jax import config
 
 
 def get_config():
+    """The stories run."""
     c = config.base_config()
     c.data.source = "self_sampled"
     c.data.append_stop = False  # continuations are cut at 80 tokens, mostly before the story ends
@@ -17,4 +19,5 @@ def get_config():
     c.policy.old = "stories_old"
     c.policy.new = "stories_new"
     c.align.total_steps = 100
+    c.evaluate.splits = ("test", "validation")
     return c

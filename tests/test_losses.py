@@ -89,7 +89,7 @@ def test_chunked_head_equals_whole_head(monkeypatch, chunk_bytes):
 
 
 def test_chunked_head_never_holds_all_logits():
-    """At 2,048 tokens and 32,768 words the compiled gradient needs far less than one [B, L, V] array (268 MB)."""
+    """2,048 tokens, 32,768 words: the gradient needs far less than one [B, L, V] array (268 MB)."""
     hidden, kernel = jnp.zeros((1, 2048, 8)), jnp.zeros((8, 32768))
     targets = jnp.zeros((1, 2048), jnp.int32)
 

@@ -51,9 +51,11 @@ YES, NO = length(min=0), length(min=9)
         (words("at last"), "at\n last!", True),
         (words("at last"), "at the last", False),
         (words("at last"), "that last", False),
+        (words("at last"), "at lasting peace", False),
         (words("at la*"), "At lamps", True),
         (words("don't"), "I don't", True),
         (words("c++"), "in C++ today", True),
+        (words("why?"), "wh", False),
         (words("a", "b", at_least=2), "a a a", False),
         (words("a", "b", at_least=2), "b, a", True),
         (words("a", "x y", "z*", at_least=3), "a x y", False),
@@ -150,6 +152,8 @@ MALFORMED = {
     "words, regex, length, not, all, any, if",
     rules_line("{not: {all: [{word: 1}]}}"): "clause no_fear: not: all: unknown predicate 'word'",
     rules_line("{not: {}, all: []}"): "a predicate is a mapping with one key",
+    rules_line(""): "clause no_fear: a predicate is a mapping with one key",
+    GOOD + "    when:\n": "clause warm: when: a predicate is a mapping with one key",
     rules_line("words"): "a predicate is a mapping with one key",
     rules_line("{all: []}"): "all: needs a list of at least one predicate",
     rules_line("{any: {}}"): "any: needs a list",
@@ -198,13 +202,10 @@ def test_a_policy_that_is_not_there(tmp_path):
 
 
 def test_diff():
-    old, new = policy.load("stories_old"), policy.load("stories_new")
-    change = policy.diff(old, new)
-    assert set(change.added + change.changed + change.unchanged) == {c.id for c in new.clauses}
-    assert set(change.removed + change.changed + change.unchanged) == {c.id for c in old.clauses}
-    back = policy.diff(new, old)
-    assert (back.added, back.removed) == (change.removed, change.added)
-    assert policy.diff(new, new).unchanged == tuple(c.id for c in new.clauses)
+    old = policy.parse(GOOD + "  - {id: gone, requirement: Left out.}")
+    new = policy.parse(GOOD.replace("warm.", "kind.") + "  - {id: more, requirement: New.}")
+    assert policy.diff(old, new) == policy.Diff(("more",), ("gone",), ("warm",), ("no_fear",))
+    assert policy.diff(new, old) == policy.Diff(("gone",), ("more",), ("warm",), ("no_fear",))
 
 
 @pytest.mark.parametrize(
@@ -260,13 +261,44 @@ def test_the_diff_command_runs_as_a_module():
 
 def test_shipped_policies_are_complete():
     folder = importlib.resources.files("trace_jax") / "policies"
-    assert policy.shipped() == ("stories_new", "stories_old", "synth_new", "synth_old")
+    assert {"stories_new", "stories_old", "synth_new", "synth_old"} <= set(policy.shipped())
     for name in policy.shipped():
         found = policy.load(name)
         assert found.name == name and found.description
         assert all(clause.rules and clause.requirement[-1] == "." for clause in found.clauses)
         text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
         assert yaml.safe_load(text)["name"] == name == policy.parse(text).name
+
+
+STORIES = [  # a story, the clauses of stories_old and of stories_new that it violates
+    ('Mom and her friend went to the park. "Hi," said Tim.', [], []),
+    ('They went to the park. "Go away!" said Tim.', [], ["kindness", "outdoors", "speech"]),
+    ("Tim helped his sister in the garden.", ["speech"], []),
+    ("Tim helped in the garden.", ["speech"], ["outdoors"]),
+    ("Tim shared his cake.", ["outdoors", "speech"], []),
+    ("Tim ate his cake.", ["outdoors", "speech"], ["kindness"]),
+    ("Tim hugged the monster.", ["no_fear", "outdoors", "speech"], ["no_fear"]),
+    ("His friend was sad.", ["outdoors", "speech"], ["ending"]),
+    ("His friend was sad." + " They ate all day." * 5, ["outdoors", "speech"], []),
+    ("“Hello, friend! Where is it?”", ["outdoors"], ["ending"]),
+]
+
+
+@pytest.mark.parametrize("story, old, new", STORIES)
+def test_the_stories_policies(story, old, new):
+    for name, expected in (("stories_old", old), ("stories_new", new)):
+        clauses = policy.load(name).clauses
+        assert [c.id for c in clauses if not c.predicate("One day", story)] == expected
+
+
+def test_the_stories_policies_keep_change_and_add():
+    change = policy.diff(policy.load("stories_old"), policy.load("stories_new"))
+    assert change == policy.Diff(
+        added=("kindness", "ending"),
+        removed=(),
+        changed=("outdoors", "speech"),
+        unchanged=("no_fear",),
+    )
 
 
 def test_predicates_are_fast():

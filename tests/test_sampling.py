@@ -14,9 +14,14 @@ NEVER = (-1,)  # a stop token that never comes
 @pytest.fixture(scope="module")
 def module():
     """Random, with a head large enough that tokens differ in probability."""
-    graphdef, state = nnx.split(models.init(CONFIG, seed=0))
-    scaled = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim == 2 else leaf, state)
-    return nnx.merge(graphdef, scaled)
+    return scaled_head(12.0)
+
+
+def scaled_head(factor):
+    module = models.init(CONFIG, seed=0)
+    module.head.kernel[...] *= factor
+    module.layers.q.kernel[...] *= 10  # attention sharp enough for a wrong position to show
+    return module
 
 
 def generate(module, prompts=PROMPTS, ids=IDS, **options):
@@ -74,6 +79,12 @@ def test_samples_depend_on_seed_id_and_sample(module):
     a, b = draw(ids=["a"])
     drawn = [a, b, draw(ids=["b"])[0], draw(ids=["a"], seed=1)[0]]
     assert len({tuple(sample.tokens) for sample in drawn}) == 4
+
+
+def test_every_position_has_its_own_noise():
+    flat = generate(scaled_head(0.0), stop_ids=NEVER)
+    repeated = [sample.tokens[0] == sample.tokens[1] for each in flat for sample in each]
+    assert sum(repeated) < 10  # 26 / 11 expected
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

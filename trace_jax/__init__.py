@@ -5,14 +5,14 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = frozenset({
-    "batches", "checkpoints", "config", "errors", "evaluate", "impact", "judges", "launch", "losses",
-    "methods", "metrics", "models", "policy", "records", "report", "sampling", "sharding", "sources",
-    "synth", "train", "triage",
+    "batches", "checkpoints", "compare", "config", "errors", "evaluate", "fit", "impact", "judges",
+    "launch", "losses", "methods", "metrics", "models", "policy", "records", "report", "sampling",
+    "sharding", "sources", "synth", "train", "triage",
 })  # fmt: skip
 
 
 def __getattr__(name: str):
-    """Submodules load on first use: `import trace_jax` stays in milliseconds and never imports jax."""
+    """Loads submodules on first use: `import trace_jax` takes milliseconds, without jax."""
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

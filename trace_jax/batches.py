@@ -2,8 +2,9 @@
 
 Legend: R rows of a batch, L tokens of a row, S example slots of a row, M micro-batches of a step.
 
-A row holds several examples, each as prompt, y0, y1 with the prompt written once (docs/decisions.md, "The shared prefix"). The label
-of every position is decided here, in `_write_example`, and nowhere else.
+A row holds several examples, each as prompt, y0, y1 with the prompt written once
+(docs/decisions.md, "The shared prefix"). The label of every position is decided here, in
+`_write_example`, and nowhere else.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ class Encoded:
     Attributes:
       prompt: tokens that all branches share; at least one.
       branches: per response, all tokens after `prompt`.
-      skip: per response, how many leading tokens of its branch still belong to the prompt text and carry no loss (where the
-        tokenizer splits the same prompt differently before different responses).
+      skip: per response, how many leading tokens of its branch still belong to the prompt text and
+        carry no loss (where the tokenizer splits the same prompt differently before different
+        responses).
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +38,7 @@ class Encoded:
 
     @property
     def row_length(self) -> int:
-        """Row positions this example takes: the shared part without its last token, then each branch."""
+        """Row positions it takes: the shared part without its last token, then each branch."""
         return len(self.prompt) - 1 + sum(len(b) for b in self.branches)
 
 
@@ -48,7 +50,7 @@ class Rows(NamedTuple):
     segments: Array  # [R, L] int32, 1-based slot of the example, 0 = padding
     branches: Array  # [R, L] int32, 0 prompt, 1 y0, 2 y1
     targets: Array  # [R, L] int32, the token each position predicts
-    responses: Array  # [R, L] int32, slot * 2 + branch of the response the target belongs to; 2 S where it counts nowhere
+    responses: Array  # [R, L] int32, the target's slot * 2 + branch; 2 S where it counts nowhere
 
 
 class Batch(NamedTuple):
@@ -81,12 +83,13 @@ class Encoder:
         self._cache: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
 
     def prompt_text(self, prompt: records.Text) -> str:
-        """The text in front of the response: the prompt itself, or the chat template's generation prompt."""
+        """The text in front of the response: the prompt, or the chat template's."""
         if isinstance(prompt, str):
             return prompt
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
-                "records are chats but the tokenizer has no chat template; set one or use plain text"
+                "records are chats but the tokenizer has no chat template; set one or use plain "
+                "text"
             )
         return self.tokenizer.apply_chat_template(
             prompt, tokenize=False, add_generation_prompt=True
@@ -97,7 +100,7 @@ class Encoder:
         return self._tokens(self.prompt_text(prompt), "")[0]
 
     def response_text(self, prompt_tokens: Sequence[int], tokens: Sequence[int]) -> str:
-        """Text of sampled tokens as it follows the prompt (decoded together, so that a leading space survives)."""
+        """Text of sampled tokens, decoded with the prompt, so that a leading space survives."""
         whole = self.tokenizer.decode([*prompt_tokens, *tokens], skip_special_tokens=True)
         return whole[len(self.tokenizer.decode(prompt_tokens, skip_special_tokens=True)) :]
 
@@ -106,8 +109,8 @@ class Encoder:
     ) -> Encoded:
         """Tokenises prompt and each response together and finds the boundary in token space.
 
-        Truncation cuts the prompt from the left (counted in `truncated_prompts`), never a response; a response that
-        leaves no room for one prompt token is an InputError naming the record.
+        Truncation cuts the prompt from the left (counted in `truncated_prompts`), never a response;
+        a response that leaves no room for one prompt token is an InputError naming the record.
         """
         text = self.prompt_text(prompt)
         pairs = [self._tokens(text, _text_of(r)) for r in responses]
@@ -115,7 +118,7 @@ class Encoder:
         if longest >= self.max_length:
             raise InputError(
                 f"record {name}: a response has {longest} tokens, the limit with its prompt is "
-                f"data.max_length={self.max_length}; raise it, or drop the record (data.too_long='drop')"
+                f"data.max_length={self.max_length}; raise it, or set data.too_long=drop"
             )
         shared = min(_common_prefix([t for t, _ in pairs]), min(n for _, n in pairs))
         excess = max(0, max(len(tokens) for tokens, _ in pairs) - self.max_length)
@@ -129,7 +132,7 @@ class Encoder:
         )
 
     def _tokens(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
-        """Tokens of prompt + response and how many of them belong to the prompt; a straddling token is the response's."""
+        """Tokens of prompt + response, and how many are the prompt's; one astride is the response's."""
         key = (prompt, response)
         if key not in self._cache:
             self._cache[key] = self._tokenise(prompt, response)
@@ -163,7 +166,10 @@ def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, max_slots: int) -> list[list[int]]:
-    """First-fit-decreasing: indices of the examples of each row. A longer example than a row is a ValueError."""
+    """First-fit-decreasing: indices of the examples of each row.
+
+    A longer example than a row is a ValueError.
+    """
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -221,7 +227,7 @@ def _write_example(rows: Rows, r: int, at: int, slot: int, example: Encoded) -> 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """Fixed shapes of one kind of batch: rows a micro-batch, tokens a row, example slots a row, micro-batches a step."""
+    """Fixed shapes of a batch: rows a micro-batch, tokens and slots a row, micro-batches a step."""
 
     micro_rows: int
     row_length: int
@@ -234,13 +240,15 @@ class Layout:
 
 
 def round_up(n: int, multiple: int) -> int:
+    """The next multiple that is at least n."""
     return -(-n // multiple) * multiple
 
 
 class PackPlan:
-    """Which examples make each step and how they share rows: a pure function of (lengths, seed, per_step, total_steps).
+    """Which examples make each step and share rows: a pure function of lengths and seed.
 
-    Examples are drawn epoch by epoch, each epoch a permutation of its own; step k takes the next `per_step` of that stream.
+    Examples are drawn epoch by epoch, each epoch a permutation of its own; step k takes the next
+    `per_step` of that stream.
     """
 
     def __init__(
@@ -278,7 +286,7 @@ class PackPlan:
 
 
 class StepSource:
-    """Random-access source of `Batch`es, one per step, for Grain: `source[step]` is a pure function of the plan."""
+    """Random-access source for Grain: `source[step]`, a Batch, is a pure function of the plan."""
 
     def __init__(
         self,
@@ -343,7 +351,7 @@ def encode_examples(
     *,
     on_drop: Callable[[str], None] | None = None,
 ) -> tuple[list[methods.Example], list[Encoded]]:
-    """Encodes examples; one that is too long is an InputError, or is named to `on_drop` and left out."""
+    """Encodes examples; a too long one is an InputError, or named to `on_drop` and left out."""
     kept, encoded = [], []
     for e in examples:
         responses = [e.y0] if e.y1 is None else [e.y0, e.y1]

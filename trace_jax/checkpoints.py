@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: {train state, data position}, saved and loaded as one (Orbax, Grain)."""
+"""Checkpoints of a training run: {train state, data position}, saved as one (Orbax)."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file at 
 
 
 class Checkpoints:
-    """The checkpoints below `directory`; the newest `keep` are kept, each complete before an older one goes."""
+    """Checkpoints below `directory`: the newest `keep`, each complete before an older one goes."""
 
     def __init__(self, directory: Path, *, keep: int):
         policy = ocp.training.preservation_policies.LatestN(keep)
@@ -43,7 +43,7 @@ class Checkpoints:
         )
 
     def restore(self, state: train.TrainState, data=None) -> tuple[int, train.TrainState] | None:
-        """(step, state) of the newest checkpoint in the shapes and shardings of `state`; moves `data` there if given."""
+        """(step, state) of the newest checkpoint, sharded like `state`; moves `data` there."""
         latest = self._checkpointer.latest
         if latest is None:
             return None
@@ -58,8 +58,9 @@ class Checkpoints:
         names = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
         if names:
             raise InputError(
-                f"{self.directory}: the checkpoint has another shape ({len(names)} arrays differ; first {names[0]}: checkpoint "
-                f"{found.get(names[0])}, this run {wanted.get(names[0])}); use another --workdir or the model it was made with"
+                f"{self.directory}: the checkpoint has another shape ({len(names)} arrays differ; "
+                f"first {names[0]}: checkpoint {found.get(names[0])}, this run "
+                f"{wanted.get(names[0])}); use another --workdir or the model it was made with"
             )
 
 

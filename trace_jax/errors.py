@@ -2,4 +2,4 @@
 
 
 class InputError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do (exit code 2)."""
+    """What the user can mend: one line that says what is wrong and what to do (exit code 2)."""

@@ -1,4 +1,7 @@
-"""From examples to a trained model: reference log-probs, pack plan, steps, checkpoints. One path for every method and stage."""
+"""From examples to a trained model: reference log-probs, pack plan, steps, checkpoints.
+
+One path for every method and stage.
+"""
 
 import dataclasses
 import hashlib
@@ -125,9 +128,10 @@ def fit(
     on_drop: Callable[[str], None] | None,
     progress,
 ) -> Fitted:
-    """Trains a copy of `module` on `examples` and returns it; continues from the newest checkpoint in `directory`.
+    """Trains a copy of `module` and returns it; continues from the newest checkpoint.
 
-    theta_ref is `module` as given. `progress(total, description, start)` is a context that gives a bar with `advance(n)`.
+    theta_ref is `module` as given. `progress(total, description, start)` is a context that gives a
+    bar with `advance(n)`.
     """
     kept, encoded = batches.encode_examples(encoder, examples, on_drop=on_drop)
     if not kept:
@@ -182,7 +186,7 @@ def fit(
 
 
 def _reference(params: nnx.State, settings: Settings) -> nnx.State:
-    """Trainable leaves of theta_ref for the KL examples: adapters off under LoRA (no second copy), else the given ones."""
+    """Trainable leaves of theta_ref for the KL examples: adapters off under LoRA (no second copy)."""
     return lora.disabled(params) if settings.adapters == "lora" else params
 
 
@@ -227,7 +231,7 @@ def longest_row(encoded: Sequence[batches.Encoded]) -> int:
 def reference_logprobs(
     module, encoded, row_length: int, micro_rows: int, directory: Path, progress
 ) -> np.ndarray:
-    """log p_ref of both responses, [n, 2]; computed once and kept beside the checkpoints, keyed by the tokens.
+    """log p_ref of both responses, [n, 2]; kept beside the checkpoints, keyed by the tokens.
 
     The weights are fixed by `directory`: a stage whose model changed does not continue there.
     """
@@ -263,7 +267,8 @@ def restore(module, settings: Settings, directory: Path):
         step, state = saved.restore(state) or (0, state)
     if step != settings.total_steps:
         raise InputError(
-            f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; rerun stage train"
+            f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; "
+            "rerun stage train"
         )
     trained = nnx.merge(graphdef, state.params, frozen)
     return lora.merge(trained) if settings.adapters == "lora" else trained

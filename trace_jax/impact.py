@@ -1,9 +1,10 @@
-"""Impact of each conflict on a global objective J: scores <g_J, g_i> at theta_ref, and the weights made of them.
+"""Impact of conflicts on a global objective J: scores <g_J, g_i> at theta_ref, and weights.
 
-Method: arXiv 2511.02623, theta*(w) = argmin sum w_i L_i with H ~ gamma I. Positive = a step on record i lowers J.
+Method: arXiv 2511.02623, theta*(w) = argmin sum w_i L_i with H ~ gamma I. Positive = a step on
+record i lowers J.
 
-At theta_ref every logratio is 0, so one directional derivative per response, d(y) = <g_J, grad log p(y|x)>, gives the score of
-every loss (`score`). Three paths compute the same numbers:
+At theta_ref every logratio is 0, so one directional derivative per response, d(y) = <g_J, grad log
+p(y|x)>, gives the score of every loss (`score`). Three paths compute the same numbers:
 
     jvp          d(y) by one forward-mode pass over packed, unique responses (the default)
     jvp_losses   jvp of the batched per-example losses, packed
@@ -37,7 +38,7 @@ def objective_gradient(
     graphdef: nnx.GraphDef,
     options: train.Options,
 ) -> nnx.State:
-    """g_J over the trainable leaves: gradient of the mean preference loss of the gold pairs in `step` at theta_ref.
+    """g_J over the trainable leaves: gradient of the gold pairs' mean preference loss.
 
     The step's ref_logp are those of theta_ref itself, so every logratio is 0 up to rounding.
     """
@@ -54,7 +55,7 @@ def response_derivatives(
     graphdef: nnx.GraphDef,
     n_responses: int,
 ) -> Array:
-    """d(y) of every response of rows [M, R, ...] along each tangent, [M, R, n_responses, G]; one primal pass."""
+    """d(y) of every response of rows [M, R, ...] along each tangent, [M, R, n_responses, G]."""
 
     def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
         def logp(params: nnx.State) -> Array:
@@ -81,7 +82,10 @@ def loss_derivatives(
     graphdef: nnx.GraphDef,
     options: train.Options,
 ) -> Array:
-    """<g_J, g_i> by jvp of the per-example losses of batch [M, R, ...], [M, R, S]. Also valid away from theta_ref."""
+    """<g_J, g_i> by jvp of the per-example losses of batch [M, R, ...], [M, R, S].
+
+    Also valid away from theta_ref.
+    """
 
     def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
         loss_fn = _example_losses(frozen, micro, hyper, graphdef, options)
@@ -101,7 +105,7 @@ def per_example_gradient_dots(
     graphdef: nnx.GraphDef,
     options: train.Options,
 ) -> Array:
-    """The same by vmap(grad): one gradient per example (one example a row), dotted with g_J, [M, R, S]."""
+    """The same by vmap(grad): a gradient per example, one a row, dotted with g_J, [M, R, S]."""
 
     def dot(row: batches.Batch) -> Array:
         one = jax.tree.map(lambda a: a[None], row)
@@ -136,9 +140,10 @@ def score(
     tau: float,
     lengths: tuple[int, int] = (1, 1),
 ) -> np.ndarray:
-    """<g_J, g_i> of an example with unit weight, from d(y0) and d(y1) at theta_ref (closed form; shapes pass through).
+    """<g_J, g_i> of an example with unit weight, from d(y0) and d(y1) at theta_ref (closed form).
 
-    logistic: (beta / 2)(d1 - d0); squared: (1 / tau)(d1 - d0); NPO: (beta / 2) d, times 2 / beta in the NPO paper's scale.
+    logistic: (beta / 2)(d1 - d0); squared: (1 / tau)(d1 - d0); NPO: (beta / 2) d, times 2 / beta in
+    the NPO paper's scale.
     """
     n0, n1 = lengths if options.length_normalised else (1, 1)
     total = 0.0 * d0
@@ -167,7 +172,8 @@ def weights(scores: np.ndarray, *, normalisation: str, clamp: bool = True) -> np
         )
     if total <= 0:
         raise InputError(
-            f"all {len(scores)} impact scores are negative, so every weight would be 0; use --config.impact.weights=uniform, "
+            f"all {len(scores)} impact scores are negative, so every weight would be 0; use "
+            "--config.impact.weights=uniform, "
             "punish with corrections (train.punish='correction'), or a larger impact.gold_size"
         )
     return clamped / total * (len(scores) if normalisation == "mean_one" else 1.0)
@@ -178,8 +184,9 @@ def draw_gold(
 ) -> tuple[list[methods.Example], list[str]]:
     """The gold pairs of J, preferred response first, and warnings.
 
-    A third RETAIN as (y_w, y_l), a third INVERT as (y_l, y_w), the rest PUNISH as (y_c, y_w), where y_c is the record's own
-    correction or, without one, a random compliant response to another prompt (the paper's form).
+    A third RETAIN as (y_w, y_l), a third INVERT as (y_l, y_w), the rest PUNISH as (y_c, y_w), where
+    y_c is the record's own correction or, without one, a random compliant response to another
+    prompt (the paper's form).
     """
     rng = np.random.default_rng([seed, 0x601D])
     by_action = {a: [t for t in triaged if t.action == a] for a in ("RETAIN", "INVERT", "PUNISH")}
@@ -217,6 +224,7 @@ def _gold_pair(item, corrections: dict, compliant: list, rng: np.random.Generato
         return corrections[record.id], record.chosen
     if not compliant:
         raise InputError(
-            "no compliant response in the data to stand against PUNISH records; make corrections first"
+            "no compliant response in the data to stand against PUNISH records; make corrections "
+            "first"
         )
     return compliant[int(rng.integers(len(compliant)))], record.chosen

@@ -1,48 +1,39 @@
 """The program: flags -> validate -> stages in order.
 
-python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart [--stages=a,b] [--redo] [--config.key=value]
+python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart [--stages=a,b]
+[--redo] [--config.key=value]
 """
 
 import importlib.metadata
 import os
+import shlex
 import sys
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from trace_jax import config as config_lib
-from trace_jax import metrics, records, stages, workdir
+from trace_jax import records, stages, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment file, see configs/.", flag_values=_FLAGS
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; default runs/<name of the config>.", flag_values=_FLAGS
-)
-_STAGES = flags.DEFINE_string(
-    "stages", None, f"Only these, joined by commas: {', '.join(stages.NAMES)}.", flag_values=_FLAGS
-)
-_REDO = flags.DEFINE_bool(
-    "redo",
-    False,
-    "Do stages again whose inputs changed, and what depends on them.",
-    flag_values=_FLAGS,
-)
-flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", flag_values=_FLAGS)
-
 
 def main(argv: list[str]) -> int:
-    """Runs the stages; returns the exit code: 0 done, 2 bad input or config (one line on stderr)."""
+    """Returns the exit code: 0 done, 2 bad input or config (one line on stderr)."""
     try:
-        _parse(argv)
-        if _FLAGS.help:
-            print(f"{__doc__}\n{_FLAGS.get_help()}")
+        values = _flags()
+        parse_flags(values, argv)
+        if values.help:
+            print(f"{__doc__}\n{values.get_help()}")
             return 0
-        realign(_CONFIG.value, _directory(), only=_STAGES.value, redo=_REDO.value)
+        if values.config is None:
+            raise InputError("--config=FILE is missing; try --config=configs/quickstart.py")
+        command = shlex.join(["python", "-m", "trace_jax.launch", *argv[1:]])
+        realign(
+            values.config, _directory(values), only=values.stages, redo=values.redo, command=command
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,55 +44,81 @@ def main(argv: list[str]) -> int:
 
 
 def realign(
-    config, directory: Path, *, only: str | None = None, redo: bool = False
+    config: ml_collections.ConfigDict,
+    directory: Path,
+    *,
+    only: str | None = None,
+    redo: bool = False,
+    command: str = "",
 ) -> context.Context:
-    """Validates, then runs the stages in `directory`; importable from a notebook."""
+    """Validates, then runs the stages in `directory`; importable from a notebook.
+
+    command: what the report prints under "How to reproduce it".
+    """
     config_lib.validate(config)
     selected = stages.chosen(only)
-    run = context.Context(config, workdir.Workdir(directory))
-    _describe(run)
+    run = context.Context(config, workdir.Workdir(Path(directory)))
+    run.load_judges()
     _compilation_cache()
-    stages.run(run, selected, redo=redo)
+    stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
     closing.show(run)
     return run
 
 
-def _parse(argv: list[str]) -> None:
+def _flags() -> flags.FlagValues:
+    """The program's flags, anew for every call of `main`, so that no call sees another's."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment file, see configs/.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run; default runs/<name of the config>.", flag_values=values
+    )
+    names = ", ".join(stages.NAMES)
+    flags.DEFINE_string(
+        "stages", None, f"Only these, joined by commas: {names}.", flag_values=values
+    )
+    redo = "Do stages again whose inputs or artefacts changed, and what depends on them."
+    flags.DEFINE_bool("redo", False, redo, flag_values=values)
+    flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", flag_values=values)
+    return values
+
+
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    """Parses `argv`; whatever is wrong with it, or with the config file, is an InputError."""
     try:
-        rest = _FLAGS(argv)
+        rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(_one_line(error)) from error
-    except (OSError, SyntaxError, ImportError) as error:
-        raise InputError(f"the config file could not be read: {error}") from error
+    except Exception as error:  # a config file is a program of the user's: anything may come
+        raise InputError(
+            f"the config file could not be read ({type(error).__name__}: {error}); mend it"
+        ) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; flags start with --")
-    if not _FLAGS.help and _CONFIG.value is None:
-        raise InputError("--config=FILE is missing; try --config=configs/quickstart.py")
 
 
 def _one_line(error: Exception) -> str:
     text = str(error.args[0]) if error.args else str(error)
-    if isinstance(
-        error, AttributeError | KeyError
-    ):  # what ml_collections says of a key that is not there
-        return (
-            f"unknown config key: {' '.join(text.split())} (see trace_jax/config.py for every key)"
-        )
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    if isinstance(error, AttributeError | KeyError):  # ml_collections: a key that is not there
+        return f"unknown config key: {text} (see trace_jax/config.py for every key)"
+    return text
 
 
-def _directory() -> Path:
-    name = config_flags.get_config_filename(_FLAGS["config"])
-    return Path(_WORKDIR.value or Path("runs") / Path(name).stem.split(":")[0])
+def _directory(values: flags.FlagValues) -> Path:
+    name = config_flags.get_config_filename(values["config"])
+    return Path(values.workdir or Path("runs") / Path(name).stem.split(":")[0])
 
 
-def _describe(run: context.Context) -> None:
+def _describe(run: context.Context, command: str) -> None:
     """Writes config.json, versions.json and policy.yaml beside the artefacts."""
     path = run.workdir.path
+    used = versions() | ({"command": command} if command else {})
     try:
         path.mkdir(parents=True, exist_ok=True)
         records.write_json(path / "config.json", run.config.to_dict())
-        records.write_json(path / "versions.json", versions())
+        records.write_json(path / "versions.json", used)
         (path / "policy.yaml").write_text(run.new_policy.source)
     except OSError as error:
         raise InputError(
@@ -131,7 +148,7 @@ def versions() -> dict[str, str]:
 
 
 def _compilation_cache() -> None:
-    """Compiled programs outlive the process, so that a rerun starts at once; JAX's own variable wins."""
+    """Compiled programs outlive the process: a rerun starts at once; JAX's own variable wins."""
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "trace_jax" / "xla")
     )

@@ -24,7 +24,7 @@ def response_logprobs(module, rows: batches.Rows, n_responses: int) -> Array:
 
 
 def sum_by_response(values_RL: Array, responses_RL: Array, n_responses: int) -> Array:
-    """Sums values over the positions of each response, [R, n_responses]; positions of no response are left out."""
+    """Sums values over each response's positions, [R, n_responses]; other positions count nowhere."""
 
     def row(values_L: Array, responses_L: Array) -> Array:
         return jax.ops.segment_sum(values_L, responses_L, num_segments=n_responses + 1)[
@@ -57,7 +57,7 @@ def of_texts(
     micro_rows: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Log-probs of the first two responses of every encoded text, [n, 2] float32 (0 where there is one).
+    """Log-probs of the first two responses of every text, [n, 2] float32 (0 where there is one).
 
     One compiled program serves all of them. `progress` is called with the number of texts done.
     """
@@ -79,7 +79,10 @@ def map_packed(
     micro_rows: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Packs texts, runs `compute(rows [M, R, ...], n_responses) -> [M, R, n_responses, ...]`, returns [n, 2, ...] in order."""
+    """Packs texts and runs `compute`; returns [n, 2, ...] in order.
+
+    compute: (rows [M, R, ...], n_responses) -> [M, R, n_responses, ...].
+    """
     layout, groups = packed_groups(encoded, row_length=row_length, micro_rows=micro_rows)
     out: np.ndarray | None = None
     pending: list[tuple[list[list[int]], Array]] = []

@@ -1,8 +1,8 @@
 """Per-example losses: pure, unreduced, in float32.
 
 Legend: B examples, L tokens, V vocabulary, T tokens of a chunk, D width.
-A logratio is r(y) = log p_theta(y|x) - log p_ref(y|x), summed over response tokens. Nothing here shifts labels: position t of a
-logits array is the prediction that `batches.py` paired with target t.
+A logratio is r(y) = log p_theta(y|x) - log p_ref(y|x), summed over response tokens. Nothing here
+shifts labels: position t of a logits array predicts the target t of `batches.py`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _CHUNK_BYTES = 16 * 2**20  # float32 logits kept alive at once by the chunked he
 
 
 def logistic_preference(r0_B: Array, r1_B: Array, beta: float | Array) -> Array:
-    """-log sigma(beta (r0 - r1)), y0 preferred: DPO, arXiv 2305.18290 eq. 7 (what the TRACE paper calls IPO)."""
+    """-log sigma(beta (r0 - r1)), y0 preferred: DPO, arXiv 2305.18290 eq. 7 (TRACE's "IPO")."""
     return -jax.nn.log_sigmoid(beta * (r0_B - r1_B))
 
 
@@ -38,9 +38,10 @@ def npo(r_B: Array, beta: float | Array, scale: str = "plain") -> Array:
 
 
 def forward_kl(ref_logits_BLV: Array, logits_BLV: Array, mask_BL: Array) -> Array:
-    """KL(p_ref || p_theta) over the full vocabulary, per example: the mean over positions where mask_BL is 1.
+    """KL(p_ref || p_theta) over the whole vocabulary: mean over positions where mask_BL is 1.
 
-    The whole [B, L, V] form, for small inputs and as the reference of `token_kl`. An empty mask gives 0.
+    The whole [B, L, V] form, for small inputs and as the reference of `token_kl`. An empty mask
+    gives 0.
     """
     kl_BL = _kl(ref_logits_BLV, logits_BLV)
     mask_BL = mask_BL.astype(kl_BL.dtype)
@@ -48,7 +49,7 @@ def forward_kl(ref_logits_BLV: Array, logits_BLV: Array, mask_BL: Array) -> Arra
 
 
 def token_logprobs(logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array) -> Array:
-    """log p(target) at every position, [B, L], through the LM head in chunks of tokens (never [B, L, V])."""
+    """log p(target) at every position, [B, L]; the LM head in chunks of tokens, never [B, L, V]."""
 
     def chunk(inputs: tuple[Array, Array]) -> Array:
         hidden_TD, targets_T = inputs
@@ -80,7 +81,7 @@ def _kl(ref_logits: Array, logits: Array) -> Array:
 def _over_chunks(
     chunk: Callable[[tuple[Array, Array]], Array], logits_fn: LogitsFn, arrays: tuple[Array, Array]
 ) -> Array:
-    """Maps `chunk` over token chunks of arrays [B, L, ...]; a chunk's logits are recomputed in the backward pass."""
+    """Maps `chunk` over token chunks of [B, L, ...]; the backward pass computes logits anew."""
     B, L = arrays[0].shape[:2]
     hidden = next(a for a in arrays if a.ndim == 3)
     V = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)).shape[

@@ -2,7 +2,8 @@
 
 An example is a prompt, a response y0, optionally a second response y1, and five coefficients:
 
-    loss = pref * L_pref(r0 - r1) + npo0 * L_npo(r0) + npo1 * L_npo(r1) + kl * KL(ref || theta on y0) + nll * NLL(y0)
+    loss = pref * L_pref(r0 - r1) + npo0 * L_npo(r0) + npo1 * L_npo(r1)
+           + kl * KL(ref || theta on y0) + nll * NLL(y0)
 
 This is the only place where chosen and rejected change places.
 """
@@ -47,7 +48,8 @@ def examples(
     """Examples of `method`, in record order; UNRESOLVED records give none.
 
     corrections: record id -> y_c. weights: record id -> impact weight; None means 1 everywhere.
-    punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo" is always dual NPO.
+    punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"
+    is always dual NPO.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")

@@ -196,8 +196,8 @@ def _clause(data: Any, where: str) -> Clause:
     tier, rules, when = data.get("tier", "standard"), data.get("rules"), data.get("when")
     if tier not in TIERS:
         raise InputError(f"{where}: tier {tier!r} is unknown; use one of {', '.join(TIERS)}")
-    predicate = None if rules is None else predicates.compile_rules(rules, where)
-    if when is not None:
+    predicate = predicates.compile_rules(rules, where) if "rules" in data else None
+    if "when" in data:
         applies = predicates.compile_rules(when, f"{where}: when")
         predicate = predicate and predicates.implies(applies, predicate)
     return Clause(name, tier, requirement, rules, when, predicate)

@@ -30,7 +30,7 @@ def respond(
     batch_rows: int,
     progress=None,
 ) -> list[list[str]]:
-    """`samples` responses to every prompt as text; a sample depends on (seed, prompt id, its number) only."""
+    """`samples` responses a prompt as text; each depends on (seed, prompt id, its number) only."""
     tokens = [encoder.prompt_tokens(p.prompt) for p in prompts]
     sampled = sampling.generate(
         module,

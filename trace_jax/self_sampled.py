@@ -1,4 +1,4 @@
-"""Preference pairs that the model writes itself: openings and continuations sampled from it, ordered by a policy."""
+"""Preference pairs that the model writes itself: sampled from it, ordered by a policy."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def openings(
     batch_rows: int,
     progress=None,
 ) -> list[respond.Prompt]:
-    """n different openings: unconditional samples cut at a word boundary between `tokens` shortest and longest."""
+    """n different openings: unconditional samples, cut at a word, of `tokens` (min, max) tokens."""
     shortest, longest = tokens
     start = encoder.prompt_tokens("")
     found: dict[str, None] = {}
@@ -45,7 +45,8 @@ def openings(
         attempt += 1
         if attempt > 20:
             raise records.InputError(
-                f"only {len(found)} of {n} different openings after 20 rounds; lower data.openings or raise "
+                f"only {len(found)} of {n} different openings after 20 rounds; lower data.openings "
+                "or raise "
                 "data.opening_tokens"
             )
     return [respond.Prompt(records.content_id(text), text) for text in itertools.islice(found, n)]
@@ -54,7 +55,7 @@ def openings(
 def _cut_at_word(
     encoder: batches.Encoder, start: Sequence[int], tokens: Sequence[int], cut: int
 ) -> str:
-    """The longest whole-word text within the first `cut` tokens; empty if the sample ended before."""
+    """The longest whole-word text in the first `cut` tokens; empty if the sample ended before."""
     if len(tokens) <= cut:
         return ""
     text = encoder.response_text(start, tokens[:cut])
@@ -72,7 +73,7 @@ def pairs(
     limit: int,
     seed: int,
 ) -> list[records.PreferenceRecord]:
-    """Pairs of a prompt's responses that `judge` orders (see `order`), at most `limit`, spread evenly over prompts."""
+    """At most `limit` pairs of responses that `judge` orders, spread evenly over prompts."""
     items = [
         (p.prompt, r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt
     ]
@@ -90,7 +91,7 @@ def pairs(
 
 
 def order(a: records.Verdict, b: records.Verdict) -> int:
-    """1 if a is better than b, -1 if worse, 0 if equal: compliant first, then fewer violated clauses."""
+    """1 if a is better than b, -1 worse, 0 equal: compliant first, then fewer violated clauses."""
 
     def key(verdict: records.Verdict) -> tuple[bool, int]:
         violated = sum(c.status == "violating" for c in verdict.clauses.values())

@@ -20,7 +20,7 @@ Array = jax.Array
 
 
 class TrainState(NamedTuple):
-    """step: updates completed, int32. params: the trainable leaves (float32). opt_state: optax's."""
+    """step: updates completed, int32. params: trainable leaves, float32. opt_state: optax's."""
 
     step: Array
     params: nnx.State
@@ -43,8 +43,10 @@ class Options:
       preference: "logistic" or "squared".
       npo_scale: "plain" or "two_over_beta".
       length_normalised: divide each logratio of the preference loss by its response's length.
-      n_conflict, n_retain: examples a step; the conflict loss is a sum over n_conflict, the KL loss a sum over n_retain.
-      total_steps, warmup_steps: of the schedule (linear warm-up, cosine to final_fraction of the peak).
+      n_conflict, n_retain: examples a step; the conflict loss is a sum over n_conflict, the KL loss
+        a sum over n_retain.
+      total_steps, warmup_steps: of the schedule (linear warm-up, cosine to final_fraction of the
+        peak).
       weight_decay, clip_norm, b1, b2: AdamW.
     """
 
@@ -83,7 +85,7 @@ def schedule(options: Options) -> optax.Schedule:
 
 
 def init_state(params: nnx.State, options: Options) -> TrainState:
-    """A fresh state on copies of `params` (the step donates its state, the originals stay valid)."""
+    """A fresh state on copies of `params` (the step donates its state; the originals stay)."""
     params = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(options).init(params))
 
@@ -91,7 +93,7 @@ def init_state(params: nnx.State, options: Options) -> TrainState:
 def example_losses(
     logp_R2S: Array, lengths_R2S: Array, batch: batches.Batch, hyper: Hyper, options: Options
 ) -> tuple[Array, dict[str, Array]]:
-    """Loss of every example slot but for its KL part, [R, S], and its parts; an empty slot is exactly 0."""
+    """Loss of every slot without its KL part, [R, S], and its parts; an empty slot is exactly 0."""
     R, S2 = logp_R2S.shape
     logratio = (logp_R2S - batch.ref_logp).reshape(R, S2 // 2, 2)
     n_tokens = jnp.maximum(lengths_R2S.reshape(R, S2 // 2, 2), 1.0)
@@ -128,7 +130,7 @@ def _weighted(coefficient_RS: Array, loss_RS: Array) -> Array:
 def conflict_loss(
     module, batch: batches.Batch, hyper: Hyper, options: Options
 ) -> tuple[Array, dict[str, Array]]:
-    """Sum of the losses of one micro-batch over n_conflict, and its parts summed likewise (diagnostics unscaled)."""
+    """Losses of one micro-batch, summed over n_conflict, and its parts (diagnostics unscaled)."""
     n = batch.ref_logp.shape[-1]
     logp = logprobs.response_logprobs(module, batch.rows, n)
     lengths = logprobs.response_lengths(batch.rows, n)
@@ -215,7 +217,10 @@ def train_step(
     graphdef: nnx.GraphDef,
     options: Options,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update. A non-finite loss or gradient leaves params and optimizer as they were and sets train/skipped to 1."""
+    """One update.
+
+    A non-finite loss or gradient leaves params and optimizer alone and sets train/skipped to 1.
+    """
     grads, metrics = gradient(
         state.params, frozen, ref_params, step, hyper, graphdef=graphdef, options=options
     )
@@ -276,7 +281,8 @@ def _report(
     on_metrics(index + 1, values)
     if values["train/skipped"]:
         raise InputError(
-            f"step {index + 1}: the loss or its gradient is not finite (loss {values['loss/total']}); stopped, the last good "
-            f"checkpoint is kept. Records of that step: {', '.join(sorted(set(record_ids(index))))}. "
+            f"step {index + 1}: the loss or its gradient is not finite "
+            f"(loss {values['loss/total']}); stopped, the last good checkpoint is kept. "
+            f"Records of that step: {', '.join(sorted(set(record_ids(index))))}. "
             "Look at those records, or lower train.learning_rate."
         )

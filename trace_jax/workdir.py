@@ -1,4 +1,4 @@
-"""The folder of a run: where each artefact is, which stage made it, from what, and whether that still holds."""
+"""The folder of a run: where each artefact is, which stage made it, from what, if it holds."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,10 @@ _WHOLE_FILE = 64 * 2**20  # larger files are hashed by size, first and last MiB
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """A run's folder. `shared` is another run's folder whose stages `shared_stages` this one reads instead of its own."""
+    """A run's folder.
+
+    `shared` is another run's folder whose stages `shared_stages` this one reads instead of its own.
+    """
 
     path: Path
     shared: "Workdir | None" = None
@@ -36,7 +39,7 @@ class Workdir:
         return self.of(stage).path / name
 
     def finished(self, stage: str) -> dict | None:
-        """What a finished stage recorded: {"stage", "seconds", "inputs", "outputs", "summary"}; None if not finished."""
+        """{"stage", "seconds", "inputs", "outputs", "summary"} of a finished stage, else None."""
         return _read_mark(self.of(stage)._mark(stage, "json"))
 
     def started(self, stage: str) -> dict | None:
@@ -61,6 +64,13 @@ class Workdir:
         }
         records.write_json(self._mark(stage, "json"), mark)
         self._mark(stage, "started.json").unlink(missing_ok=True)
+
+    def touched(self, stage: str) -> Path | None:
+        """The first artefact of a finished stage that is not as the stage left it, else None."""
+        for name, digest in self.finished(stage)["outputs"].items():
+            if hash_path(self.file(stage, name)) != digest:
+                return self.file(stage, name)
+        return None
 
     def forget(self, stage: str, outputs: Mapping) -> None:
         """Deletes a stage's marks and artefacts."""
@@ -98,7 +108,7 @@ def _short(value: object) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 (16 hex digits) of a file, or of a directory's names and files; "" where there is nothing."""
+    """SHA-256 (16 hex digits) of a file, or of a directory's names and files; "" for nothing."""
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(p for p in path.rglob("*") if p.is_file()):

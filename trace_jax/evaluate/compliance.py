@@ -1,7 +1,8 @@
-"""Compliance of a model's responses to held-out prompts: judged, guarded against degenerate text, with intervals.
+"""Compliance of responses to held-out prompts: judged, guarded, with intervals.
 
-A sample row: {"id", "prompt", "split", "model", "mode": "sample" | "greedy", "sample", "response", "status", "compliant",
-"guarded", "clauses": {id: status}, "mean_logprob"}; mean_logprob is under the BASE model, nats per token.
+A sample row: {"id", "prompt", "split", "model", "mode": "sample" | "greedy", "sample", "response",
+"status", "compliant", "guarded", "clauses": {id: status}, "mean_logprob"}; mean_logprob is under
+the BASE model, nats per token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,9 +72,10 @@ def fit_guard(rows: Sequence[Mapping]) -> guard.Guard:
 
 
 def summary(rows: Sequence[Mapping], actions: Mapping[str, str]) -> dict:
-    """{"compliance_guarded", "compliance", "compliance_greedy"} of one model's rows (design of eval.json).
+    """{"compliance_guarded", "compliance", "compliance_greedy"} of one model's rows.
 
-    actions: prompt id -> the action triage gives there, for "by_action"; prompts without one are in none.
+    actions: prompt id -> the action triage gives there, for "by_action"; prompts without one are in
+    none.
     """
     sampled = [r for r in rows if r["mode"] == "sample"]
     greedy = [r for r in rows if r["mode"] == "greedy"]

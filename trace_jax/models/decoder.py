@@ -306,6 +306,9 @@ def visible(
 
 
 def init(config: model_config.ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Decoder:
-    """Random weights: normal with std 1 / sqrt(inputs), over sqrt(2 N) where they write to the residual; embeddings 2 / sqrt(D)."""
+    """Random weights: normal, std inputs^-0.5, over sqrt(2 N) where they write to the residual.
+
+    Embeddings have std 2 D^-0.5.
+    """
     rng = np.random.default_rng(seed)  # nothing to compile, and the same on every backend
     return Decoder(config, lambda std, shape: std * rng.standard_normal(shape, np.float32), dtype)

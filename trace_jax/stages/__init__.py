@@ -1,4 +1,4 @@
-"""The stages of a run in order: each reads artefacts, writes its own, and is skipped, continued or refused by what is there."""
+"""The stages of a run in order: each reads artefacts, writes its own; done ones are skipped."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,8 +16,9 @@ class Stage:
       keys: prefixes of the config keys that change what it computes.
       upstream: stages whose outputs it reads.
       outputs: names in the workdir that it writes.
-      function: "module:function" under trace_jax.stages, called with a Context; returns a small summary for the closing table.
-      partial: outputs of an interrupted run that are not its final ones (deleted by --redo as well).
+      partial: what an interrupted run leaves beside them (deleted by --redo as well).
+
+    Its function is `run` of the module of its name here: takes a Context, returns a small summary.
     """
 
     name: str
@@ -32,25 +33,27 @@ class Stage:
 
 
 STAGES = (
-    Stage("prepare", ("seed", "model", "data", "policy.old"), (), ("records.jsonl", "prompts.jsonl"),
-          ("base", "base_checkpoints", "openings.jsonl", "continuations.jsonl")),
-    Stage("align", ("seed", "align", "data.max_length", "data.append_stop"), ("prepare",), ("ref",),
-          ("ref_checkpoints",)),
+    Stage("prepare", ("seed", "model", "data", "policy.old"), (),
+          ("base.json", "records.jsonl", "prompts.jsonl"),
+          ("base", "base_tokenizer", "base_checkpoints", "openings.jsonl", "continuations.jsonl")),
+    Stage("align", ("seed", "align", "data.max_length", "data.append_stop"), ("prepare",),
+          ("ref",), ("ref_checkpoints",)),
     Stage("triage", ("policy.new", "judge"), ("prepare",), ("triage.jsonl",)),
     Stage("baseline", ("seed", "policy", "judge", "evaluate"), ("prepare", "align"),
           ("baseline.jsonl", "guard.json", "perplexity.json")),
-    Stage("correct", ("seed", "correct", "policy.new", "judge"), ("prepare", "align", "triage", "baseline"),
-          ("corrections.jsonl",)),
-    Stage("impact", ("seed", "impact", "train.punish", "train.beta", "train.preference", "train.tau", "train.npo_scale",
-                     "train.length_normalised", "train.adapters", "train.lora"),
-          ("prepare", "align", "triage", "correct"), ("gold.json", "impact.jsonl", "impact_summary.json")),
+    Stage("correct", ("seed", "correct", "policy.new", "judge"),
+          ("prepare", "align", "triage", "baseline"), ("corrections.jsonl",)),
+    Stage("impact", ("seed", "impact", "train.punish", "train.beta", "train.preference", "train.tau",
+                     "train.npo_scale", "train.length_normalised", "train.adapters", "train.lora"),
+          ("prepare", "align", "triage", "correct"),
+          ("gold.json", "impact.jsonl", "impact_summary.json")),
     Stage("train", ("seed", "train"), ("prepare", "align", "triage", "correct", "impact"),
           ("checkpoints", "metrics.jsonl")),
-    Stage("evaluate", ("seed", "policy", "judge", "evaluate"), ("prepare", "align", "baseline", "train"),
-          ("samples.jsonl", "eval.json")),
+    Stage("evaluate", ("seed", "policy", "judge", "evaluate"),
+          ("prepare", "align", "baseline", "train"), ("samples.jsonl", "eval.json")),
     Stage("export", (), ("prepare", "train"), ("model",)),
-    Stage("report", (), ("prepare", "align", "triage", "baseline", "correct", "impact", "train", "evaluate", "export"),
-          ("report.html",)),
+    Stage("report", (), ("prepare", "align", "triage", "baseline", "correct", "impact", "train",
+                         "evaluate", "export"), ("report.html",)),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -67,7 +70,7 @@ def chosen(names: str | None) -> tuple[Stage, ...]:
 
 
 def inputs(stage: Stage, run: context.Context) -> dict[str, object]:
-    """Everything that decides what the stage writes: config values, policy and judge hashes, upstream artefacts."""
+    """Everything that decides what the stage writes: config values, hashes of what it reads."""
     found = {
         key: value
         for key, value in run.flat_config.items()
@@ -78,37 +81,57 @@ def inputs(stage: Stage, run: context.Context) -> dict[str, object]:
         mark = run.workdir.finished(name)
         if mark is None:
             raise InputError(
-                f"stage {stage.name} needs stage {name}, which has not finished; run it first (--stages={name})"
+                f"{run.workdir.path}: stage {stage.name} needs stage {name}, which has not finished; "
+                f"run it first (--stages={name})"
             )
+        _check_untouched(name, run)
         found |= {f"{name}/{output}": digest for output, digest in mark["outputs"].items()}
     return found
 
 
-def run(run: context.Context, selected: Sequence[Stage], *, redo: bool) -> None:
-    """Runs the selected stages in order. A finished stage with the same inputs is skipped."""
+def run(
+    run: context.Context,
+    selected: Sequence[Stage],
+    *,
+    redo: bool,
+    on_start: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs the selected stages in order. A finished stage with the same inputs is skipped.
+
+    on_start: called once, before the first stage that is not skipped.
+    """
+    fresh = True
     for stage in selected:
         wanted = inputs(stage, run)
         if _is_current(stage, run, wanted, redo=redo):
             metrics.say(f"[{stage.name}] done before, skipped")
             continue
+        if fresh:
+            on_start()
+            fresh = False
         run.workdir.start(stage.name, wanted)
         metrics.say(f"[{stage.name}]")
         clock = workdir.Clock()
         summary = _function(stage.name)(run)
         run.workdir.finish(stage.name, wanted, stage.outputs, clock.seconds, summary)
+        run.intact.add(stage.name)
 
 
 def _is_current(stage: Stage, run: context.Context, wanted: dict, *, redo: bool) -> bool:
-    """True: skip it. False: run it (anew or from where it stopped). A stage made from other inputs is an InputError."""
+    """Whether to skip it; else it runs, anew or from where it stopped.
+
+    Raises:
+      InputError: it was made from other inputs, or its artefacts were edited, and redo is off.
+    """
     finished, started = run.workdir.finished(stage.name), run.workdir.started(stage.name)
     if finished is not None:
-        intact = all((run.workdir.path / name).exists() for name in stage.outputs)
-        if finished["inputs"] == wanted and intact:
-            return True
-        if finished["inputs"] == wanted or redo:
+        if redo and (finished["inputs"] != wanted or run.workdir.touched(stage.name)):
             run.workdir.forget(stage.name, stage.artefacts)
             return False
-        raise _changed(stage, run, finished["inputs"], wanted)
+        if finished["inputs"] != wanted:
+            raise _changed(stage, run, finished["inputs"], wanted)
+        _check_untouched(stage.name, run)
+        return True
     if started is not None and started["inputs"] != wanted:
         if not redo:
             raise _changed(stage, run, started["inputs"], wanted)
@@ -118,9 +141,24 @@ def _is_current(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
 
 def _changed(stage: Stage, run: context.Context, old: dict, new: dict) -> InputError:
     return InputError(
-        f"{run.workdir.path}: stage {stage.name} was made from other inputs ({workdir.difference(old, new)}); use another "
-        "--workdir, or --redo to do this stage and what depends on it again"
+        f"{run.workdir.path}: stage {stage.name} was made from other inputs "
+        f"({workdir.difference(old, new)}); use another --workdir, or --redo to do this stage and "
+        "what depends on it again"
     )
+
+
+def _check_untouched(name: str, run: context.Context) -> None:
+    """Raises InputError where an artefact of a finished stage is not as the stage left it."""
+    if name in run.intact:
+        return
+    path = run.workdir.touched(name)
+    if path is not None:
+        what = "was edited" if path.exists() else "is gone"
+        raise InputError(
+            f"{path} {what} since stage {name} wrote it; put it back, or do stage {name} and what "
+            f"depends on it again with --redo (with --stages, name {name} too)"
+        )
+    run.intact.add(name)
 
 
 def _function(name: str) -> Callable[[context.Context], dict]:

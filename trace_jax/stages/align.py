@@ -1,11 +1,11 @@
-"""Stage align: M_ref, the base model aligned to the old policy by DPO on the records as they are."""
+"""Stage align: M_ref, the base model after DPO on the records as they are."""
 
 from trace_jax import fit, methods, metrics, models, records
 from trace_jax.stages import context
 
 
 def run(run: context.Context) -> dict:
-    """Writes `ref/` in Hugging Face layout; without align.enabled the base model is M_ref and `ref/` only says so."""
+    """Writes `ref/` in Hugging Face layout; without align.enabled it only says who M_ref is."""
     target = run.workdir.path / "ref"
     if not run.config.align.enabled:
         target.mkdir(exist_ok=True)

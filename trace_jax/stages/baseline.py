@@ -1,4 +1,4 @@
-"""Stage baseline: what the base model and M_ref do on the held-out prompts, and the guard's thresholds."""
+"""Stage baseline: the base model and M_ref on the held-out prompts, and the guard."""
 
 from trace_jax import metrics, records
 from trace_jax.evaluate import compliance
@@ -8,7 +8,8 @@ from trace_jax.stages import context, responses
 def run(run: context.Context) -> dict:
     """Writes baseline.jsonl (rows of models "base" and "ref"), perplexity.json and guard.json.
 
-    The guard is fitted on base samples of the first split that is evaluated; base samples are also the fixed text for perplexity.
+    The guard is fitted on base samples of the first split that is evaluated; base samples are also
+    the fixed text for perplexity.
     """
     found = []
     for split in run.config.evaluate.splits:

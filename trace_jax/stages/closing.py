@@ -13,7 +13,7 @@ def show(run: context.Context) -> None:
     if run.workdir.finished("evaluate"):
         found = records.read_json(run.file("evaluate", "eval.json"))
         metrics.table(
-            f"Compliance with the new policy on held-out prompts ({found['split']}), 95 % intervals",
+            f"Compliance with the new policy, held-out prompts ({found['split']}), 95 % intervals",
             figures(found),
         )
     done = [(s.name, run.workdir.finished(s.name)) for s in stages.STAGES]
@@ -72,5 +72,5 @@ def _stage(name: str, mark: dict) -> dict:
         "stage": name,
         "seconds": f"{mark['seconds']:.1f}",
         "what": what,
-        "artefacts": ", ".join(mark["outputs"]),
+        "artefacts": ", ".join(name for name, digest in mark["outputs"].items() if digest),
     }

@@ -1,4 +1,4 @@
-"""What a stage gets: config, workdir, and the models, policies and judge, loaded when first asked for."""
+"""What a stage gets: config, workdir; models, policies and judge, loaded when first asked for."""
 
 import functools
 from pathlib import Path
@@ -18,9 +18,14 @@ class Context:
         self.workdir = directory
         self.flat_config = config_lib.flatten(config)
         self.progress = metrics.progress
+        self.intact: set[str] = set()  # stages whose artefacts were seen to be as they were left
+
+    def load_judges(self) -> None:
+        """Loads both policies and their judges now, so that what is wrong there shows at once."""
+        _ = self.judge, self.old_judge
 
     def content_hashes(self, stage: str) -> dict[str, str]:
-        """Hashes of what config keys only name: policies, and for prepare the model's and the data's files."""
+        """Hashes of what config keys only name: policies, the model's and the data's files."""
         found = {}
         if stage in ("triage", "baseline", "correct", "evaluate"):
             found["policy.new/hash"] = self.new_policy.hash
@@ -70,6 +75,12 @@ class Context:
         return (
             Path(self.config.model.path) if self.config.model.path else self.file("prepare", "base")
         )
+
+    def base_identity(self) -> dict[str, object]:
+        """What the base model is and how texts meet it: every stage but triage depends on these."""
+        keys = ("model.dtype", "model.stop_ids", "data.max_length", "data.append_stop")
+        values = {key: self.flat_config[key] for key in (*keys, "data.too_long")}
+        return values | {"hash": workdir.hash_path(self.base_directory)}
 
     @functools.cached_property
     def tokenizer(self):

@@ -1,4 +1,4 @@
-"""Stage correct: a corrective response y_c for PUNISH records, written by the model itself and kept when the judge agrees."""
+"""Stage correct: y_c for PUNISH records, written by the model, kept when the judge agrees."""
 
 from trace_jax import metrics, records, respond
 from trace_jax.evaluate import guard
@@ -8,7 +8,8 @@ from trace_jax.stages import context
 def run(run: context.Context) -> dict:
     """Writes corrections.jsonl: {"id", "response" or null, "tries"} per PUNISH record.
 
-    Rejection sampling per prompt: rounds of samples, the first that is compliant (and, by correct.guard, not degenerate) stays.
+    Rejection sampling per prompt: rounds of samples, the first that is compliant (and, by
+    correct.guard, not degenerate) stays.
     """
     path = run.workdir.path / "corrections.jsonl"
     punished = [t.record for t in run.triaged if t.action == "PUNISH"]

@@ -6,7 +6,7 @@ from trace_jax.stages import context, responses
 
 
 def run(run: context.Context) -> dict:
-    """Writes samples.jsonl (all three models) and eval.json, whose top level is the first split of evaluate.splits."""
+    """Writes samples.jsonl (all models) and eval.json (top level: first of evaluate.splits)."""
     before = [row for _, row in records.read_jsonl(run.file("baseline", "baseline.jsonl"))]
     thresholds = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
     perplexities = records.read_json(run.file("baseline", "perplexity.json"))

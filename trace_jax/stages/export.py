@@ -5,7 +5,7 @@ from trace_jax.stages import context
 
 
 def run(run: context.Context) -> dict:
-    """Writes model/: config, weights (adapters merged) and tokenizer; transformers loads it as it is."""
+    """Writes model/: config, weights (adapters merged), tokenizer; transformers loads it."""
     target = run.workdir.path / "model"
     models.save(run.trained, target)
     run.tokenizer.save_pretrained(target)

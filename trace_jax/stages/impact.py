@@ -1,7 +1,8 @@
 """Stage impact: the gold batch, g_J, a score for every conflict and the weights made of them.
 
-The gold batch is drawn once and used as two halves, A and B. By linearity the score along g_J is the mean of the scores along the
-halves' gradients, and how far the halves agree tells how reliable it is (Spearman-Brown, for the whole batch).
+The gold batch is drawn once and used as two halves, A and B. By linearity the score along g_J is
+the mean of the scores along the halves' gradients, and how far the halves agree tells how reliable
+it is (Spearman-Brown, for the whole batch).
 """
 
 from collections.abc import Sequence
@@ -235,8 +236,9 @@ def _write(
         per_action[action] = _action_figures(scores_nG[scored], weights[scored])
         if per_action[action]["clamped_share"] > config.clamp_warning:
             warnings.append(
-                f"{per_action[action]['clamped_share']:.0%} of the {action} scores are negative and clamped to weight 0; "
-                "that action hardly trains (corrections, a larger gold_size or impact.weights=uniform change that)"
+                f"{per_action[action]['clamped_share']:.0%} of the {action} scores are negative and "
+                "clamped to weight 0; that action hardly trains (corrections, a larger gold_size "
+                "or impact.weights=uniform change that)"
             )
     rows = [
         {
@@ -266,7 +268,8 @@ def _write(
         metrics.say(f"  warning: {warning}")
     for action, figures in per_action.items():
         metrics.say(
-            f"  {action}: {figures['n']} scored, {figures['clamped_share']:.0%} clamped, mean weight {figures['mean_weight']:.2f}, "
+            f"  {action}: {figures['n']} scored, {figures['clamped_share']:.0%} clamped, "
+            f"mean weight {figures['mean_weight']:.2f}, "
             f"rank correlation of the two gold halves {figures['stability']:.2f}"
         )
     metrics.say(

@@ -12,7 +12,7 @@ from trace_jax.stages import context
 
 
 def run(run: context.Context) -> dict:
-    """Writes records.jsonl and prompts.jsonl; trains `base/` first where model.path is empty."""
+    """Writes base.json, records.jsonl, prompts.jsonl; trains `base/` where model.path is empty."""
     source = run.config.data.source
     if not run.config.model.path:
         _train_from_scratch(run)
@@ -20,6 +20,7 @@ def run(run: context.Context) -> dict:
         source
     ](run)
     _check(found, prompts, run)
+    records.write_json(run.workdir.path / "base.json", run.base_identity())
     records.write_jsonl(run.workdir.path / "prompts.jsonl", prompts)
     records.write_jsonl(run.workdir.path / "records.jsonl", [r.to_json() for r in found])
     by_split = {s: sum(p["split"] == s for p in prompts) for s in ("validation", "test")}
@@ -33,7 +34,8 @@ def _check(found: list, prompts: list[dict], run: context.Context) -> None:
     for split in run.config.evaluate.splits:
         if not any(p["split"] == split for p in prompts):
             raise InputError(
-                f"the {split} split has no prompts; raise data.{split}_prompts or give data.prompts_path"
+                f"the {split} split has no prompts; raise data.{split}_prompts or give "
+                "data.prompts_path"
             )
 
 
@@ -91,7 +93,7 @@ def _from_synth(run: context.Context) -> tuple[list, list[dict]]:
 
 
 def _self_sampled(run: context.Context) -> tuple[list, list[dict]]:
-    """Openings and continuations sampled from the base model, each kept in a file, so that a rerun goes on."""
+    """Openings and continuations sampled from the base model, kept in files for a rerun."""
     config, data = run.config, run.config.data
     openings_path = run.workdir.path / "openings.jsonl"
     n_held_out = data.validation_prompts + data.test_prompts

@@ -1,4 +1,4 @@
-"""Generate, judge and score the responses of one model to held-out prompts: shared by baseline and evaluate."""
+"""Generate, judge and score a model's responses: shared by baseline and evaluate."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from trace_jax.stages import context
 
 
 def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
-    """Judged rows of `module`: config.evaluate.samples at temperature and one greedy response to every prompt of a split."""
+    """Judged rows of `module`: samples at temperature and a greedy one, every prompt of a split."""
     config = run.config.evaluate
     prompts = [p for p in run.prompts if p["split"] == split]
     rows = []
@@ -68,7 +68,7 @@ def likelihood(
 
 
 def perplexity(run: context.Context, module, base_rows: list[dict], name: str) -> float:
-    """exp of minus the mean log-prob per token of the base model's own samples, each sample counting alike."""
+    """exp(-mean log-prob per token) of the base model's own samples, each counting alike."""
     pairs = [
         (r["prompt"], r["response"])
         for r in base_rows
@@ -80,7 +80,7 @@ def perplexity(run: context.Context, module, base_rows: list[dict], name: str) -
 
 
 def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:
-    """Prompt id -> the action triage gives the first pair of base samples there that the old policy orders."""
+    """Prompt id -> triage's action on the first pair of base samples that the old policy orders."""
     by_prompt: dict[str, list[dict]] = {}
     for row in base_rows:
         if row["mode"] == "sample":

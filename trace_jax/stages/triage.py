@@ -1,11 +1,14 @@
-"""Stage triage: verdicts of the new policy's judge on both responses of every record, and the action they give."""
+"""Stage triage: the judge's verdicts on both responses of every record, and the action."""
 
 from trace_jax import metrics, records, triage
 from trace_jax.stages import context
 
 
 def run(run: context.Context) -> dict:
-    """Writes triage.jsonl, in record order; a partial file is continued by id. Needs no accelerator and no jax."""
+    """Writes triage.jsonl, in record order; a partial file is continued by id.
+
+    Needs no accelerator and no jax.
+    """
     found = [
         records.PreferenceRecord.from_json(row)
         for _, row in records.read_jsonl(run.file("prepare", "records.jsonl"))

@@ -1,0 +1,123 @@
+"""The coefficient table: every method, action and supplement, written out."""
+
+import pytest
+
+from trace_jax import methods, records
+from trace_jax.errors import InputError
+
+COMPLIANT = {"INVERT": (False, True), "PUNISH": (False, False), "RETAIN": (True, False)}
+ACTIONS = ("INVERT", "PUNISH", "RETAIN", "UNRESOLVED")
+
+
+def verdict(compliant: bool | None) -> records.Verdict:
+    status = {True: "compliant", False: "violating", None: "abstain"}[compliant]
+    return records.Verdict(status, None, {})
+
+
+def triaged(action: str) -> records.TriagedRecord:
+    """A record named after its action: prompt x, responses yw (chosen) and yl (rejected)."""
+    record = records.PreferenceRecord(action, "x", "yw", "yl")
+    chosen, rejected = COMPLIANT.get(action, (None, True))
+    return records.TriagedRecord(record, verdict(chosen), verdict(rejected), action)
+
+
+RECORDS = [triaged(action) for action in ACTIONS]
+CORRECTIONS = {"PUNISH": "yc"}
+WEIGHTS = {"INVERT": 2.0, "PUNISH": 3.0}
+
+
+def table(method, corrections=None, weights=None, punish="correction") -> dict[str, list]:
+    """Record id -> its examples as (y0, y1, coefficients that are not 0)."""
+    made = methods.examples(
+        method,
+        RECORDS,
+        corrections=corrections or {},
+        weights=weights,
+        alpha_kl=0.5,
+        punish=punish,
+    )
+    rows = {}
+    for e in made:
+        assert e.prompt == "x" and e.action == e.record_id
+        names = ("pref", "npo0", "npo1", "kl", "nll")
+        values = {n: getattr(e, n) for n in names if getattr(e, n)}
+        rows.setdefault(e.record_id, []).append((e.y0, e.y1, values))
+    return rows
+
+
+RETAIN = {"RETAIN": [("yw", None, {"kl": 0.5})]}
+
+
+def dual_npo(w: float) -> list:
+    return [("yw", "yl", {"npo0": w, "npo1": w})]
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "w_invert", "w_punish"),
+    [
+        ("trace", None, 1.0, 1.0),
+        ("trace", WEIGHTS, 2.0, 3.0),
+        ("trace_no_impact", WEIGHTS, 1.0, 1.0),
+        ("trace_no_kl", None, 1.0, 1.0),
+        ("trace_no_kl", WEIGHTS, 2.0, 3.0),
+    ],
+)
+@pytest.mark.parametrize(
+    ("corrections", "punish"),
+    [({}, "correction"), (CORRECTIONS, "correction"), (CORRECTIONS, "dual_npo")],
+)
+def test_trace_and_its_ablations(method, weights, w_invert, w_punish, corrections, punish):
+    expected = {"INVERT": [("yl", "yw", {"pref": w_invert})]}
+    corrected = bool(corrections) and punish == "correction"
+    expected["PUNISH"] = [("yc", "yw", {"pref": w_punish})] if corrected else dual_npo(w_punish)
+    expected |= {} if method == "trace_no_kl" else RETAIN
+    assert table(method, corrections, weights, punish) == expected
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_trace_without_triage_pushes_every_chosen_response_down(weights):
+    w = weights or {"INVERT": 1.0, "PUNISH": 1.0}
+    assert table("trace_no_triage", CORRECTIONS, weights) == {
+        "INVERT": [("yw", None, {"npo0": w["INVERT"]})],
+        "PUNISH": [("yw", None, {"npo0": w["PUNISH"]})],
+        "RETAIN": [("yw", None, {"npo0": 1.0})],  # a record without a weight counts 1
+    }
+
+
+def test_dpo_keeps_the_order_of_the_data_for_every_record():
+    expected = {action: [("yw", "yl", {"pref": 1.0})] for action in ACTIONS}
+    assert table("dpo", CORRECTIONS, WEIGHTS) == expected
+
+
+def test_sft_takes_every_response_known_to_comply():
+    nll = {"nll": 1.0}
+    expected = {a: [("yl", None, nll)] for a in ("INVERT", "UNRESOLVED")}
+    expected["RETAIN"] = [("yw", None, nll)]
+    assert table("sft", {}, WEIGHTS) == expected
+    assert table("sft", CORRECTIONS) == expected | {"PUNISH": [("yc", None, nll)]}
+
+
+def test_examples_keep_the_order_of_the_records():
+    ids = [
+        e.record_id
+        for e in methods.examples(
+            "trace", RECORDS[::-1], corrections={}, weights=None, alpha_kl=0.5
+        )
+    ]
+    assert ids == ["RETAIN", "PUNISH", "INVERT"]
+
+
+@pytest.mark.parametrize("method", ["trace", "trace_no_kl", "trace_no_impact"])
+def test_unresolved_records_train_nothing(method):
+    assert "UNRESOLVED" not in table(method, {"UNRESOLVED": "yc"}, {"UNRESOLVED": 9.0})
+
+
+def test_an_example_whose_coefficients_are_all_zero_is_left_out():
+    assert table("trace", {}, {"INVERT": 0.0, "PUNISH": 0.0}) == RETAIN
+
+
+def test_an_unknown_method_or_punishment_is_refused():
+    with pytest.raises(InputError, match="unknown method 'ppo'.*trace_no_kl"):
+        table("ppo")
+    with pytest.raises(InputError, match="'kto'.*dual_npo"):
+        table("trace", punish="kto")

@@ -1,0 +1,296 @@
+"""The train step against an independent one: no packing, no scan, the whole log-softmax, optax.adamw.
+
+Legend: n examples, B responses (two an example), L tokens, V vocabulary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax import nnx
+
+from trace_jax import batches, train
+from trace_jax.errors import InputError
+
+CONFLICT = [
+    tiny.example("a", pref=1.5),
+    tiny.example("b", npo0=1.0, npo1=2.0),
+    tiny.example("c", nll=1.0),
+    tiny.example("d", pref=0.5),
+    tiny.example("e", y1=None, npo0=-0.5, nll=-0.1),
+]
+RETAIN = [tiny.example("f", y1=None, kl=0.5), tiny.example("g", y1=None, kl=2.0)]
+ROW = 24
+
+
+@pytest.fixture(scope="module")
+def data():
+    """(model, reference model, texts of CONFLICT, their reference log-probs, texts of RETAIN)."""
+    rng = np.random.default_rng(0)
+    shapes = [(4, 3, 5), (2, 4, 2), (5, 2, 3), (1, 6, 6), (3, 5)]
+    texts = [tiny.text(rng, *shape) for shape in shapes]
+    texts[2] = tiny.text(rng, 5, 4, 3, skip=(2, 0))
+    model, ref = tiny.module(0), tiny.module(1)
+    ref_logp = tiny.reference(model, texts) + rng.normal(0, 2, (5, 2)).astype(np.float32)
+    return model, ref, texts, ref_logp, [tiny.text(rng, 3, 6), tiny.text(rng, 2, 4)]
+
+
+def options(**changes) -> train.Options:
+    return tiny.options(**dict(n_conflict=5, n_retain=2) | changes)
+
+
+def step_of(data, micro_rows=1, *, conflict=CONFLICT, retain=RETAIN) -> batches.Step:
+    """All examples in packed rows: 4 rows of conflicts, 1 or more of KL examples."""
+    _, _, texts, ref_logp, kl_texts = data
+    shape = dict(micro_rows=micro_rows, row_length=ROW)
+    return batches.Step(
+        conflict and tiny.batch(texts, conflict, ref_logp, **shape),
+        retain and tiny.batch(kl_texts, retain, **shape),
+    )
+
+
+def run_steps(data, step, options, n=1, hyper=None):
+    """n updates on one step, from the model: (state, metrics of the last)."""
+    graphdef, params, frozen = tiny.split(data[0])
+    ref_params = tiny.split(data[1])[1]
+    state = train.init_state(params, options)
+    for _ in range(n):
+        state, metrics = train.train_step(
+            state,
+            frozen,
+            ref_params,
+            step,
+            hyper or tiny.hyper(),
+            graphdef=graphdef,
+            options=options,
+        )
+    return state, jax.device_get(metrics)
+
+
+def log_sigmoid(x):
+    return -jnp.log1p(jnp.exp(-x))
+
+
+def plain_loss(model, data, options, hyper):
+    """The loss of CONFLICT and RETAIN, formula by formula."""
+    _, ref, texts, ref_logp, kl_texts = data
+    tokens, counts = tiny.separate(texts)
+    n_tokens = np.maximum(counts[:, 1:].sum(1).reshape(-1, 2), 1)
+    logp = tiny.plain_logprobs(model, tokens, counts)
+    r = logp - ref_logp
+    margin = r / n_tokens if options.length_normalised else r
+    margin = margin[:, 0] - margin[:, 1]
+    npo_factor = {"plain": 1.0, "two_over_beta": 2 / hyper.beta}[options.npo_scale]
+    total = 0.0
+    for i, e in enumerate(CONFLICT):
+        if e.pref and options.preference == "logistic":
+            total += e.pref * -log_sigmoid(hyper.beta * margin[i])
+        elif e.pref:
+            total += e.pref * (margin[i] - 1 / (2 * hyper.tau)) ** 2
+        for c, r_i in ((e.npo0, r[i, 0]), (e.npo1, r[i, 1])):
+            total += c * npo_factor * -log_sigmoid(-hyper.beta * r_i)
+        total += e.nll * -logp[i, 0] / n_tokens[i, 0]
+    return total / len(CONFLICT) + plain_kl(model, ref, kl_texts) / len(RETAIN)
+
+
+def plain_kl(model, ref, texts):
+    tokens, counts = tiny.separate(texts)
+    p, q = (jax.nn.softmax(m(tokens)[:, :-1]) for m in (ref, model))
+    kl_BL = jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=-1) * counts[:, 1:]
+    kl_B = kl_BL.sum(1) / np.maximum(counts[:, 1:].sum(1), 1)
+    return sum(e.kl * kl for e, kl in zip(RETAIN, kl_B[::2], strict=True))
+
+
+def plain_steps(data, options, n):
+    """n updates by jax.grad and optax.adamw: (params, the last loss, the last gradient)."""
+    hyper = tiny.hyper()
+    graphdef, params, _ = tiny.split(data[0])
+
+    def rate(count):  # linear warm-up, then cosine to final_fraction
+        w, t, f = options.warmup_steps, options.total_steps, options.final_fraction
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * (count - w) / (t - w)))
+        return 1e-3 * jnp.where(count < w, count / w, f + (1 - f) * cosine)
+
+    adamw = optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.adamw(rate, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay),
+    )
+
+    @jax.jit
+    def update(params, opt_state):
+        loss, grads = jax.value_and_grad(
+            lambda p: plain_loss(nnx.merge(graphdef, p), data, options, hyper)
+        )(params)
+        updates, opt_state = adamw.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss, grads
+
+    opt_state = adamw.init(params)
+    for _ in range(n):
+        params, opt_state, loss, grads = update(params, opt_state)
+    return params, loss, grads
+
+
+VARIANTS = {
+    "plain": {},
+    "squared, NPO paper's scale": dict(preference="squared", npo_scale="two_over_beta"),
+    "length-normalised": dict(length_normalised=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_an_independent_implementation(data, variant):
+    """Three updates (the first has learning rate 0) of pref, npo, nll and KL examples together."""
+    chosen = options(**VARIANTS[variant])
+    state, metrics = run_steps(data, step_of(data), chosen, n=3)
+    params, loss, grads = plain_steps(data, chosen, n=3)
+    moved = max(
+        np.abs(a - b).max()
+        for a, b in zip(tiny.leaves(params), tiny.leaves(tiny.split(data[0])[1]), strict=True)
+    )
+    assert moved > 1e-3
+    tiny.assert_close(state.params, params, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(metrics["loss/total"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["train/grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    assert metrics["train/skipped"] == 0 and int(state.step) == 3
+
+
+@pytest.fixture(scope="module")
+def one_gradient(data):
+    """(step, options) -> (gradient of the step's loss, metrics)."""
+    graphdef, params, frozen = tiny.split(data[0])
+
+    def compute(step, chosen=None, ref=data[1]):
+        chosen = chosen or options()
+        return jax.jit(train.gradient, static_argnames=("graphdef", "options"))(
+            params,
+            frozen,
+            tiny.split(ref)[1],
+            step,
+            tiny.hyper(),
+            graphdef=graphdef,
+            options=chosen,
+        )
+
+    return compute
+
+
+def test_gradient_accumulation_changes_nothing(data, one_gradient):
+    whole = one_gradient(step_of(data, micro_rows=4))
+    assert step_of(data, micro_rows=4).conflict.ref_logp.shape[0] == 1
+    for micro_rows in (1, 2):
+        step = step_of(data, micro_rows)
+        assert step.conflict.ref_logp.shape[0] >= 2
+        for a, b in zip(whole, one_gradient(step), strict=True):
+            tiny.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_is_a_sum_over_n_conflict_however_many_rows_there_are(data, one_gradient):
+    """Twice n_conflict halves loss and gradient, and an empty row counts nothing."""
+    step = step_of(data, micro_rows=4, retain=None)
+    grads, metrics = one_gradient(step)
+    half_grads, half = one_gradient(step, options(n_conflict=10))
+    np.testing.assert_allclose(half["loss/total"], metrics["loss/total"] / 2, rtol=1e-6)
+    tiny.assert_close(half_grads, jax.tree.map(lambda g: g / 2, grads), rtol=1e-5, atol=1e-8)
+    parts = sum(metrics[f"loss/{name}"] for name in ("preference", "npo", "nll"))
+    np.testing.assert_allclose(parts, metrics["loss/total"], rtol=1e-6)
+
+
+def test_diagnostics_are_means_over_pairs(data, one_gradient):
+    model, _, texts, ref_logp, _ = data
+    metrics = one_gradient(step_of(data))[1]
+    r = (tiny.reference(model, texts) - ref_logp)[[0, 3]]  # the two examples with pref
+    np.testing.assert_allclose(metrics["train/logratio_0"], r[:, 0].mean(), atol=1e-5)
+    np.testing.assert_allclose(metrics["train/logratio_1"], r[:, 1].mean(), atol=1e-5)
+    np.testing.assert_allclose(metrics["train/pairs_won"], (r[:, 0] > r[:, 1]).mean())
+
+
+def test_kl_of_the_reference_itself_is_zero_with_zero_gradient(data, one_gradient):
+    grads, metrics = one_gradient(step_of(data, conflict=None), ref=data[0])
+    assert abs(float(metrics["loss/total"])) < 1e-6
+    tiny.assert_close(grads, jax.tree.map(jnp.zeros_like, grads), atol=1e-6)
+    grads, metrics = one_gradient(step_of(data, conflict=None))
+    assert float(metrics["train/kl"]) > 0.1 and float(optax.tree.norm(grads)) > 0.1
+
+
+def test_the_schedule_by_hand():
+    rate = train.schedule(tiny.options(warmup_steps=4, total_steps=12, final_fraction=0.2))
+    expected = {0: 0.0, 1: 0.25, 4: 1.0, 6: 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 8: 0.6, 12: 0.2}
+    for step, value in expected.items():
+        np.testing.assert_allclose(rate(step), value, rtol=1e-6, err_msg=str(step))
+    assert train.schedule(tiny.options(warmup_steps=0))(0) == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing(data, bad):
+    step = step_of(data)
+    step.conflict.coefficients["nll"][...] *= bad
+    graphdef, params, frozen = tiny.split(data[0])
+    before = train.init_state(params, options())
+    state, metrics = run_steps(data, step, options())
+    assert metrics["train/skipped"] == 1 and not np.isfinite(metrics["loss/total"])
+    tiny.assert_same((state.params, state.opt_state), (before.params, before.opt_state))
+
+
+def test_init_state_copies(data):
+    """The step donates its state; the model's own arrays have to survive it."""
+    params = tiny.split(data[0])[1]
+    run_steps(data, step_of(data), options())
+    assert all(np.isfinite(leaf).all() for leaf in tiny.leaves(params))
+
+
+def loop(total_steps, bad_step=None, start=0, save_every=3):
+    """Runs `train.loop` on a fake step; returns (what happened in order, the exception)."""
+    events = []
+
+    def step_fn(state, step):
+        events.append(("run", step))
+        values = {"loss/total": np.float32(step), "train/skipped": np.float32(step == bad_step)}
+        return state + 1, values
+
+    try:
+        train.loop(
+            start,
+            iter(range(start, total_steps)),
+            step_fn,
+            start=start,
+            total_steps=total_steps,
+            record_ids=lambda step: [f"r{step}", "shared", f"r{step}"],
+            on_metrics=lambda step, values: events.append(("metrics", step)),
+            save=lambda step, state: events.append(("save", step, state)),
+            save_every=save_every,
+        )
+    except InputError as error:
+        return events, str(error)
+    return events, None
+
+
+def test_the_loop_reads_metrics_one_step_late_and_saves():
+    events, _ = loop(5)
+    assert events == [
+        ("run", 0),
+        ("run", 1),
+        ("metrics", 1),
+        ("run", 2),
+        ("metrics", 2),
+        ("metrics", 3),
+        ("save", 3, 3),
+        ("run", 3),
+        ("run", 4),
+        ("metrics", 4),
+        ("metrics", 5),
+        ("save", 5, 5),
+    ]
+    assert loop(5, start=3)[0] == events[7:]
+    assert loop(5, start=5)[0] == []
+
+
+@pytest.mark.parametrize("bad_step", [1, 2, 4])
+def test_a_step_that_is_not_finite_stops_the_loop_and_names_its_records(bad_step):
+    events, error = loop(5, bad_step)
+    assert error.startswith(f"step {bad_step + 1}: ") and f": r{bad_step}, shared." in error
+    saved = [event[1] for event in events if event[0] == "save"]
+    assert all(step <= bad_step for step in saved)  # no checkpoint after the bad step

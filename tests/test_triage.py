@@ -1,0 +1,138 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trace_jax import judges, policy, records, triage
+from trace_jax.errors import InputError
+
+POLICY = policy.parse("""\
+name: tales
+clauses:
+  - {id: calm, requirement: A, rules: {not: {words: {in: response, any_of: [scared]}}}}
+  - {id: short, requirement: B, rules: {length: {in: response, unit: words, max: 3}}}
+""")
+GOOD, BAD = "All calm.", "So scared."
+RECORDS = [
+    records.PreferenceRecord("invert", "x", BAD, GOOD),
+    records.PreferenceRecord("punish", "x", BAD, "a b c scared é"),
+    records.PreferenceRecord("retain", "x", GOOD, BAD, labels={"safe": True}),
+    records.PreferenceRecord("both", "x", GOOD, "So calm."),
+]
+
+
+class Watched:
+    """The rules judge; says how many items it was asked about."""
+
+    id = "watched"
+
+    def __init__(self):
+        self.judge_rules, self.n_items = judges.make("rules", POLICY), 0
+
+    def judge(self, items):
+        self.n_items += len(items)
+        return self.judge_rules.judge(items)
+
+
+DECISIONS = {
+    (False, True): "INVERT",
+    (False, False): "PUNISH",
+    (True, False): "RETAIN",
+    (True, True): "RETAIN",
+    (True, None): "RETAIN",
+    (False, None): "UNRESOLVED",
+    (None, True): "UNRESOLVED",
+    (None, False): "UNRESOLVED",
+    (None, None): "UNRESOLVED",
+}
+
+
+@pytest.mark.parametrize("chosen", [True, False, None])
+@pytest.mark.parametrize("rejected", [True, False, None])
+def test_the_decision_table(chosen, rejected):
+    assert triage.action(chosen, rejected) == DECISIONS[chosen, rejected]
+
+
+def test_both_responses_are_judged(tmp_path):
+    path, steps = tmp_path / "triage.jsonl", []
+    counts = triage.run(RECORDS, Watched(), path, progress=steps.append)
+    triaged = triage.read(path)
+    assert [t.record.id for t in triaged] == ["invert", "punish", "retain", "both"]
+    assert [t.action for t in triaged] == ["INVERT", "PUNISH", "RETAIN", "RETAIN"]
+    assert triaged[1].rejected_verdict == records.Verdict(
+        "violating",
+        0.0,
+        {
+            "calm": records.ClauseVerdict("violating", 0.0),
+            "short": records.ClauseVerdict("violating", 0.0),
+        },
+    )
+    assert counts == triage.summary(triaged)
+    assert counts.actions == {"INVERT": 1, "PUNISH": 1, "RETAIN": 2, "UNRESOLVED": 0}
+    assert counts.violations == {"calm": 4, "short": 1}
+    assert str(counts) == "INVERT 1, PUNISH 1, RETAIN 2, UNRESOLVED 0"
+    assert sum(steps) == len(RECORDS)
+    assert "labels" not in json.loads(path.read_text().splitlines()[2])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 1000])
+def test_a_partial_file_is_continued_byte_for_byte(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(triage, "_BATCH", batch)
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "triage.jsonl"
+    triage.run(RECORDS, Watched(), whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(RECORDS)
+    for n_whole in range(len(RECORDS) + 1):
+        for half in (b"", *(line[: len(line) // 2] for line in lines[n_whole : n_whole + 1])):
+            path.write_bytes(b"".join(lines[:n_whole]) + half)
+            watched, steps = Watched(), []
+            triage.run(RECORDS, watched, path, progress=steps.append)
+            assert path.read_bytes() == whole.read_bytes()
+            assert watched.n_items == 2 * (len(RECORDS) - n_whole)
+            assert (steps[0], sum(steps)) == (n_whole, len(RECORDS))
+
+
+def test_each_batch_is_written_before_the_next_is_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(triage, "_BATCH", 2)
+    path = tmp_path / "triage.jsonl"
+
+    class Dies(Watched):
+        def judge(self, items):
+            if self.n_items:
+                raise KeyboardInterrupt
+            return super().judge(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        triage.run(RECORDS, Dies(), path)
+    assert [t.record.id for t in triage.read(path)] == ["invert", "punish"]
+
+
+def test_a_file_of_other_records_is_refused(tmp_path):
+    path = tmp_path / "triage.jsonl"
+    triage.run(RECORDS, Watched(), path)
+    with pytest.raises(InputError, match="holds record 'both', which is not among the records"):
+        triage.run(RECORDS[:3], Watched(), path)
+
+
+def test_an_undecided_record_is_unresolved(tmp_path):
+    path = tmp_path / "triage.jsonl"
+    judge = judges.make("rules", policy.parse("name: x\nclauses: [{id: a, requirement: A}]"))
+    counts = triage.run(RECORDS, judge, path)
+    assert counts.actions["UNRESOLVED"] == len(RECORDS)
+    assert counts.violations == {"a": 0}
+
+
+def test_triage_starts_without_jax_in_under_a_second():
+    code = """
+import sys, time
+start = time.process_time()
+import trace_jax.records, trace_jax.sources, trace_jax.policy, trace_jax.triage, trace_jax.judges
+trace_jax.judges.make("rules", trace_jax.policy.load("stories_new"))
+print(time.process_time() - start)
+heavy = {"jax", "flax", "numpy", "transformers", "torch"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0

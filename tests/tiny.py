@@ -1,0 +1,131 @@
+"""Small things that several test files share: a decoder, a tokenizer, random texts, plain log-probs.
+
+Legend: B responses (two a text), L tokens, V vocabulary.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import transformers
+from flax import nnx
+
+from trace_jax import batches, methods, models, train
+
+CONFIG = models.ModelConfig(40, 16, 24, 2, 2, 1, 8, 128)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def module(seed: int = 0):
+    """A random decoder whose head is large enough that responses differ in their log-probs."""
+    model = models.init(CONFIG, seed=seed)
+    model.embed[...] = model.embed[...] * 2
+    return model
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Letters, the space as "▁" before a word as in Llama, and "ab", "yz", "xy", merged in this order."""
+    vocab = ["<unk>", "<s>", "</s>", "▁", *LETTERS, "ab", "yz", "xy"]
+    ids = {token: i for i, token in enumerate(vocab)}
+    merges = [("a", "b"), ("y", "z"), ("x", "y")]
+    bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def text(rng: np.random.Generator, *lengths: int, skip=None) -> batches.Encoded:
+    """Random tokens: lengths of the prompt and of each branch."""
+    prompt, *branches = (tuple(int(t) for t in rng.integers(3, 40, n)) for n in lengths)
+    return batches.Encoded(prompt, tuple(branches), tuple(skip or (0,) * len(branches)))
+
+
+def example(name: str = "r", y1: str | None = "", **coefficients: float) -> methods.Example:
+    """An example whose texts do not matter, because its tokens are given beside it."""
+    return methods.Example(name, "INVERT", "", "", y1, **coefficients)
+
+
+def options(**changes) -> train.Options:
+    """Options of a plain run."""
+    values = dict(preference="logistic", npo_scale="plain", length_normalised=False)
+    values |= dict(n_conflict=4, n_retain=2, total_steps=10, warmup_steps=2, final_fraction=0.1)
+    values |= dict(weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
+    return train.Options(**values | changes)
+
+
+def hyper(learning_rate: float = 1e-3, beta: float = 0.3, tau: float = 0.2) -> train.Hyper:
+    return train.Hyper(*(jnp.float32(v) for v in (learning_rate, beta, tau)))
+
+
+def batch(texts, examples=None, ref=None, *, micro_rows: int = 1, row_length: int = 32):
+    """All texts as one packed batch [M, R, ...]."""
+    plan = batches.PackPlan(
+        [e.row_length for e in texts],
+        per_step=len(texts),
+        total_steps=1,
+        seed=0,
+        row_length=row_length,
+        micro_rows=micro_rows,
+    )
+    return batches.make_batch(plan.rows[0], plan.layout, texts, examples, ref)
+
+
+def separate(texts) -> tuple[np.ndarray, np.ndarray]:
+    """One response a row, padded on the right: tokens [2 n, L], and where they count as targets."""
+    lengths = [len(e.prompt) + max(map(len, e.branches)) for e in texts]
+    tokens = np.zeros((2 * len(texts), max(lengths)), np.int32)
+    counts = np.zeros(tokens.shape, np.float32)
+    for i, e in enumerate(texts):
+        for b, (branch, skip) in enumerate(zip(e.branches, e.skip, strict=True)):
+            whole = e.prompt + branch
+            tokens[2 * i + b, : len(whole)] = whole
+            counts[2 * i + b, len(e.prompt) + skip : len(whole)] = 1
+    return tokens, counts
+
+
+def plain_logprobs(model, tokens_BL, counts_BL) -> jax.Array:
+    """log p of every response by the whole [B, L, V] log-softmax, [n, 2]."""
+    logp_BLV = jax.nn.log_softmax(model(tokens_BL)[:, :-1], axis=-1)
+    logp_BL = jnp.take_along_axis(logp_BLV, tokens_BL[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(logp_BL * counts_BL[:, 1:], axis=-1).reshape(-1, 2)
+
+
+def reference(model, texts) -> np.ndarray:
+    """log p of texts under `model`, [n, 2]."""
+    return np.asarray(jax.jit(plain_logprobs)(model, *separate(texts)))
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def assert_same(a, b) -> None:
+    """Two trees are equal bit for bit."""
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_close(a, b, **tolerance: float) -> None:
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def split(model, kind: type = nnx.Param):
+    """(graphdef, trainable, frozen)."""
+    return nnx.split(model, kind, ...)
+
+
+@contextlib.contextmanager
+def quiet(total=None, description="", start=0):
+    """Progress that shows nothing."""
+
+    class Bar:
+        def advance(self, n: int = 1) -> None:
+            pass
+
+    yield Bar()

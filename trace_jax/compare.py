@@ -1,0 +1,299 @@
+"""Several methods and seeds over one prepared workdir: the same records, M_ref, verdicts and corrections for all of them.
+
+python -m trace_jax.compare --config=FILE --workdir=DIR --methods=trace,dpo,sft --seeds=3 [--jobs=2] [--config.key=value]
+
+A method may carry overrides: `trace+train.punish=dual_npo`. Each run has its folder DIR/compare/<method>-seed<k> with its own impact,
+train and evaluate stages, so an interrupted comparison goes on. Writes comparison.json and comparison.md.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from trace_jax import config as config_lib
+from trace_jax import launch, metrics, policy, records, stages, workdir
+from trace_jax.errors import InputError
+from trace_jax.stages import context
+
+SHARED = ("prepare", "align", "triage", "baseline", "correct")
+OWN = ("impact", "train", "evaluate")
+FIGURES = ("compliance_guarded", "compliance", "compliance_greedy", "retained")
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, see configs/.", flag_values=_FLAGS
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the prepared run (prepared first where it is not).",
+    flag_values=_FLAGS,
+)
+_METHODS = flags.DEFINE_string(
+    "methods",
+    "trace",
+    "Methods, joined by commas, with overrides: name+key=value.",
+    flag_values=_FLAGS,
+)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "Runs of each method: config.seed, config.seed + 1, ...", flag_values=_FLAGS
+)
+_JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Processes at once, each on a core of its own.", flag_values=_FLAGS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A method with overrides of the config, under the name it has in tables."""
+
+    name: str
+    overrides: dict[str, str]
+
+
+def parse_methods(text: str) -> list[Variant]:
+    """ "trace,trace+train.punish=dual_npo" -> variants."""
+    found = []
+    for name in (part.strip() for part in text.split(",") if part.strip()):
+        method, *pairs = name.split("+")
+        split = [pair.partition("=") for pair in pairs]
+        if any(not equals for _, equals, _ in split):
+            raise InputError(f"--methods={name}: an override reads key=value")
+        found.append(
+            Variant(name, {"train.method": method} | {key: value for key, _, value in split})
+        )
+    if len({v.name for v in found}) < len(found) or not found:
+        raise InputError(f"--methods={text}: name each method once")
+    return found
+
+
+def with_overrides(
+    config: ml_collections.ConfigDict, overrides: dict[str, object]
+) -> ml_collections.ConfigDict:
+    """A copy of the config with keys set; text is converted to the type of the key's present value."""
+    config = config.copy_and_resolve_references()
+    for key, value in overrides.items():
+        *sections, name = key.split(".")
+        target = config
+        try:
+            for section in sections:
+                target = target[section]
+            kind = type(target[name])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"unknown config key {key!r} (see trace_jax/config.py)") from error
+        target[name] = (
+            _converted(key, value, kind) if isinstance(value, str) and kind is not str else value
+        )
+    return config
+
+
+def _converted(key: str, value: str, kind: type):
+    if kind is bool:
+        return value.lower() in ("1", "true", "yes")
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}={value!r} is not a {kind.__name__}") from error
+
+
+def folder(prepared: Path, variant: Variant, seed: int) -> Path:
+    """Where a run of the comparison lives."""
+    return prepared / "compare" / f"{variant.name.replace('/', '_')}-seed{seed}"
+
+
+def run_variant(config: dict, prepared: Path, target: Path) -> dict:
+    """Runs the own stages of one variant in `target` and returns its eval.json. A process entry point: plain arguments."""
+    settings = ml_collections.ConfigDict(config)
+    settings.evaluate.splits = tuple(settings.evaluate.splits)
+    directory = workdir.Workdir(target, workdir.Workdir(prepared), frozenset(SHARED))
+    target.mkdir(parents=True, exist_ok=True)
+    run = context.Context(settings, directory)
+    stages.run(run, stages.chosen(",".join(OWN)), redo=True)
+    return records.read_json(target / "eval.json")
+
+
+def run_all(
+    config: ml_collections.ConfigDict, prepared: Path, todo: Sequence[tuple[Path, dict]], jobs: int
+) -> list[dict]:
+    """Runs (folder, overrides) pairs, `jobs` at once, and returns their eval.json in order."""
+    configs = [with_overrides(config, overrides) for _, overrides in todo]
+    for one in configs:
+        config_lib.validate(one)
+    work = [
+        (one.to_dict(), prepared, target) for one, (target, _) in zip(configs, todo, strict=True)
+    ]
+    with metrics.progress(len(work), "compare") as bar:
+        if jobs == 1:
+            return [_counted(run_variant(*item), bar) for item in work]
+        cores = multiprocessing.Manager().Queue()
+        for core in sorted(os.sched_getaffinity(0)) * jobs:
+            cores.put(core)
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            jobs, spawn, initializer=_pin, initargs=(cores,)
+        ) as pool:
+            return [
+                _counted(future.result(), bar)
+                for future in [pool.submit(run_variant, *item) for item in work]
+            ]
+
+
+def _pin(cores) -> None:
+    """A process on one core: a scan over small micro-batches is several times faster so than on shared threads."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def _counted(found: dict, bar) -> dict:
+    bar.advance(1)
+    return found
+
+
+def compare(
+    config: ml_collections.ConfigDict,
+    prepared: Path,
+    variants: Sequence[Variant],
+    n_seeds: int,
+    jobs: int = 1,
+) -> dict:
+    """Runs everything that is not there yet and returns the comparison (see `summary`)."""
+    seeds = [config.seed + k for k in range(n_seeds)]
+    for variant in variants:
+        config_lib.validate(with_overrides(config, variant.overrides))
+    launch.realign(config, prepared, only=",".join(SHARED))
+    todo = [(folder(prepared, v, s), v.overrides | {"seed": s}) for v in variants for s in seeds]
+    run_all(config, prepared, todo, jobs)
+    return summary(config, prepared, variants, seeds)
+
+
+def summary(
+    config: ml_collections.ConfigDict,
+    prepared: Path,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+) -> dict:
+    """{"methods": {name: figures}, "base", "ref", "tests": paired differences of guarded compliance to the first method}."""
+    from trace_jax.evaluate import compliance, statistics
+
+    split = config.evaluate.splits[0]
+    kept = policy.diff(policy.load(config.policy.old), policy.load(config.policy.new)).unchanged
+    rows = {
+        v.name: [
+            _rows(folder(prepared, v, s) / "samples.jsonl", "trained", split, kept) for s in seeds
+        ]
+        for v in variants
+    }
+    perplexity = {
+        v.name: [
+            records.read_json(folder(prepared, v, s) / "eval.json")["perplexity"] for s in seeds
+        ]
+        for v in variants
+    }
+    before = {m: [_rows(prepared / "baseline.jsonl", m, split, kept)] for m in ("base", "ref")}
+    known = records.read_json(prepared / "perplexity.json")[split]
+    first = variants[0].name
+    guarded = {
+        name: compliance.outcomes(
+            [r | {"id": r["id"]} for rs in of for r in rs if r["mode"] == "sample"], "guarded"
+        )
+        for name, of in rows.items()
+    }
+    return {
+        "methods": {name: _figures(of) | _spread(perplexity[name]) for name, of in rows.items()},
+        **{m: _figures(of) | {"perplexity": known[m]} for m, of in before.items() if of[0]},
+        "seeds": list(seeds),
+        "split": split,
+        "unchanged_clauses": list(kept),
+        "tests": [
+            {"a": first, "b": name, "figure": "compliance_guarded"}
+            | dataclasses.asdict(statistics.paired_difference(guarded[first], guarded[name]))
+            for name in rows
+            if name != first
+        ],
+    }
+
+
+def _rows(path: Path, model: str, split: str, kept: Sequence[str]) -> list[dict]:
+    found = (row for _, row in records.read_jsonl(path))
+    return [
+        row | {"retained": all(row["clauses"][c] == "compliant" for c in kept)}
+        for row in found
+        if row["model"] == model and row["split"] == split
+    ]
+
+
+def _figures(of_seeds: Sequence[Sequence[dict]]) -> dict:
+    """Rates over seeds; `seeds` are the rates of each."""
+    from trace_jax.evaluate import compliance, statistics
+
+    keys = {"compliance_guarded": ("guarded", "sample"), "compliance": ("compliant", "sample")}
+    keys |= {"compliance_greedy": ("compliant", "greedy"), "retained": ("retained", "sample")}
+    out = {}
+    for name, (key, mode) in keys.items():
+        outcomes = [
+            compliance.outcomes([r for r in rows if r["mode"] == mode], key) for rows in of_seeds
+        ]
+        found = statistics.rate_over_seeds(outcomes)
+        out[name] = dataclasses.asdict(found) | {"seeds": [float(o.mean()) for o in outcomes]}
+    return out
+
+
+def _spread(values: Sequence[float]) -> dict:
+    return {"perplexity": sum(values) / len(values), "perplexity_seeds": list(values)}
+
+
+def markdown(found: dict) -> str:
+    """The comparison as a Markdown table, percent with 95 % intervals."""
+    lines = [
+        "| | guarded, T=1 | raw, T=1 | greedy | unchanged clauses | perplexity of base text |",
+        "|---|---|---|---|---|---|",
+    ]
+    named = [("base", found.get("base")), ("M_ref", found.get("ref")), *found["methods"].items()]
+    for name, row in named:
+        if row:
+            cells = " | ".join(_cell(row[key]) for key in FIGURES)
+            lines.append(f"| {name} | {cells} | {row['perplexity']:.2f} |")
+    lines += [
+        "",
+        f"Seeds {', '.join(map(str, found['seeds']))}; {found['methods'][next(iter(found['methods']))]['compliance']['n']} "
+        f"held-out prompts ({found['split']}).",
+    ]
+    for test in found["tests"]:
+        lines.append(
+            f"- {test['a']} - {test['b']}: {100 * test['difference']:+.1f} points guarded "
+            f"[{100 * test['low']:+.1f}, {100 * test['high']:+.1f}]"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(rate: dict) -> str:
+    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 done, 2 bad input."""
+    try:
+        launch.parse_flags(_FLAGS, argv)
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            raise InputError("--config=FILE and --workdir=DIR are needed")
+        variants = parse_methods(_METHODS.value)
+        found = compare(_CONFIG.value, Path(_WORKDIR.value), variants, _SEEDS.value, _JOBS.value)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    target = Path(_WORKDIR.value)
+    records.write_json(target / "comparison.json", found)
+    (target / "comparison.md").write_text(markdown(found))
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
