@@ -28,7 +28,7 @@ test: $(INSTALLED)
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
-	for script in bench/*.py; do $(PYTHON) $$script || exit 1; done
+	$(PYTHON) -m bench.impact
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache

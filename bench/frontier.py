@@ -1,11 +1,13 @@
-"""Where to operate: guarded compliance against perplexity over a grid, on the VALIDATION split only.
+"""Where to operate: guarded compliance against perplexity over a grid, on the VALIDATION split.
 
-python -m bench.frontier --config=configs/stories.py --workdir=runs/stories --out=docs/results/stories_frontier \
-    --grid=3e-4:0.1:150,1e-3:0.1:150 [--method=trace] [--jobs=2] [--config.key=value]
+python -m bench.frontier --config=configs/stories.py --workdir=runs/stories \\
+    --out=docs/results/stories_frontier --grid=3e-4:0.1:150,1e-3:0.1:150 \\
+    [--method=trace] [--jobs=2] [--config.key=value]
 
-A grid point is learning rate : beta : steps. Runs every point once (seed of the config) over the prepared workdir, writes OUT.json and
-OUT.png, and names the best point by guarded compliance at T=1 among those whose perplexity on the base model's own samples is at most
-10 % over M_ref's. The held-out test prompts are never read.
+A grid point is learning rate : beta : steps. Every point runs once (the config's seed) over the
+prepared workdir. Writes OUT.json and OUT.png and names the best point by guarded compliance at T=1
+among those whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test
+prompts are never read.
 """
 
 import platform
@@ -25,14 +27,22 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", fl
 _WORKDIR = flags.DEFINE_string("workdir", None, "Prepared run.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Results, without ending.", flag_values=_FLAGS)
 _GRID = flags.DEFINE_list("grid", None, "Points lr:beta:steps.", flag_values=_FLAGS)
-_METHOD = flags.DEFINE_string("method", "trace", "Method with overrides, as in trace_jax.compare.", flag_values=_FLAGS)
+_METHOD = flags.DEFINE_string(
+    "method", "trace", "Method with overrides, as in trace_jax.compare.", flag_values=_FLAGS
+)
 _JOBS = flags.DEFINE_integer("jobs", 1, "Processes at once.", flag_values=_FLAGS)
 
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {"machine": f"{platform.machine()}, {platform.system()}", "commit": commit.stdout.strip(), **launch.versions()}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "commit": commit.stdout.strip(),
+        **launch.versions(),
+    }
 
 
 def points(grid: list[str], method: str) -> list[compare.Variant]:
@@ -49,20 +59,36 @@ def points(grid: list[str], method: str) -> list[compare.Variant]:
 
 
 def frontier(config, prepared: Path, variants: list[compare.Variant], jobs: int) -> dict:
-    """Validation figures of every point, M_ref's, and the point to operate at (None if none keeps the limit)."""
+    """Validation figures of all points and M_ref; the best point, None if none keeps the limit."""
     launch.realign(config, prepared, only=",".join(compare.SHARED))
     own = {"evaluate.splits": ("validation",), "seed": config.seed}
     todo = [(prepared / "frontier" / v.name, v.overrides | own) for v in variants]
     evaluated = compare.run_all(config, prepared, todo, jobs)
     rows = []
     for variant, found in zip(variants, evaluated, strict=True):
-        figures = {k: found[k]["rate"] for k in ("compliance_guarded", "compliance", "compliance_greedy")}
-        rows.append({"name": variant.name, **variant.overrides, **figures, "perplexity": found["perplexity"]})
+        figures = {
+            k: found[k]["rate"] for k in ("compliance_guarded", "compliance", "compliance_greedy")
+        }
+        rows.append(
+            {
+                "name": variant.name,
+                **variant.overrides,
+                **figures,
+                "perplexity": found["perplexity"],
+            }
+        )
     ref = {k: evaluated[0]["ref"][k]["rate"] for k in ("compliance_guarded", "compliance")}
     ref["perplexity"] = evaluated[0]["ref"]["perplexity"]
     allowed = [r for r in rows if r["perplexity"] <= LIMIT * ref["perplexity"]]
     best = max(allowed, key=lambda r: r["compliance_guarded"], default=None)
-    return {"split": "validation", "limit": LIMIT, "ref": ref, "points": rows, "best": best, **machine()}
+    return {
+        "split": "validation",
+        "limit": LIMIT,
+        "ref": ref,
+        "points": rows,
+        "best": best,
+        **machine(),
+    }
 
 
 def plot(found: dict, path: Path) -> None:
@@ -74,15 +100,37 @@ def plot(found: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for beta in sorted({r["train.beta"] for r in found["points"]}, key=float):
-        rows = sorted((r for r in found["points"] if r["train.beta"] == beta), key=lambda r: r["perplexity"])
+        rows = sorted(
+            (r for r in found["points"] if r["train.beta"] == beta), key=lambda r: r["perplexity"]
+        )
         axes.plot(
-            [r["perplexity"] for r in rows], [100 * r["compliance_guarded"] for r in rows], "o-", label=f"beta {beta}"
+            [r["perplexity"] for r in rows],
+            [100 * r["compliance_guarded"] for r in rows],
+            "o-",
+            label=f"beta {beta}",
         )
         for r in rows:
             label = f"{float(r['train.learning_rate']):g}, {r['train.total_steps']} steps"
-            axes.annotate(label, (r["perplexity"], 100 * r["compliance_guarded"]), fontsize=7, xytext=(3, 4), textcoords="offset points")
-    axes.plot(found["ref"]["perplexity"], 100 * found["ref"]["compliance_guarded"], "k*", markersize=12, label="M_ref")
-    axes.axvline(found["limit"] * found["ref"]["perplexity"], color="grey", linestyle="--", label="limit: M_ref + 10 %")
+            axes.annotate(
+                label,
+                (r["perplexity"], 100 * r["compliance_guarded"]),
+                fontsize=7,
+                xytext=(3, 4),
+                textcoords="offset points",
+            )
+    axes.plot(
+        found["ref"]["perplexity"],
+        100 * found["ref"]["compliance_guarded"],
+        "k*",
+        markersize=12,
+        label="M_ref",
+    )
+    axes.axvline(
+        found["limit"] * found["ref"]["perplexity"],
+        color="grey",
+        linestyle="--",
+        label="limit: M_ref + 10 %",
+    )
     axes.set_xlabel("perplexity of base text (lower: closer to the base model)")
     axes.set_ylabel("guarded compliance, T=1, validation (%)")
     axes.legend(fontsize=8)
@@ -95,7 +143,9 @@ def main(argv: list[str]) -> int:
         launch.parse_flags(_FLAGS, argv)
         if None in (_CONFIG.value, _WORKDIR.value, _OUT.value, _GRID.value):
             raise InputError("--config, --workdir, --out and --grid are needed")
-        found = frontier(_CONFIG.value, Path(_WORKDIR.value), points(_GRID.value, _METHOD.value), _JOBS.value)
+        found = frontier(
+            _CONFIG.value, Path(_WORKDIR.value), points(_GRID.value, _METHOD.value), _JOBS.value
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,7 +154,10 @@ def main(argv: list[str]) -> int:
     records.write_json(out.with_suffix(".json"), found)
     plot(found, out.with_suffix(".png"))
     for row in found["points"]:
-        print(f"{row['compliance_guarded']:.3f} guarded {row['compliance']:.3f} raw {row['perplexity']:.2f} perplexity  {row['name']}")
+        print(
+            f"{row['compliance_guarded']:.3f} guarded {row['compliance']:.3f} raw "
+            f"{row['perplexity']:.2f} perplexity  {row['name']}"
+        )
     print(f"M_ref {found['ref']}\nbest {found['best'] and found['best']['name']}")
     return 0
 

@@ -1,7 +1,7 @@
 """A real trained model (stories260k) and a children's-story publisher whose policy changes.
 
-python -m trace_jax.launch --config=configs/stories.py
---config.model.path=../shared/models/stories260k --workdir=runs/stories
+python -m trace_jax.launch --config=configs/stories.py --workdir=runs/stories
+    --config.model.path=../shared/models/stories260k
 """
 
 from trace_jax import config
@@ -19,5 +19,6 @@ def get_config():
     c.policy.old = "stories_old"
     c.policy.new = "stories_new"
     c.align.total_steps = 100
+    c.train.retain_per_step = 8  # RETAIN is a seventh of the records
     c.evaluate.splits = ("test", "validation")
     return c

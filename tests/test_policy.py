@@ -174,6 +174,7 @@ MALFORMED = {
     rules_line("{words: {in: prompt, any_of: [a], at_least: true}}"): "True must be a whole number",
     rules_line("{words: {in: prompt, any_of: [a], most: 2}}"): "words: unknown key 'most'",
     rules_line("{regex: {in: prompt, pattern: '('}}"): "not a valid regular expression",
+    rules_line("{regex: {in: prompt, pattern: 'a{9999999999}'}}"): "not a valid regular expression",
     rules_line("{regex: {in: prompt, pattern: 3}}"): "pattern: 3 is not a text",
     rules_line("{length: {in: prompt, unit: lines, min: 1}}"): "unit 'lines' is unknown; use words",
     rules_line("{length: {in: prompt, unit: words}}"): "length: needs min or max",

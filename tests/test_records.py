@@ -141,3 +141,12 @@ def test_appending_to_rows_without_ids_is_refused(tmp_path):
     path.write_text('{"id": "1"}\n{"x": 1}\n')
     with pytest.raises(InputError, match="a.jsonl:2: the line has no id; .*--redo"):
         records.JsonlAppender(path)
+
+
+@pytest.mark.parametrize("bad", [{"id": "2", "x": {1}}, {"id": "2", "x": "\ud83d"}, {"x": 1}])
+def test_a_row_that_cannot_be_written_leaves_no_trace(tmp_path, bad):
+    path = tmp_path / "a.jsonl"
+    with records.JsonlAppender(path) as out, pytest.raises((TypeError, ValueError, KeyError)):
+        out.append([{"id": "1"}, bad])
+    assert out.ids == {"1"}
+    assert path.read_text() == '{"id": "1"}\n'

@@ -1,4 +1,4 @@
-"""Small things that several test files share: a decoder, a tokenizer, random texts, plain log-probs.
+"""Small things that test files share: a decoder, a tokenizer, random texts, plain log-probs.
 
 Legend: B responses (two a text), L tokens, V vocabulary.
 """
@@ -8,25 +8,35 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 import transformers
 from flax import nnx
 
 from trace_jax import batches, methods, models, train
+from trace_jax import fit as fitting
 
 CONFIG = models.ModelConfig(40, 16, 24, 2, 2, 1, 8, 128)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Files that import this compile in half the time; their programs are small anyway."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def module(seed: int = 0):
-    """A random decoder whose head is large enough that responses differ in their log-probs."""
+    """A random decoder with a head so large that its predictions are far from uniform."""
     model = models.init(CONFIG, seed=seed)
-    model.embed[...] = model.embed[...] * 2
+    model.head.kernel[...] = model.head.kernel[...] * 10
     return model
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Letters, the space as "▁" before a word as in Llama, and "ab", "yz", "xy", merged in this order."""
+    """Letters, the space as "▁" before a word as in Llama, and the merges "ab", "yz", "xy"."""
     vocab = ["<unk>", "<s>", "</s>", "▁", *LETTERS, "ab", "yz", "xy"]
     ids = {token: i for i, token in enumerate(vocab)}
     merges = [("a", "b"), ("y", "z"), ("x", "y")]
@@ -129,3 +139,48 @@ def quiet(total=None, description="", start=0):
             pass
 
     yield Bar()
+
+
+def encoder() -> batches.Encoder:
+    tokens = tokenizer()
+    return batches.Encoder(tokens, max_length=24, end_id=tokens.eos_token_id)
+
+
+def conversations() -> list[methods.Example]:
+    """Twelve examples in letters: INVERT, dual NPO and KL in turn."""
+    rng = np.random.default_rng(0)
+
+    def words() -> str:
+        return " ".join("".join(rng.choice(list(LETTERS), 3)) for _ in range(rng.integers(1, 3)))
+
+    made = []
+    for i in range(0, 12, 3):
+        made.append(methods.Example(f"r{i}", "INVERT", words(), words(), words(), pref=1.0))
+        pair = dict(npo0=0.5, npo1=0.5)
+        made.append(methods.Example(f"r{i + 1}", "PUNISH", words(), words(), words(), **pair))
+        made.append(methods.Example(f"r{i + 2}", "RETAIN", words(), words(), kl=0.1))
+    return made
+
+
+def settings(**changes) -> fitting.Settings:
+    """Of a run of 6 steps with a checkpoint every 2."""
+    values = dict(total_steps=6, examples_per_step=3, retain_per_step=2, micro_rows=2)
+    values |= dict(row_length=48, learning_rate=0.02, beta=0.3, tau=0.2, warmup_steps=1)
+    values |= dict(final_fraction=0.1, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.95)
+    values |= dict(preference="logistic", npo_scale="plain", length_normalised=False)
+    values |= dict(adapters="lora", lora_rank=2, lora_alpha=4.0, lora_targets="all")
+    return fitting.Settings(**values | dict(save_every=2, keep=2, seed=5) | changes)
+
+
+def fit(model, directory, *, examples=None, progress=quiet, on_drop=None, **changes):
+    """`fit.fit` in `directory`: checkpoints/ and metrics.jsonl."""
+    return fitting.fit(
+        model,
+        conversations() if examples is None else examples,
+        settings(**changes),
+        encoder=encoder(),
+        directory=directory / "checkpoints",
+        metrics_path=directory / "metrics.jsonl",
+        on_drop=on_drop,
+        progress=progress,
+    )

@@ -121,6 +121,11 @@ class Encoder:
                 f"data.max_length={self.max_length}; raise it, or set data.too_long=drop"
             )
         shared = min(_common_prefix([t for t, _ in pairs]), min(n for _, n in pairs))
+        if shared == 0:
+            raise InputError(
+                f"record {name}: its responses change how the whole prompt is tokenised, so they "
+                "share no token of it; use a tokenizer with a beginning-of-text token"
+            )
         excess = max(0, max(len(tokens) for tokens, _ in pairs) - self.max_length)
         if excess:
             self.truncated_prompts += 1
@@ -132,7 +137,7 @@ class Encoder:
         )
 
     def _tokens(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
-        """Tokens of prompt + response, and how many are the prompt's; one astride is the response's."""
+        """Tokens of prompt + response, and how many are the prompt's (one astride is not)."""
         key = (prompt, response)
         if key not in self._cache:
             self._cache[key] = self._tokenise(prompt, response)

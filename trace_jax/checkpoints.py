@@ -17,10 +17,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int):
         policy = ocp.training.preservation_policies.LatestN(keep)
+        self.directory = Path(directory).resolve()
         self._checkpointer = ocp.training.Checkpointer(
-            Path(directory).resolve(), preservation_policy=policy, cleanup_tmp_directories=True
+            self.directory, preservation_policy=policy, cleanup_tmp_directories=True
         )
-        self.directory = directory
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -47,7 +47,8 @@ class Checkpoints:
         latest = self._checkpointer.latest
         if latest is None:
             return None
-        self._check_shapes((latest.custom_metadata or {}).get("shapes", {}), _shapes(state))
+        stored = ocp.metadata(latest.path, "state")  # `latest` itself comes without custom metadata
+        self._check_shapes((stored.custom_metadata or {}).get("shapes", {}), _shapes(state))
         wanted = {"state": jax.tree.map(_abstract, state)}
         if data is not None:
             wanted["data"] = data

@@ -1,9 +1,11 @@
-"""Several methods and seeds over one prepared workdir: the same records, M_ref, verdicts and corrections for all of them.
+"""Several methods and seeds over one prepared workdir: same records, M_ref, verdicts, corrections.
 
-python -m trace_jax.compare --config=FILE --workdir=DIR --methods=trace,dpo,sft --seeds=3 [--jobs=2] [--config.key=value]
+python -m trace_jax.compare --config=FILE --workdir=DIR --methods=trace,dpo,sft --seeds=3 \\
+    [--jobs=2] [--config.key=value]
 
-A method may carry overrides: `trace+train.punish=dual_npo`. Each run has its folder DIR/compare/<method>-seed<k> with its own impact,
-train and evaluate stages, so an interrupted comparison goes on. Writes comparison.json and comparison.md.
+A method may carry overrides: `trace+train.punish=dual_npo`. Each run has its own folder,
+DIR/compare/<method>-seed<k>, with its own impact, train and evaluate stages, so an interrupted
+comparison goes on. Writes comparison.json and comparison.md.
 """
 
 import concurrent.futures
@@ -25,7 +27,7 @@ from trace_jax.stages import context
 
 SHARED = ("prepare", "align", "triage", "baseline", "correct")
 OWN = ("impact", "train", "evaluate")
-FIGURES = ("compliance_guarded", "compliance", "compliance_greedy", "retained")
+FIGURES = ("compliance_guarded", "compliance", "compliance_greedy", "retained", "compliance_old")
 
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -78,7 +80,7 @@ def parse_methods(text: str) -> list[Variant]:
 def with_overrides(
     config: ml_collections.ConfigDict, overrides: dict[str, object]
 ) -> ml_collections.ConfigDict:
-    """A copy of the config with keys set; text is converted to the type of the key's present value."""
+    """A copy of the config with keys set; text becomes the type of the key's value."""
     config = config.copy_and_resolve_references()
     for key, value in overrides.items():
         *sections, name = key.split(".")
@@ -110,7 +112,7 @@ def folder(prepared: Path, variant: Variant, seed: int) -> Path:
 
 
 def run_variant(config: dict, prepared: Path, target: Path) -> dict:
-    """Runs the own stages of one variant in `target` and returns its eval.json. A process entry point: plain arguments."""
+    """Runs a variant's own stages in `target`, returns its eval.json. Arguments cross processes."""
     settings = ml_collections.ConfigDict(config)
     settings.evaluate.splits = tuple(settings.evaluate.splits)
     directory = workdir.Workdir(target, workdir.Workdir(prepared), frozenset(SHARED))
@@ -147,7 +149,7 @@ def run_all(
 
 
 def _pin(cores) -> None:
-    """A process on one core: a scan over small micro-batches is several times faster so than on shared threads."""
+    """One core a process: several times faster for small micro-batches than shared threads."""
     os.sched_setaffinity(0, {cores.get()})
 
 
@@ -179,7 +181,7 @@ def summary(
     variants: Sequence[Variant],
     seeds: Sequence[int],
 ) -> dict:
-    """{"methods": {name: figures}, "base", "ref", "tests": paired differences of guarded compliance to the first method}."""
+    """comparison.json; "tests" are paired differences of guarded compliance to the first method."""
     from trace_jax.evaluate import compliance, statistics
 
     split = config.evaluate.splits[0]
@@ -200,9 +202,7 @@ def summary(
     known = records.read_json(prepared / "perplexity.json")[split]
     first = variants[0].name
     guarded = {
-        name: compliance.outcomes(
-            [r | {"id": r["id"]} for rs in of for r in rs if r["mode"] == "sample"], "guarded"
-        )
+        name: compliance.outcomes([r for rs in of for r in rs if r["mode"] == "sample"], "guarded")
         for name, of in rows.items()
     }
     return {
@@ -235,6 +235,7 @@ def _figures(of_seeds: Sequence[Sequence[dict]]) -> dict:
 
     keys = {"compliance_guarded": ("guarded", "sample"), "compliance": ("compliant", "sample")}
     keys |= {"compliance_greedy": ("compliant", "greedy"), "retained": ("retained", "sample")}
+    keys |= {"compliance_old": ("old_compliant", "sample")}
     out = {}
     for name, (key, mode) in keys.items():
         outcomes = [
@@ -252,19 +253,16 @@ def _spread(values: Sequence[float]) -> dict:
 def markdown(found: dict) -> str:
     """The comparison as a Markdown table, percent with 95 % intervals."""
     lines = [
-        "| | guarded, T=1 | raw, T=1 | greedy | unchanged clauses | perplexity of base text |",
-        "|---|---|---|---|---|---|",
+        "| | guarded, T=1 | raw, T=1 | greedy | unchanged clauses | old policy | perplexity |",
+        "|---|---|---|---|---|---|---|",
     ]
     named = [("base", found.get("base")), ("M_ref", found.get("ref")), *found["methods"].items()]
     for name, row in named:
         if row:
             cells = " | ".join(_cell(row[key]) for key in FIGURES)
             lines.append(f"| {name} | {cells} | {row['perplexity']:.2f} |")
-    lines += [
-        "",
-        f"Seeds {', '.join(map(str, found['seeds']))}; {found['methods'][next(iter(found['methods']))]['compliance']['n']} "
-        f"held-out prompts ({found['split']}).",
-    ]
+    seeds = ", ".join(map(str, found["seeds"]))
+    lines += ["", f"Percent [95 % interval]; {found['split']} prompts; seeds {seeds}.", ""]
     for test in found["tests"]:
         lines.append(
             f"- {test['a']} - {test['b']}: {100 * test['difference']:+.1f} points guarded "

@@ -157,6 +157,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _one_of("evaluate.splits", split, ("test", "validation"))
     for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
         _positive(key, _section(config, key))
+    for key in ("correct.max_new_tokens", "evaluate.max_new_tokens"):
+        if not 0 < _section(config, key) < config.data.max_length - 1:
+            raise InputError(
+                f"{key}={_section(config, key)} leaves no room for a prompt in data.max_length="
+                f"{config.data.max_length}; lower the one or raise the other"
+            )
     if config.data.source == "jsonl" and not config.data.path:
         raise InputError(
             "data.source='jsonl' needs --config.data.path=FILE with prompt, chosen, rejected on "

@@ -186,7 +186,7 @@ def fit(
 
 
 def _reference(params: nnx.State, settings: Settings) -> nnx.State:
-    """Trainable leaves of theta_ref for the KL examples: adapters off under LoRA (no second copy)."""
+    """Trainable leaves of theta_ref for KL examples: adapters off under LoRA (no second copy)."""
     return lora.disabled(params) if settings.adapters == "lora" else params
 
 

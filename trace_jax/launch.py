@@ -1,7 +1,7 @@
 """The program: flags -> validate -> stages in order.
 
-python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart [--stages=a,b]
-[--redo] [--config.key=value]
+python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart
+    [--stages=a,b] [--redo] [--config.key=value]
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ from trace_jax.stages import closing, context
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 bad input or config (one line on stderr)."""
     try:
-        values = _flags()
+        values = _flags(argv)
         parse_flags(values, argv)
         if values.help:
             print(f"{__doc__}\n{values.get_help()}")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             values.config, _directory(values), only=values.stages, redo=values.redo, command=command
         )
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -65,11 +65,11 @@ def realign(
     return run
 
 
-def _flags() -> flags.FlagValues:
+def _flags(argv: list[str]) -> flags.FlagValues:
     """The program's flags, anew for every call of `main`, so that no call sees another's."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, "Experiment file, see configs/.", flag_values=values
+        "config", None, "Experiment file, see configs/.", flag_values=values, sys_argv=argv
     )
     flags.DEFINE_string(
         "workdir", None, "Folder of the run; default runs/<name of the config>.", flag_values=values
@@ -91,16 +91,27 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(_one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's: anything may come
-        raise InputError(
-            f"the config file could not be read ({type(error).__name__}: {error}); mend it"
-        ) from error
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        raise InputError(f"the config file could not be read ({what}); mend it") from error
+    _check_config(values["config"])
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; flags start with --")
+
+
+def _check_config(flag: flags.Flag) -> None:
+    """ml_collections tells of a file that it could not load only once the config is used."""
+    if flag.value is None or isinstance(flag.value, ml_collections.ConfigDict):
+        return
+    name = config_flags.get_config_filename(flag)
+    what = "is not a config" if Path(name.split(":")[0]).is_file() else "no such file"
+    raise InputError(f"--config={name}: {what}; give a .py file with get_config(), see configs/")
 
 
 def _one_line(error: Exception) -> str:
     text = str(error.args[0]) if error.args else str(error)
     text = " ".join(text.split())
+    if "get_config" in text:
+        return f"the config file defines no get_config(): {text}"
     if isinstance(error, AttributeError | KeyError):  # ml_collections: a key that is not there
         return f"unknown config key: {text} (see trace_jax/config.py for every key)"
     return text

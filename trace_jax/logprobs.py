@@ -24,7 +24,7 @@ def response_logprobs(module, rows: batches.Rows, n_responses: int) -> Array:
 
 
 def sum_by_response(values_RL: Array, responses_RL: Array, n_responses: int) -> Array:
-    """Sums values over each response's positions, [R, n_responses]; other positions count nowhere."""
+    """Sums values over each response's positions, [R, n_responses]; others count nowhere."""
 
     def row(values_L: Array, responses_L: Array) -> Array:
         return jax.ops.segment_sum(values_L, responses_L, num_segments=n_responses + 1)[

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]  # hidden [..., D] -> float32 logits [..., V]
 
-_CHUNK_BYTES = 16 * 2**20  # float32 logits kept alive at once by the chunked head
+_CHUNK_BYTES = 4 * 2**20  # float32 logits kept alive at once by the chunked head
 
 
 def logistic_preference(r0_B: Array, r1_B: Array, beta: float | Array) -> Array:

@@ -118,7 +118,7 @@ def _regex(body: Any, where: str) -> Predicate:
     region, pattern = _region(body["in"], where), string(body["pattern"], f"{where}: pattern")
     try:
         search = re.compile(pattern).search
-    except re.error as error:
+    except (re.error, OverflowError) as error:  # OverflowError: a{9...9}
         raise InputError(
             f"{where}: {pattern!r} is not a valid regular expression ({error}); mend it"
         ) from error

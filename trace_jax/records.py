@@ -228,9 +228,9 @@ class JsonlAppender:
         """Appends rows and flushes: a kill of this process no longer loses them."""
         try:
             for row in rows:
-                line = _line(row)  # first: a row that cannot be written leaves no trace
-                self.ids.add(row["id"])
-                self._stream.write(line)
+                name, line = row["id"], _line(row)  # first: a row that cannot be written leaves
+                self._stream.write(line)  # no trace, neither here nor in the ids
+                self.ids.add(name)
             self._stream.flush()
         except OSError as error:
             raise _unwritable(self.path, error) from error

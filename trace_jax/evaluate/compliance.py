@@ -20,13 +20,14 @@ def judged_rows(
     model: str,
     mode: str,
     judge: judges.Judge,
+    old_judge: judges.Judge,
     mean_logprobs: np.ndarray,
 ) -> list[dict]:
     """Sample rows of one model and mode; `mean_logprobs` in the order of prompts, then samples."""
     items = [
         (p["prompt"], r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt
     ]
-    verdicts = iter(judge.judge(items))
+    verdicts, old_verdicts = iter(judge.judge(items)), iter(old_judge.judge(items))
     logp = iter(mean_logprobs)
     rows = []
     for p, of_prompt in zip(prompts, responses, strict=True):
@@ -43,6 +44,7 @@ def judged_rows(
                     "response": response,
                     "status": verdict.status,
                     "compliant": verdict.compliant is True,
+                    "old_compliant": next(old_verdicts).compliant is True,
                     "clauses": {k: c.status for k, c in verdict.clauses.items()},
                     "mean_logprob": value if np.isfinite(value) else None,
                 }
@@ -72,7 +74,7 @@ def fit_guard(rows: Sequence[Mapping]) -> guard.Guard:
 
 
 def summary(rows: Sequence[Mapping], actions: Mapping[str, str]) -> dict:
-    """{"compliance_guarded", "compliance", "compliance_greedy"} of one model's rows.
+    """Rates of one model's rows, with the names they have in eval.json; compliance_old is old policy.
 
     actions: prompt id -> the action triage gives there, for "by_action"; prompts without one are in
     none.
@@ -83,6 +85,7 @@ def summary(rows: Sequence[Mapping], actions: Mapping[str, str]) -> dict:
         "compliance_guarded": _figure(sampled, "guarded", actions),
         "compliance": _figure(sampled, "compliant", actions),
         "compliance_greedy": _figure(greedy, "compliant", actions),
+        "compliance_old": _rate(sampled, "old_compliant"),
     }
 
 

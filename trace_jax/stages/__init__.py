@@ -43,8 +43,9 @@ STAGES = (
           ("baseline.jsonl", "guard.json", "perplexity.json")),
     Stage("correct", ("seed", "correct", "policy.new", "judge"),
           ("prepare", "align", "triage", "baseline"), ("corrections.jsonl",)),
-    Stage("impact", ("seed", "impact", "train.punish", "train.beta", "train.preference", "train.tau",
-                     "train.npo_scale", "train.length_normalised", "train.adapters", "train.lora"),
+    Stage("impact", ("seed", "impact", "train.punish", "train.beta", "train.preference",
+                     "train.tau", "train.npo_scale", "train.length_normalised", "train.adapters",
+                     "train.lora"),
           ("prepare", "align", "triage", "correct"),
           ("gold.json", "impact.jsonl", "impact_summary.json")),
     Stage("train", ("seed", "train"), ("prepare", "align", "triage", "correct", "impact"),
@@ -81,8 +82,8 @@ def inputs(stage: Stage, run: context.Context) -> dict[str, object]:
         mark = run.workdir.finished(name)
         if mark is None:
             raise InputError(
-                f"{run.workdir.path}: stage {stage.name} needs stage {name}, which has not finished; "
-                f"run it first (--stages={name})"
+                f"{run.workdir.path}: stage {stage.name} needs stage {name}, which has not "
+                f"finished; run it first (--stages={name})"
             )
         _check_untouched(name, run)
         found |= {f"{name}/{output}": digest for output, digest in mark["outputs"].items()}

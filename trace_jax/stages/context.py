@@ -77,7 +77,7 @@ class Context:
         )
 
     def base_identity(self) -> dict[str, object]:
-        """What the base model is and how texts meet it: every stage but triage depends on these."""
+        """What the base model is and how texts meet it; later stages are redone when it changes."""
         keys = ("model.dtype", "model.stop_ids", "data.max_length", "data.append_stop")
         values = {key: self.flat_config[key] for key in (*keys, "data.too_long")}
         return values | {"hash": workdir.hash_path(self.base_directory)}

@@ -33,11 +33,22 @@ def run(run: context.Context) -> dict:
     dropped: list[str] = []
     examples, encoded = batches.encode_examples(run.encoder, examples, on_drop=run.on_drop(dropped))
     gold, warnings = impact.draw_gold(
-        run.triaged, run.corrections, size=run.config.impact.gold_size, seed=run.config.seed
+        _fitting(run), run.corrections, size=run.config.impact.gold_size, seed=run.config.seed
     )
     _write_gold(run, gold)
     scores_nG = _scores(run, examples, encoded, gold)
     return _write(run, examples, scores_nG, {e.record_id for e in gold}, len(gold), warnings)
+
+
+def _fitting(run: context.Context) -> list[records.TriagedRecord]:
+    """The triaged records that fit data.max_length: all of them, unless data.too_long is drop."""
+    pairs = [
+        methods.Example(t.record.id, t.action, t.record.prompt, t.record.chosen, t.record.rejected)
+        for t in run.triaged
+    ]
+    dropped: list[str] = []
+    batches.encode_examples(run.encoder, pairs, on_drop=run.on_drop(dropped))
+    return [t for t in run.triaged if t.record.id not in set(dropped)]
 
 
 def _write_gold(run: context.Context, gold: Sequence[methods.Example]) -> None:
@@ -236,9 +247,9 @@ def _write(
         per_action[action] = _action_figures(scores_nG[scored], weights[scored])
         if per_action[action]["clamped_share"] > config.clamp_warning:
             warnings.append(
-                f"{per_action[action]['clamped_share']:.0%} of the {action} scores are negative and "
-                "clamped to weight 0; that action hardly trains (corrections, a larger gold_size "
-                "or impact.weights=uniform change that)"
+                f"{per_action[action]['clamped_share']:.0%} of the {action} scores are negative "
+                "and clamped to weight 0; that action hardly trains (corrections, a larger "
+                "gold_size or impact.weights=uniform change that)"
             )
     rows = [
         {

@@ -35,6 +35,7 @@ def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
             model=model,
             mode=mode,
             judge=run.judge,
+            old_judge=run.old_judge,
             mean_logprobs=base_logprobs(run, prompts, responses),
         )
     return rows

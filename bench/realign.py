@@ -1,0 +1,101 @@
+"""The results of the README: methods, ablations and controls on one benchmark.
+
+python -m bench.realign --config=configs/stories.py --workdir=runs/stories --name=stories \\
+    [--jobs=2] [--config.key=value]
+python -m bench.realign --readme    writes the tables of docs/results/*.json into README.md
+
+A comparison (`trace_jax.compare`) with METHODS; writes docs/results/NAME.json with the machine,
+versions and commit it ran on.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from bench import frontier
+from trace_jax import compare, launch, records
+from trace_jax.errors import InputError
+
+METHODS = (
+    "trace,trace_no_impact,trace_no_kl,trace_no_triage,trace+train.punish=dual_npo,"
+    "trace+impact.normalisation=sum_to_one,dpo,sft"
+)
+RESULTS = Path("docs/results")
+BEGIN, END = "<!-- results: python -m bench.realign --readme -->", "<!-- end of results -->"
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=_FLAGS)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Prepared run.", flag_values=_FLAGS)
+_NAME = flags.DEFINE_string("name", None, "Name of the result file.", flag_values=_FLAGS)
+_METHODS = flags.DEFINE_string("methods", METHODS, "As in trace_jax.compare.", flag_values=_FLAGS)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds.", flag_values=_FLAGS)
+_JOBS = flags.DEFINE_integer("jobs", 1, "Processes at once.", flag_values=_FLAGS)
+_README = flags.DEFINE_bool(
+    "readme", False, "Only write the tables into README.md.", flag_values=_FLAGS
+)
+
+
+def measure() -> None:
+    """Runs the comparison and writes its result file."""
+    if None in (_CONFIG.value, _WORKDIR.value, _NAME.value):
+        raise InputError("--config, --workdir and --name are needed (or --readme)")
+    start = time.time()
+    variants = compare.parse_methods(_METHODS.value)
+    found = compare.compare(
+        _CONFIG.value, Path(_WORKDIR.value), variants, _SEEDS.value, _JOBS.value
+    )
+    found |= {"name": _NAME.value, "wall_seconds": round(time.time() - start), **frontier.machine()}
+    found["summary"] = {
+        "triage": json.loads((Path(_WORKDIR.value) / ".stages" / "triage.json").read_text())[
+            "summary"
+        ],
+        "impact": records.read_json(
+            compare.folder(Path(_WORKDIR.value), variants[0], _CONFIG.value.seed)
+            / "impact_summary.json"
+        ),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    records.write_json(RESULTS / f"{_NAME.value}.json", found)
+    print(compare.markdown(found))
+
+
+def readme() -> None:
+    """Writes the tables into README.md."""
+    path = Path("README.md")
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or not after:
+        raise InputError(f"README.md has no {BEGIN} ... {END}")
+    names = sorted(p.stem for p in RESULTS.glob("*.json") if not p.stem.endswith("_frontier"))
+    sections = [section(records.read_json(RESULTS / f"{name}.json")) for name in names]
+    path.write_text(before + BEGIN + "\n\n" + "\n".join(sections) + END + after)
+
+
+def section(found: dict) -> str:
+    """One benchmark's table with its provenance."""
+    actions = ", ".join(f"{k} {n}" for k, n in found["summary"]["triage"]["actions"].items())
+    provenance = (
+        f"`docs/results/{found['name']}.json`; commit {found['commit']}, jax {found['jax']}, "
+        f"{found['machine']}, CPU only; "
+        f"triage: {actions}; unchanged clauses: {', '.join(found['unchanged_clauses'])}."
+    )
+    return f"### {found['name']}\n\n{compare.markdown(found)}\n{provenance}\n"
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 done, 2 bad input."""
+    try:
+        launch.parse_flags(_FLAGS, argv)
+        readme() if _README.value else measure()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,504 @@
+"""The program as a user runs it: one tiny run of every stage, and what goes wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trace_jax import launch, metrics, stages, train, workdir
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from trace_jax import config
+
+
+def get_config():
+    c = config.base_config()
+    c.data.source = "synth"
+    c.data.max_length = 64
+    c.data.row_length = 128
+    c.data.pairs = 60
+    c.data.validation_prompts = 8
+    c.data.test_prompts = 8
+    s = c.model.scratch
+    s.hidden_size, s.intermediate_size, s.layers, s.heads, s.kv_heads = 32, 64, 1, 2, 1
+    s.context = 64
+    s.documents = 200
+    s.training.total_steps = 20
+    s.training.warmup_steps = 2
+    s.training.learning_rate = 1e-2
+    s.training.examples_per_step = 16
+    for t in (c.align, c.train):
+        t.total_steps = 4
+        t.warmup_steps = 1
+        t.examples_per_step = 8
+        t.retain_per_step = 8
+        t.save_every = 2
+    c.correct.tries = 8
+    c.correct.max_new_tokens = 16
+    c.impact.gold_size = 12
+    c.evaluate.samples = 1
+    c.evaluate.max_new_tokens = 16
+    c.evaluate.batch_rows = 16
+    return c
+"""
+RATES = ("compliance_guarded", "compliance", "compliance_greedy")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def _program(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "trace_jax.launch", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def straight(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A finished run, which no test may change, and its process."""
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    return path, _program(f"--config={config}", f"--workdir={path}")
+
+
+@pytest.fixture
+def run(straight, tmp_path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(straight[0], tmp_path / "run"))
+
+
+def _main(*arguments: object) -> int:
+    return launch.main(["launch", *map(str, arguments)])
+
+
+def _error(capsys, *arguments: object) -> str:
+    """The one line that the program ends with."""
+    capsys.readouterr()
+    assert _main(*arguments) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
+    errors = [line for line in said if line.startswith("error: ")]
+    assert errors and said[-1] == errors[0] and len(errors) == 1, said
+    assert "Traceback" not in "".join(said)
+    return errors[0]
+
+
+def _ran(capsys) -> list[str]:
+    """The stages that ran, not those that were skipped."""
+    return re.findall(r"^\[(\w+)\]$", capsys.readouterr().err, re.MULTILINE)
+
+
+def _json(path: Path):
+    return json.loads(path.read_text())
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _files(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): workdir.hash_path(p) for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_run_writes_every_artefact(straight):
+    path, done = straight
+    assert done.returncode == 0, done.stderr
+    for name in ("config.json", "versions.json", "policy.yaml", "records.jsonl", "ref", "model",
+                 "triage.jsonl", "corrections.jsonl", "gold.json", "impact.jsonl", "checkpoints",
+                 "metrics.jsonl", "samples.jsonl", "eval.json", "report.html"):  # fmt: skip
+        assert (path / name).exists(), name
+    assert not list(path.rglob("*.tmp"))
+    marks = {stage.name: _json(path / ".stages" / f"{stage.name}.json") for stage in stages.STAGES}
+    assert all(digest for mark in marks.values() for digest in mark["outputs"].values())
+
+
+def test_the_closing_tables_are_on_stdout(straight):
+    path, done = straight
+    for text in ("Triage and weights", "Compliance with the new policy", "re-aligned", "Stages"):
+        assert text in done.stdout
+    assert f"report: {path / 'report.html'}" in done.stdout
+    assert f"model: {path / 'model'}" in done.stdout
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+
+
+def test_records_triage_and_impact_have_their_form(straight):
+    path, _ = straight
+    found, triaged = _rows(path / "records.jsonl"), _rows(path / "triage.jsonl")
+    assert [row["id"] for row in found] == [row["id"] for row in triaged]
+    actions = {}
+    for record, row in zip(found, triaged, strict=True):
+        assert row.keys() == {
+            "id", "prompt", "chosen", "rejected", "chosen_verdict", "rejected_verdict", "action",
+        }  # fmt: skip
+        assert all(row[key] == record[key] for key in ("prompt", "chosen", "rejected"))
+        verdict = row["chosen_verdict"]
+        assert verdict.keys() == row["rejected_verdict"].keys() == {
+            "status", "probability", "clauses",
+        }  # fmt: skip
+        assert all(c.keys() == {"status", "probability"} for c in verdict["clauses"].values())
+        actions[row["id"]] = row["action"]
+    assert set(actions.values()) >= {"INVERT", "PUNISH", "RETAIN"}
+    weighed = _rows(path / "impact.jsonl")
+    assert all(row.keys() >= {"id", "action", "score", "weight"} for row in weighed)
+    assert [row["id"] for row in weighed] == [
+        i for i, action in actions.items() if action in ("INVERT", "PUNISH")
+    ]
+    assert all(row["action"] == actions[row["id"]] for row in weighed)
+    scored = [row for row in weighed if not row["gold"]]
+    positive = np.array([max(row["score"], 0) for row in scored])
+    weights = np.array([row["weight"] for row in scored])
+    np.testing.assert_allclose(weights, len(scored) * positive / positive.sum(), rtol=1e-6)
+
+
+def test_gold_corrections_and_metrics_have_their_form(straight):
+    path, _ = straight
+    gold = _json(path / "gold.json")
+    assert gold["seed"] == 0 and 2 <= len(gold["pairs"]) <= 12
+    triaged = {row["id"]: row["action"] for row in _rows(path / "triage.jsonl")}
+    assert all(triaged[row["id"]] == row["action"] for row in gold["pairs"])
+    corrections = _rows(path / "corrections.jsonl")
+    assert [row["id"] for row in corrections] == [i for i, a in triaged.items() if a == "PUNISH"]
+    assert all(row.keys() == {"id", "response", "tries"} for row in corrections)
+    values = _rows(path / "metrics.jsonl")
+    assert [row["step"] for row in values] == [1, 2, 3, 4]
+    names = values[0].keys() - {"step"}
+    assert {"loss/total", "train/grad_norm", "train/kl"} <= names
+    assert all(re.fullmatch(r"\w+/\w+", name) for name in names)
+
+
+def test_eval_has_its_form(straight):
+    found = _json(straight[0] / "eval.json")
+    for figures in (found, found["base"], found["ref"]):
+        assert figures["perplexity"] > 1
+        for name in RATES:
+            rate = figures[name]
+            assert rate.keys() == {"rate", "low", "high", "n", "by_action", "by_clause"}
+            assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
+            assert rate["n"] == 8 and rate["by_clause"]
+            parts = (*rate["by_action"].values(), *rate["by_clause"].values())
+            assert all(part.keys() == {"rate", "low", "high", "n"} for part in parts)
+    assert found["guard"] and found["split"] == "test"
+    rows = _rows(straight[0] / "samples.jsonl")
+    assert {(r["model"], r["mode"]) for r in rows} == {
+        (model, mode) for model in ("base", "ref", "trained") for mode in ("sample", "greedy")
+    }
+    guarded = [r["guarded"] for r in rows if (r["model"], r["mode"]) == ("trained", "sample")]
+    assert found["compliance_guarded"]["rate"] == pytest.approx(np.mean(guarded))
+
+
+def test_the_run_describes_itself(straight, config):
+    path, _ = straight
+    versions = _json(path / "versions.json")
+    command = f"python -m trace_jax.launch --config={config} --workdir={path}"
+    assert versions["command"] == command and versions["jax"] and versions["python"]
+    assert _json(path / "config.json")["train"]["total_steps"] == 4
+    page = (path / "report.html").read_text()
+    assert command in page and "M_ref" in page and "<script" not in page
+    assert (path / "policy.yaml").read_text().strip()
+
+
+def test_the_exported_model_is_the_trained_one_in_transformers_too(straight):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    from trace_jax import models
+
+    path = straight[0] / "model"
+    module = models.load(path)
+    tokens_BL = np.arange(3, 43, dtype=np.int32).reshape(2, 20)
+    ours_BLV = np.asarray(module(tokens_BL))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        theirs_BLV = theirs(torch.tensor(tokens_BL)).logits.numpy()
+    np.testing.assert_allclose(ours_BLV, theirs_BLV, atol=2e-4)
+    ref_BLV = np.asarray(models.load(straight[0] / "ref")(tokens_BL))
+    assert np.abs(ours_BLV - ref_BLV).max() > 1e-3, "the export is M_ref"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert tokenizer.eos_token_id is not None
+
+
+def test_a_second_run_skips_everything_and_changes_no_file(straight, config, capsys):
+    path, _ = straight
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
+    assert _main(f"--config={config}", f"--workdir={path}", "--redo") == 0
+    captured = capsys.readouterr()
+    skipped = re.findall(r"^\[(\w+)\] done before, skipped$", captured.err, re.MULTILINE)
+    assert skipped == list(stages.NAMES)
+    assert "Compliance with the new policy" in captured.out
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()} == before
+
+
+def test_a_changed_config_is_refused_with_the_difference(run, config, capsys):
+    before = _files(run)
+    flags = (f"--config={config}", f"--workdir={run}", "--config.train.beta=0.2")
+    said = _error(capsys, *flags)
+    assert "stage impact was made from other inputs (train.beta: 0.1 -> 0.2)" in said
+    assert "--redo" in said and "--workdir" in said
+    assert _files(run) == before
+
+
+def test_redo_does_that_stage_and_what_depends_on_it(run, config, capsys):
+    before = _files(run)
+    flags = (
+        f"--config={config}",
+        f"--workdir={run}",
+        "--redo",
+        "--config.evaluate.temperature=0.9",
+    )
+    assert _main(*flags) == 0
+    ran = _ran(capsys)
+    # correct reads guard.json, which baseline rewrites; its text does not depend on anything else.
+    assert ran[0] == "baseline" and "evaluate" in ran and ran[-1] == "report"
+    assert not {"prepare", "align", "triage"} & set(ran)
+    after = _files(run)
+    assert before["ref/model.safetensors"] == after["ref/model.safetensors"]
+    assert before["eval.json"] != after["eval.json"]
+    assert _json(run / "config.json")["evaluate"]["temperature"] == 0.9
+
+
+def test_redo_leaves_downstream_alone_where_nothing_came_out_different(run, config, capsys):
+    report = run / "report.html"
+    report.write_text("edited")
+    assert _main(f"--config={config}", f"--workdir={run}", "--redo") == 0
+    assert _ran(capsys) == ["report"]
+    assert report.read_text() != "edited"
+
+
+def test_a_partial_triage_is_continued(run, config, capsys):
+    path, started = run / "triage.jsonl", run / ".stages" / "triage.started.json"
+    whole, mark = path.read_text(), _json(run / ".stages" / "triage.json")
+    lines = whole.splitlines(keepends=True)
+    first = json.loads(lines[0])
+    first["rejected_verdict"]["probability"] = 0.25  # a mark that judging anew would wipe out
+    path.write_text(json.dumps(first, ensure_ascii=False) + "\n" + lines[1] + lines[2][:40])
+    (run / ".stages" / "triage.json").unlink()
+    started.write_text(json.dumps({"stage": "triage", "inputs": mark["inputs"]}))
+    assert _main(f"--config={config}", f"--workdir={run}", "--stages=triage") == 0
+    assert _ran(capsys) == ["triage"]
+    again = path.read_text().splitlines(keepends=True)
+    assert json.loads(again[0]) == first and again[1:] == lines[1:]
+    assert not started.exists()
+
+
+def test_a_killed_training_goes_on_to_the_same_end(straight, run, config, monkeypatch, capsys):
+    for name in ("checkpoints", "metrics.jsonl", "eval.json", "samples.jsonl"):
+        target = run / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    for mark in (run / ".stages").glob("*"):
+        if mark.name.split(".")[0] in ("train", "evaluate", "export", "report"):
+            mark.unlink()
+    straight_loop = train.loop
+
+    def killed(*arguments, on_metrics, **others):
+        def stop_after_3(step, values):
+            on_metrics(step, values)
+            if step == 3:
+                raise KeyboardInterrupt
+
+        return straight_loop(*arguments, on_metrics=stop_after_3, **others)
+
+    flags = (f"--config={config}", f"--workdir={run}", "--stages=train,evaluate")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loop", killed)
+        assert _main(*flags) == 130
+    assert [row["step"] for row in _rows(run / "metrics.jsonl")] == [1, 2, 3]
+    assert "the same command goes on from here" in capsys.readouterr().err
+    bars = []
+    plain = metrics.progress
+    monkeypatch.setattr(metrics, "progress", lambda *given: (bars.append(given), plain(*given))[1])
+    assert _main(*flags) == 0
+    assert (4, "train checkpoints", 2) in bars  # from the checkpoint, not from the start
+    assert _ran(capsys) == ["train", "evaluate"]
+    for name in ("metrics.jsonl", "eval.json", "samples.jsonl"):
+        assert (run / name).read_text() == (straight[0] / name).read_text(), name
+
+
+@pytest.mark.parametrize("name", ["triage.jsonl", "impact.jsonl", "ref/model.safetensors"])
+@pytest.mark.parametrize("how", ["edited", "gone"])
+def test_an_artefact_that_changed_since_is_named(run, config, capsys, name, how):
+    path, artefact = run / name, run / name.split("/")[0]
+    if how == "edited":
+        path.write_bytes(path.read_bytes() + b"\n")
+    else:
+        path.unlink()
+    said = _error(capsys, f"--config={config}", f"--workdir={run}")
+    assert f"{artefact} {'was edited' if artefact.exists() else 'is gone'} since stage" in said
+    assert "--redo" in said
+    stage = {"triage.jsonl": "correct", "impact.jsonl": "train", "ref": "baseline"}[artefact.name]
+    said = _error(capsys, f"--config={config}", f"--workdir={run}", f"--stages={stage}", "--redo")
+    assert str(artefact) in said and "put it back" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.train.no_such_key=1"], "no_such_key"),
+        (["--config.train.beta=much"], "beta"),
+        (["--config.train.method=magic"], "train.method='magic' is unknown; use one of trace"),
+        (["--config.judge.name=oracle"], "judge.name='oracle' is unknown"),
+        (["--config.policy.new=no_such"], "no policy 'no_such'"),
+        (["--config.policy.old=no/such.yaml"], "no/such.yaml: cannot be read"),
+        (["--config.model.path=/no/such"], "model.path=/no/such: no config.json there"),
+        (["--config.evaluate.max_new_tokens=64"], "leaves no room"),
+        (["--config.data.test_prompts=0"], "the test split has no prompts"),
+        (["--stages=triage,magic"], "unknown stage 'magic'; choose from prepare, align"),
+        (["--stages=impact"], "stage impact needs stage prepare, which has not finished"),
+        (["--no_such_flag=1"], "no_such_flag"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_flags_are_one_line(config, tmp_path, capsys, monkeypatch, flags, said):
+    if "test_prompts" in flags[0]:
+        monkeypatch.setattr("trace_jax.stages.prepare._train_from_scratch", lambda run: None)
+    assert said in _error(capsys, f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config(:\n", "SyntaxError"),
+        ("import no_such_module\n", "no_such_module"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("from trace_jax import config\n\n\ndef get_config():\n"
+         "    c = config.base_config()\n    c.trian.beta = 1\n    return c\n", "trian"),
+        ("x = 1\n", "the config file defines no get_config()"),
+        ("def get_config():\n    return 1\n", "is not a config"),
+    ],
+    ids=["syntax", "import", "exception", "key", "no get_config", "no config"],
+)  # fmt: skip
+def test_bad_config_files_are_one_line(tmp_path, capsys, monkeypatch, text, said):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # another test's config
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    assert said in _error(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert "--config=FILE is missing" in _error(capsys)
+    assert "nowhere.py: no such file" in _error(capsys, f"--config={tmp_path / 'nowhere.py'}")
+    assert str(tmp_path) in _error(capsys, f"--config={tmp_path}")
+
+
+def test_flags_of_one_call_do_not_reach_the_next(config, tmp_path, capsys):
+    flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert "magic" in _error(capsys, *flags, "--config.train.method=magic", "--stages=impact")
+    assert "needs stage prepare" in _error(capsys, *flags, "--stages=impact")
+
+
+def test_an_unwritable_workdir_is_one_line(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    said = _error(capsys, f"--config={config}", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert "cannot be written" in said and "--workdir" in said
+    said = _error(capsys, f"--config={config}", f"--workdir={tmp_path / 'file'}")
+    assert "cannot be written" in said
+
+
+def test_the_workdir_of_another_run_is_one_line(run, config, capsys):
+    before = _files(run)
+    flags = (f"--config={config}", f"--workdir={run}", "--config.seed=7", "--config.data.pairs=30")
+    said = _error(capsys, *flags)
+    assert "stage prepare was made from other inputs" in said
+    assert "data.pairs: 60 -> 30; seed: 0 -> 7" in said
+    assert _files(run) == before
+
+
+def test_a_policy_with_an_unknown_predicate_is_one_line(config, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nclauses:\n  - id: a\n    requirement: Be kind.\n    rules: {kindness: 3}\n"
+    )
+    flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--config.policy.new={path}")
+    said = _error(capsys, *flags)
+    assert "mine.yaml" in said and "kindness" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def jsonl(straight, config, tmp_path) -> tuple[Path, list[dict], tuple[str, ...]]:
+    """A JSONL file of the finished run's records, its rows, and flags that read it."""
+    keys = ("prompt", "chosen", "rejected")
+    rows = [{k: row[k] for k in keys} for row in _rows(straight[0] / "records.jsonl")]
+    path = _write_rows(tmp_path / "mine.jsonl", rows)
+    values = {"config": config, "workdir": tmp_path / "run", "config.data.source": "jsonl"}
+    values |= {"config.data.path": path, "config.model.path": straight[0] / "base"}
+    flags = tuple(f"--{name}={value}" for name, value in values.items())
+    return path, rows, flags
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{not json", "not valid JSON"),
+        ("[1, 2]", "a line must be a JSON object, this is a list"),
+        ('{"prompt": "a", "chosen": "b"}', "'rejected' is missing"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "'chosen' must be a text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
+    ],
+)
+def test_a_malformed_record_is_one_line_with_file_and_line(jsonl, capsys, line, said):
+    path, _, flags = jsonl
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n")
+    found = _error(capsys, *flags)
+    assert f"{path}:5" in found and said in found
+
+
+def test_a_response_that_is_too_long_is_an_error_or_dropped(jsonl, capsys, tmp_path):
+    path, rows, flags = jsonl
+    rows[3]["chosen"] = " ".join([rows[3]["chosen"]] * 12)
+    rows[3]["id"] = "the-long-one"
+    prompts = _write_rows(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows[40:]])
+    _write_rows(path, rows[:40])
+    flags = (*flags, f"--config.data.prompts_path={prompts}")
+    said = _error(capsys, *flags, "--stages=prepare,align")
+    assert "record the-long-one: a response has" in said and "data.max_length=64" in said
+    flags = (*flags, "--config.data.too_long=drop", "--redo")
+    assert _main(*flags, "--stages=prepare,align,triage,baseline,correct,impact,train") == 0
+    captured = capsys.readouterr()
+    assert "1 records too long, dropped: the-long-one" in captured.err
+    assert "dropped=1" in captured.out
+    assert "the-long-one" not in (tmp_path / "run" / "impact.jsonl").read_text()
+
+
+def test_triage_and_help_never_import_jax(run, config, tmp_path):
+    """A poisoned jax in front of the real one: whoever imports it stops."""
+    (tmp_path / "poison").mkdir()
+    (tmp_path / "poison" / "jax.py").write_text("raise SystemExit('jax was imported')\n")
+    poison = {"PYTHONPATH": str(tmp_path / "poison")}
+    (run / ".stages" / "triage.json").unlink()
+    (run / "triage.jsonl").unlink()
+    done = _program(f"--config={config}", f"--workdir={run}", "--stages=triage", **poison)
+    assert done.returncode == 0, done.stderr
+    assert "[triage]" in done.stderr and (run / "triage.jsonl").exists()
+    done = _program("--help", **poison)
+    assert done.returncode == 0 and "--workdir" in done.stdout and not done.stderr
+    done = _program(f"--config={config}", f"--workdir={tmp_path / 'new'}", **poison)
+    assert "jax was imported" in done.stderr, "the poison does not work"
+
+
+def test_help_takes_less_than_a_second():
+    code = "import sys\nfrom trace_jax import launch, workdir\n"
+    code += "launch.main(['launch', '--help'])\n"
+    usage = "import resource; u = resource.getrusage(resource.RUSAGE_SELF); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + usage + "print(u.ru_utime + u.ru_stime)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout.splitlines()[-1]) < 1.0
