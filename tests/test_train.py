@@ -228,6 +228,22 @@ def test_kl_of_the_reference_itself_is_zero_with_zero_gradient(data, one_gradien
     assert float(metrics["train/kl"]) > 0.1 and float(optax.tree.norm(grads)) > 0.1
 
 
+def test_a_loss_that_overflows_counts_nothing_where_its_coefficient_is_zero():
+    """0 * inf would be NaN: the first of two slots has a logratio of -1e30, squared."""
+    rng = np.random.default_rng(0)
+    texts, examples = [tiny.text(rng, 3, 2, 2)] * 2, [tiny.example(), tiny.example(pref=1.0)]
+    ref = np.array([[1e30, 0.0], [0.0, 0.0]], np.float32)
+    batch = jax.tree.map(lambda a: a[0], tiny.batch(texts, examples, ref))
+    chosen = options(preference="squared")
+
+    def total(logp):
+        return train.example_losses(logp, jnp.ones((1, 4)), batch, tiny.hyper(), chosen)[0].sum()
+
+    loss, gradient = jax.value_and_grad(total)(jnp.zeros((1, 4)))
+    np.testing.assert_allclose(loss, (1 / (2 * 0.2)) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, 0, -5, 5]], rtol=1e-6)
+
+
 def test_the_schedule_by_hand():
     rate = train.schedule(tiny.options(warmup_steps=4, total_steps=12, final_fraction=0.2))
     expected = {0: 0.0, 1: 0.25, 4: 1.0, 6: 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 8: 0.6, 12: 0.2}
