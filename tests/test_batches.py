@@ -66,7 +66,7 @@ def test_truncation_cuts_the_prompt_from_the_left_and_is_counted():
     whole = e.encode("c d", ["e", "f"])
     assert e.truncated_prompts == 0 and len(whole.prompt) == 5
     cut = e.encode("g h c d", ["e", "fgh"])
-    assert words(cut.prompt) == ["▁", "c", "▁", "d"][-3:]
+    assert words(cut.prompt) == ["<s>", "▁", "d"]  # BOS stays
     assert [words(b) for b in cut.branches] == [["e", "</s>"], ["f", "g", "h", "</s>"]]
     assert e.truncated_prompts == 1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import trace_jax
 from trace_jax import launch, metrics, stages, train, workdir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +207,7 @@ def test_the_run_describes_itself(straight, config):
     versions = _json(path / "versions.json")
     command = f"python -m trace_jax.launch --config={config} --workdir={path}"
     assert versions["command"] == command and versions["jax"] and versions["python"]
+    assert versions["trace_jax"] == trace_jax.__version__  # also where it is not installed
     assert _json(path / "config.json")["train"]["total_steps"] == 4
     page = (path / "report.html").read_text()
     assert command in page and "M_ref" in page and "<script" not in page
@@ -462,19 +464,20 @@ def test_a_malformed_record_is_one_line_with_file_and_line(jsonl, capsys, line, 
 
 def test_a_response_that_is_too_long_is_an_error_or_dropped(jsonl, capsys, tmp_path):
     path, rows, flags = jsonl
-    rows[3]["chosen"] = " ".join([rows[3]["chosen"]] * 12)
-    rows[3]["id"] = "the-long-one"
+    for i in range(0, 40, 4):  # so many that some would be in the gold batch
+        rows[i] |= {"chosen": " ".join([rows[i]["chosen"]] * 12), "id": f"long-{i}"}
     prompts = _write_rows(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows[40:]])
     _write_rows(path, rows[:40])
     flags = (*flags, f"--config.data.prompts_path={prompts}")
     said = _error(capsys, *flags, "--stages=prepare,align")
-    assert "record the-long-one: a response has" in said and "data.max_length=64" in said
+    assert "record long-0: a response has" in said and "data.max_length=64" in said
     flags = (*flags, "--config.data.too_long=drop", "--redo")
     assert _main(*flags, "--stages=prepare,align,triage,baseline,correct,impact,train") == 0
     captured = capsys.readouterr()
-    assert "1 records too long, dropped: the-long-one" in captured.err
-    assert "dropped=1" in captured.out
-    assert "the-long-one" not in (tmp_path / "run" / "impact.jsonl").read_text()
+    assert "10 records too long, dropped: long-0, long-4, " in captured.err
+    assert "dropped=10" in captured.out
+    for name in ("impact.jsonl", "gold.json"):
+        assert "long-" not in (tmp_path / "run" / name).read_text()
 
 
 def test_triage_and_help_never_import_jax(run, config, tmp_path):

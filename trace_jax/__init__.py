@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _SUBMODULES = frozenset({
     "batches", "checkpoints", "compare", "config", "errors", "evaluate", "fit", "impact", "judges",
     "launch", "losses", "methods", "metrics", "models", "policy", "records", "report", "sampling",
-    "sharding", "sources", "synth", "train", "triage",
+    "sources", "synth", "train", "triage",
 })  # fmt: skip
 
 

@@ -129,12 +129,18 @@ class Encoder:
         excess = max(0, max(len(tokens) for tokens, _ in pairs) - self.max_length)
         if excess:
             self.truncated_prompts += 1
-            excess = min(excess, shared - 1)
         return Encoded(
-            prompt=pairs[0][0][excess:shared],
+            prompt=self._cut_left(pairs[0][0][:shared], excess),
             branches=tuple(tokens[shared:] for tokens, _ in pairs),
             skip=tuple(n - shared for _, n in pairs),
         )
+
+    def _cut_left(self, prompt: tuple[int, ...], excess: int) -> tuple[int, ...]:
+        """The prompt without `excess` tokens at its left end, after its beginning-of-text token."""
+        if not excess:
+            return prompt
+        first = int(prompt[0] == self.tokenizer.bos_token_id and len(prompt) > excess + 1)
+        return prompt[:first] + prompt[min(excess + first, len(prompt) - 1) :]
 
     def _tokens(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
         """Tokens of prompt + response, and how many are the prompt's (one astride is not)."""

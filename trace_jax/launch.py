@@ -14,6 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+import trace_jax
 from trace_jax import config as config_lib
 from trace_jax import records, stages, workdir
 from trace_jax.errors import InputError
@@ -140,7 +141,6 @@ def _describe(run: context.Context, command: str) -> None:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     names = (
-        "trace_jax",
         "jax",
         "flax",
         "optax",
@@ -149,7 +149,7 @@ def versions() -> dict[str, str]:
         "transformers",
         "numpy",
     )
-    found = {"python": sys.version.split()[0]}
+    found = {"python": sys.version.split()[0], "trace_jax": trace_jax.__version__}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)

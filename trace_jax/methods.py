@@ -45,7 +45,7 @@ def examples(
     alpha_kl: float,
     punish: str = "correction",
 ) -> list[Example]:
-    """Examples of `method`, in record order; UNRESOLVED records give none.
+    """Examples of `method`, in record order; UNRESOLVED records give none but for dpo and sft.
 
     corrections: record id -> y_c. weights: record id -> impact weight; None means 1 everywhere.
     punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"

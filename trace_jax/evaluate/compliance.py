@@ -74,7 +74,7 @@ def fit_guard(rows: Sequence[Mapping]) -> guard.Guard:
 
 
 def summary(rows: Sequence[Mapping], actions: Mapping[str, str]) -> dict:
-    """Rates of one model's rows, with the names they have in eval.json; compliance_old is old policy.
+    """Rates of one model's rows under their names in eval.json; compliance_old: the old policy.
 
     actions: prompt id -> the action triage gives there, for "by_action"; prompts without one are in
     none.

@@ -168,6 +168,19 @@ class Context:
         return triage.read(self.file("triage", "triage.jsonl"))
 
     @functools.cached_property
+    def fitting(self) -> list[records.TriagedRecord]:
+        """The triaged records that fit data.max_length: all, unless data.too_long is drop."""
+        from trace_jax import batches
+
+        pairs = [
+            methods.Example(r.id, "", r.prompt, r.chosen, r.rejected)
+            for r in (t.record for t in self.triaged)
+        ]
+        dropped: list[str] = []
+        batches.encode_examples(self.encoder, pairs, on_drop=self.on_drop(dropped))
+        return [t for t in self.triaged if t.record.id not in set(dropped)]
+
+    @functools.cached_property
     def corrections(self) -> dict[str, records.Text]:
         """Record id -> y_c."""
         rows = (row for _, row in records.read_jsonl(self.file("correct", "corrections.jsonl")))

@@ -33,22 +33,11 @@ def run(run: context.Context) -> dict:
     dropped: list[str] = []
     examples, encoded = batches.encode_examples(run.encoder, examples, on_drop=run.on_drop(dropped))
     gold, warnings = impact.draw_gold(
-        _fitting(run), run.corrections, size=run.config.impact.gold_size, seed=run.config.seed
+        run.fitting, run.corrections, size=run.config.impact.gold_size, seed=run.config.seed
     )
     _write_gold(run, gold)
     scores_nG = _scores(run, examples, encoded, gold)
     return _write(run, examples, scores_nG, {e.record_id for e in gold}, len(gold), warnings)
-
-
-def _fitting(run: context.Context) -> list[records.TriagedRecord]:
-    """The triaged records that fit data.max_length: all of them, unless data.too_long is drop."""
-    pairs = [
-        methods.Example(t.record.id, t.action, t.record.prompt, t.record.chosen, t.record.rejected)
-        for t in run.triaged
-    ]
-    dropped: list[str] = []
-    batches.encode_examples(run.encoder, pairs, on_drop=run.on_drop(dropped))
-    return [t for t in run.triaged if t.record.id not in set(dropped)]
 
 
 def _write_gold(run: context.Context, gold: Sequence[methods.Example]) -> None:
