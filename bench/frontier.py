@@ -2,7 +2,7 @@
 
 python -m bench.frontier --config=configs/stories.py --workdir=runs/stories \\
     --out=docs/results/stories_frontier --grid=3e-4:0.1:150,1e-3:0.1:150 \\
-    [--method=trace] [--jobs=2] [--config.key=value]
+    [--methods=trace] [--jobs=2] [--config.key=value]
 
 A grid point is learning rate : beta : steps. Every point runs once (the config's seed) over the
 prepared workdir. Writes OUT.json and OUT.png and names the best point by guarded compliance at T=1
@@ -16,21 +16,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from trace_jax import compare, launch, records
 from trace_jax.errors import InputError
 
 LIMIT = 1.10  # perplexity over M_ref's
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Prepared run.", flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "Results, without ending.", flag_values=_FLAGS)
-_GRID = flags.DEFINE_list("grid", None, "Points lr:beta:steps.", flag_values=_FLAGS)
-_METHOD = flags.DEFINE_string(
-    "method", "trace", "Method with overrides, as in trace_jax.compare.", flag_values=_FLAGS
-)
-_JOBS = flags.DEFINE_integer("jobs", 1, "Processes at once.", flag_values=_FLAGS)
 
 
 def machine() -> dict[str, str]:
@@ -139,17 +129,19 @@ def plot(found: dict, path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
+    values = compare.define_flags(argv)
+    flags.DEFINE_string("out", None, "Results, without ending.", flag_values=values)
+    flags.DEFINE_list("grid", None, "Points lr:beta:steps.", flag_values=values)
     try:
-        launch.parse_flags(_FLAGS, argv)
-        if None in (_CONFIG.value, _WORKDIR.value, _OUT.value, _GRID.value):
+        launch.parse_flags(values, argv)
+        if None in (values.config, values.workdir, values.out, values.grid):
             raise InputError("--config, --workdir, --out and --grid are needed")
-        found = frontier(
-            _CONFIG.value, Path(_WORKDIR.value), points(_GRID.value, _METHOD.value), _JOBS.value
-        )
+        variants = points(values.grid, values.methods)
+        found = frontier(values.config, Path(values.workdir), variants, values.jobs)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = Path(_OUT.value)
+    out = Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(out.with_suffix(".json"), found)
     plot(found, out.with_suffix(".png"))

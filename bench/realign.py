@@ -8,13 +8,11 @@ A comparison (`trace_jax.compare`) with METHODS; writes docs/results/NAME.json w
 versions and commit it ran on.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from bench import frontier
 from trace_jax import compare, launch, records
@@ -27,39 +25,20 @@ METHODS = (
 RESULTS = Path("docs/results")
 BEGIN, END = "<!-- results: python -m bench.realign --readme -->", "<!-- end of results -->"
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Prepared run.", flag_values=_FLAGS)
-_NAME = flags.DEFINE_string("name", None, "Name of the result file.", flag_values=_FLAGS)
-_METHODS = flags.DEFINE_string("methods", METHODS, "As in trace_jax.compare.", flag_values=_FLAGS)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds.", flag_values=_FLAGS)
-_JOBS = flags.DEFINE_integer("jobs", 1, "Processes at once.", flag_values=_FLAGS)
-_README = flags.DEFINE_bool(
-    "readme", False, "Only write the tables into README.md.", flag_values=_FLAGS
-)
 
-
-def measure() -> None:
+def measure(config, prepared: Path, name: str, methods: str, seeds: int, jobs: int) -> None:
     """Runs the comparison and writes its result file."""
-    if None in (_CONFIG.value, _WORKDIR.value, _NAME.value):
-        raise InputError("--config, --workdir and --name are needed (or --readme)")
     start = time.time()
-    variants = compare.parse_methods(_METHODS.value)
-    found = compare.compare(
-        _CONFIG.value, Path(_WORKDIR.value), variants, _SEEDS.value, _JOBS.value
-    )
-    found |= {"name": _NAME.value, "wall_seconds": round(time.time() - start), **frontier.machine()}
+    variants = compare.parse_methods(methods)
+    found = compare.compare(config, prepared, variants, seeds, jobs)
+    found |= {"name": name, "wall_seconds": round(time.time() - start), **frontier.machine()}
+    weighed = compare.folder(prepared, variants[0], config.seed) / "impact_summary.json"
     found["summary"] = {
-        "triage": json.loads((Path(_WORKDIR.value) / ".stages" / "triage.json").read_text())[
-            "summary"
-        ],
-        "impact": records.read_json(
-            compare.folder(Path(_WORKDIR.value), variants[0], _CONFIG.value.seed)
-            / "impact_summary.json"
-        ),
+        "triage": records.read_json(prepared / ".stages" / "triage.json")["summary"],
+        "impact": records.read_json(weighed),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    records.write_json(RESULTS / f"{_NAME.value}.json", found)
+    records.write_json(RESULTS / f"{name}.json", found)
     print(compare.markdown(found))
 
 
@@ -88,9 +67,19 @@ def section(found: dict) -> str:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
+    values = compare.define_flags(argv)
+    values.set_default("methods", METHODS)
+    flags.DEFINE_string("name", None, "Name of the result file.", flag_values=values)
+    flags.DEFINE_bool("readme", False, "Only write the tables into README.md.", flag_values=values)
     try:
-        launch.parse_flags(_FLAGS, argv)
-        readme() if _README.value else measure()
+        launch.parse_flags(values, argv)
+        if values.readme:
+            readme()
+            return 0
+        if None in (values.config, values.workdir, values.name):
+            raise InputError("--config, --workdir and --name are needed (or --readme)")
+        prepared = Path(values.workdir)
+        measure(values.config, prepared, values.name, values.methods, values.seeds, values.jobs)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,8 @@
 """Offline, CPU, 8 fake devices, no silent rank promotion: set before anything imports jax."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,56 @@ def shared() -> Path:
     if not (_SHARED / "data").is_dir() or not (_SHARED / "models").is_dir():
         pytest.skip(f"needs the real data and models in {_SHARED}")
     return _SHARED
+
+
+TINY_CONFIG = """
+from trace_jax import config
+
+
+def get_config():
+    c = config.base_config()
+    c.data.source = "synth"
+    c.data.max_length = 64
+    c.data.row_length = 128
+    c.data.pairs = 60
+    c.data.validation_prompts = 8
+    c.data.test_prompts = 8
+    s = c.model.scratch
+    s.hidden_size, s.intermediate_size, s.layers, s.heads, s.kv_heads = 32, 64, 1, 2, 1
+    s.context = 64
+    s.documents = 200
+    s.training.total_steps = 20
+    s.training.warmup_steps = 2
+    s.training.learning_rate = 1e-2
+    s.training.examples_per_step = 16
+    for t in (c.align, c.train):
+        t.total_steps = 4
+        t.warmup_steps = 1
+        t.examples_per_step = 8
+        t.retain_per_step = 8
+        t.save_every = 2
+    c.correct.tries = 8
+    c.correct.max_new_tokens = 16
+    c.impact.gold_size = 12
+    c.evaluate.samples = 1
+    c.evaluate.max_new_tokens = 16
+    c.evaluate.batch_rows = 16
+    return c
+"""
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    """A config that goes through every stage in seconds; what it trains writes nonsense."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(TINY_CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def straight(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A finished run of `config`, which no test may change, and its process."""
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}", f"--workdir={path}"]
+    root = Path(__file__).resolve().parents[1]
+    return path, subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -15,48 +15,7 @@ import trace_jax
 from trace_jax import launch, metrics, stages, train, workdir
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
-from trace_jax import config
-
-
-def get_config():
-    c = config.base_config()
-    c.data.source = "synth"
-    c.data.max_length = 64
-    c.data.row_length = 128
-    c.data.pairs = 60
-    c.data.validation_prompts = 8
-    c.data.test_prompts = 8
-    s = c.model.scratch
-    s.hidden_size, s.intermediate_size, s.layers, s.heads, s.kv_heads = 32, 64, 1, 2, 1
-    s.context = 64
-    s.documents = 200
-    s.training.total_steps = 20
-    s.training.warmup_steps = 2
-    s.training.learning_rate = 1e-2
-    s.training.examples_per_step = 16
-    for t in (c.align, c.train):
-        t.total_steps = 4
-        t.warmup_steps = 1
-        t.examples_per_step = 8
-        t.retain_per_step = 8
-        t.save_every = 2
-    c.correct.tries = 8
-    c.correct.max_new_tokens = 16
-    c.impact.gold_size = 12
-    c.evaluate.samples = 1
-    c.evaluate.max_new_tokens = 16
-    c.evaluate.batch_rows = 16
-    return c
-"""
 RATES = ("compliance_guarded", "compliance", "compliance_greedy")
-
-
-@pytest.fixture(scope="session")
-def config(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("configs") / "tiny.py"
-    path.write_text(CONFIG)
-    return path
 
 
 def _program(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -64,13 +23,6 @@ def _program(*arguments: object, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )
-
-
-@pytest.fixture(scope="session")
-def straight(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A finished run, which no test may change, and its process."""
-    path = tmp_path_factory.mktemp("runs") / "straight"
-    return path, _program(f"--config={config}", f"--workdir={path}")
 
 
 @pytest.fixture

@@ -136,3 +136,10 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.0
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "triage.jsonl"
+    path.write_text('{"id": "a"}\n')
+    with pytest.raises(InputError, match=r"triage.jsonl:1: not a triaged record"):
+        triage.read(path)

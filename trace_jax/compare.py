@@ -29,29 +29,6 @@ SHARED = ("prepare", "align", "triage", "baseline", "correct")
 OWN = ("impact", "train", "evaluate")
 FIGURES = ("compliance_guarded", "compliance", "compliance_greedy", "retained", "compliance_old")
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment file, see configs/.", flag_values=_FLAGS
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of the prepared run (prepared first where it is not).",
-    flag_values=_FLAGS,
-)
-_METHODS = flags.DEFINE_string(
-    "methods",
-    "trace",
-    "Methods, joined by commas, with overrides: name+key=value.",
-    flag_values=_FLAGS,
-)
-_SEEDS = flags.DEFINE_integer(
-    "seeds", 3, "Runs of each method: config.seed, config.seed + 1, ...", flag_values=_FLAGS
-)
-_JOBS = flags.DEFINE_integer(
-    "jobs", 1, "Processes at once, each on a core of its own.", flag_values=_FLAGS
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -275,18 +252,36 @@ def _cell(rate: dict) -> str:
     return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags of a comparison, anew for every call."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment file, see configs/.", flag_values=values, sys_argv=argv
+    )
+    define = {"flag_values": values}
+    flags.DEFINE_string("workdir", None, "Prepared run (prepared first where it is not).", **define)
+    flags.DEFINE_string("methods", "trace", "Methods, joined by commas: name+key=value.", **define)
+    flags.DEFINE_integer("seeds", 3, "Runs a method: config.seed, config.seed + 1, ...", **define)
+    flags.DEFINE_integer("jobs", 1, "Processes at once, each on a core of its own.", **define)
+    flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", **define)
+    return values
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
     try:
-        launch.parse_flags(_FLAGS, argv)
-        if _CONFIG.value is None or _WORKDIR.value is None:
+        values = define_flags(argv)
+        launch.parse_flags(values, argv)
+        if values.help:
+            print(f"{__doc__}\n{values.get_help()}")
+            return 0
+        if values.config is None or values.workdir is None:
             raise InputError("--config=FILE and --workdir=DIR are needed")
-        variants = parse_methods(_METHODS.value)
-        found = compare(_CONFIG.value, Path(_WORKDIR.value), variants, _SEEDS.value, _JOBS.value)
+        target, variants = Path(values.workdir), parse_methods(values.methods)
+        found = compare(values.config, target, variants, values.seeds, values.jobs)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
-    target = Path(_WORKDIR.value)
     records.write_json(target / "comparison.json", found)
     (target / "comparison.md").write_text(markdown(found))
     print(markdown(found))

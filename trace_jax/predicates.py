@@ -192,6 +192,8 @@ def string(value: Any, where: str) -> str:
     """The value, if it is a text; InputError otherwise."""
     if not isinstance(value, str):  # YAML reads a bare no, yes, on, off as a truth value
         raise InputError(f"{where}: {value!r} is not a text; put it in quotes")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(f"{where}: {value!r} holds half a surrogate pair; write the character")
     return value
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trace_jax import batches, judges, records, respond, sampling
+from trace_jax.errors import InputError
 
 
 def openings(
@@ -44,7 +45,7 @@ def openings(
                 found.setdefault(text)
         attempt += 1
         if attempt > 20:
-            raise records.InputError(
+            raise InputError(
                 f"only {len(found)} of {n} different openings after 20 rounds; lower data.openings "
                 "or raise "
                 "data.opening_tokens"

@@ -85,8 +85,16 @@ def run(
 
 
 def read(path: records.AnyPath) -> list[records.TriagedRecord]:
-    """Reads the triaged records of a finished file."""
-    return [records.TriagedRecord.from_json(row) for _, row in records.read_jsonl(path)]
+    """Reads the triaged records of a finished file; a line that is none is an InputError."""
+    found = []
+    for number, row in records.read_jsonl(path):
+        try:
+            found.append(records.TriagedRecord.from_json(row))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}:{number}: not a triaged record ({error!r}); delete the line and run again"
+            ) from error
+    return found
 
 
 def summary(triaged: Iterable[records.TriagedRecord]) -> Summary:

@@ -1,0 +1,127 @@
+"""Methods x seeds over one prepared run: variants, overrides, figures by hand, a real run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from trace_jax import compare, config, records
+from trace_jax.errors import InputError
+
+
+def test_a_method_carries_its_overrides():
+    plain, changed = compare.parse_methods("trace, trace+train.punish=dual_npo+train.beta=0.3")
+    assert plain == compare.Variant("trace", {"train.method": "trace"})
+    assert changed.overrides == {
+        "train.method": "trace",
+        "train.punish": "dual_npo",
+        "train.beta": "0.3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("trace,trace", "once"), ("", "once"), ("trace+train.beta", "key=value")],
+)
+def test_bad_methods_are_refused(text, said):
+    with pytest.raises(InputError, match=said):
+        compare.parse_methods(text)
+
+
+def test_overrides_take_the_type_of_the_key_and_leave_the_original_alone():
+    base = config.base_config()
+    changed = compare.with_overrides(
+        base, {"train.beta": "0.3", "train.total_steps": "7", "seed": 5, "align.enabled": "false"}
+    )
+    assert (changed.train.beta, changed.train.total_steps, changed.seed) == (0.3, 7, 5)
+    assert changed.align.enabled is False and base.train.total_steps == 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("train.bata", "1", "unknown config key"), ("train.total_steps", "many", "not a int")],
+)
+def test_bad_overrides_are_refused(key, value, said):
+    with pytest.raises(InputError, match=said):
+        compare.with_overrides(config.base_config(), {key: value})
+
+
+def _row(prompt: int, sample: int, guarded: bool, model: str, mode: str = "sample") -> dict:
+    """A row whose raw compliance is always true and whose unchanged clause follows `guarded`."""
+    status = "compliant" if guarded else "violating"
+    kept = ("privacy", "on_topic", "complete")
+    return {
+        "id": f"p{prompt}",
+        "split": "test",
+        "model": model,
+        "mode": mode,
+        "sample": sample,
+        "guarded": guarded,
+        "compliant": True,
+        "old_compliant": not guarded,
+        "clauses": dict.fromkeys(kept, status) | {"feedback": "violating"},
+    }
+
+
+def test_figures_and_paired_differences_by_hand(tmp_path):
+    """4 prompts x 2 samples: `a` is guarded on 3 of 4 prompts in both seeds, `b` on 1 of 4."""
+    variants = [compare.Variant(name, {"train.method": name}) for name in ("a", "b")]
+    for variant, good in zip(variants, (3, 1), strict=True):
+        for seed in (0, 1):
+            target = compare.folder(tmp_path, variant, seed)
+            target.mkdir(parents=True)
+            rows = [_row(p, s, p < good, "trained") for p in range(4) for s in range(2)]
+            rows += [_row(p, 0, p < good, "trained", "greedy") for p in range(4)]
+            records.write_jsonl(target / "samples.jsonl", rows)
+            records.write_json(target / "eval.json", {"perplexity": 2.0 + seed})
+    before = [_row(p, s, False, m) for m in ("base", "ref") for p in range(4) for s in range(2)]
+    before += [_row(p, 0, False, m, "greedy") for m in ("base", "ref") for p in range(4)]
+    records.write_jsonl(tmp_path / "baseline.jsonl", before)
+    records.write_json(tmp_path / "perplexity.json", {"test": {"base": 1.5, "ref": 1.7}})
+
+    found = compare.summary(config.base_config(), tmp_path, variants, [0, 1])
+
+    a, b = found["methods"]["a"], found["methods"]["b"]
+    assert a["compliance_guarded"]["rate"] == 0.75 and b["compliance_guarded"]["rate"] == 0.25
+    assert a["compliance_guarded"]["seeds"] == [0.75, 0.75]
+    assert a["compliance"]["rate"] == a["compliance_greedy"]["rate"] == 1.0
+    assert a["retained"]["rate"] == 0.75 and a["compliance_old"]["rate"] == 0.25
+    assert a["perplexity"] == 2.5 and found["ref"]["perplexity"] == 1.7
+    assert found["base"]["compliance_guarded"]["rate"] == 0.0
+    (test,) = found["tests"]
+    assert (test["a"], test["b"], test["difference"]) == ("a", "b", 0.5)
+    assert "| a | 75.0 [" in compare.markdown(found) and "+50.0 points" in compare.markdown(found)
+
+
+def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys):
+    """Nothing upstream of a finished run is done again, and a second call does nothing."""
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    triage = (path / "triage.jsonl").stat().st_mtime_ns
+    command = [
+        "compare",
+        f"--config={config}",
+        f"--workdir={path}",
+        "--methods=trace,sft",
+        "--seeds=1",
+    ]
+    assert compare.main(command) == 0
+    found = json.loads((path / "comparison.json").read_text())
+    assert sorted(found["methods"]) == ["sft", "trace"]
+    assert (path / "triage.jsonl").stat().st_mtime_ns == triage
+    assert "| trace |" in (path / "comparison.md").read_text()
+    done = {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
+    assert len(done) == 2
+    assert compare.main(command) == 0
+    assert done == {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
+
+
+def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys):
+    for arguments in (
+        [f"--config={config}"],
+        [f"--config={config}", f"--workdir={tmp_path}", "--methods=trice"],
+        [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+train.bata=1"],
+    ):
+        assert compare.main(["compare", *arguments]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and said[0].startswith("error: "), said
