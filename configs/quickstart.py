@@ -11,10 +11,10 @@ def get_config():
     c = config.base_config()
     c.data.source = "synth"
     c.data.max_length = 96
-    c.data.pairs = 1500
+    c.data.pairs = 3000
     c.data.validation_prompts = 150
     c.data.test_prompts = 300
-    c.model.scratch.training.total_steps = 300
+    c.model.scratch.training.total_steps = 400
     c.model.scratch.training.examples_per_step = 64
     c.model.scratch.training.learning_rate = 3e-3
     c.model.scratch.training.warmup_steps = 30
@@ -24,6 +24,6 @@ def get_config():
     # perplexity limit (docs/results/synth_frontier.json).
     c.train.learning_rate = 1e-4
     c.train.beta = 0.5
-    c.train.total_steps = 100
+    c.train.total_steps = 150
     c.evaluate.splits = ("test", "validation")
     return c
