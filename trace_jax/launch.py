@@ -24,7 +24,7 @@ from trace_jax.stages import closing, context
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 bad input or config (one line on stderr)."""
     try:
-        values = _flags(argv)
+        values = define_flags(argv)
         parse_flags(values, argv)
         if values.help:
             print(f"{__doc__}\n{values.get_help()}")
@@ -66,7 +66,7 @@ def realign(
     return run
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
+def define_flags(argv: list[str]) -> flags.FlagValues:
     """The program's flags, anew for every call of `main`, so that no call sees another's."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(

@@ -1,6 +1,7 @@
 """The stages of a run in order: each reads artefacts, writes its own; done ones are skipped."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 
 from trace_jax import metrics, workdir
@@ -164,6 +165,4 @@ def _check_untouched(name: str, run: context.Context) -> None:
 
 def _function(name: str) -> Callable[[context.Context], dict]:
     """The stage's function; its module (and jax) loads only when the stage runs."""
-    import importlib
-
     return importlib.import_module(f"trace_jax.stages.{name}").run

@@ -5,6 +5,7 @@ the mean of the scores along the halves' gradients, and how far the halves agree
 it is (Spearman-Brown, for the whole batch).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -108,8 +109,6 @@ def _gold_gradient(
 
 
 def _options(run: context.Context, n_conflict: int) -> train.Options:
-    import dataclasses
-
     return dataclasses.replace(
         run.settings("train").options(), preference="logistic", n_conflict=n_conflict
     )
