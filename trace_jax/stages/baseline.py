@@ -31,5 +31,6 @@ def run(run: context.Context) -> dict:
     records.write_jsonl(
         run.workdir.path / "baseline.jsonl", compliance.with_guard(found, thresholds)
     )
+    responses.clear(run)
     metrics.say(f"  guard: {thresholds.to_json()}")
     return {"rows": len(found)}

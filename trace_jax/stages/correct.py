@@ -23,6 +23,7 @@ def run(run: context.Context) -> dict:
         key = records.content_id(record.prompt)
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
+    (run.workdir.path / "corrections_found.jsonl").unlink()
     corrected = sum(row["response"] is not None for row in rows)
     metrics.say(
         f"  corrections for {corrected} of {len(rows)} PUNISH records; dual NPO for the others"
@@ -35,9 +36,15 @@ def _search(
 ) -> tuple[dict[str, str], dict[str, int]]:
     config = run.config.correct
     writer = run.base if config.writer == "base" else run.ref
-    found: dict[str, str] = {}
     tries = dict.fromkeys((p.id for p in prompts), 0)
-    with run.progress(len(prompts), f"corrections written by {config.writer}") as bar:
+    kept = run.workdir.path / "corrections_found.jsonl"  # an interrupted search goes on from here
+    with (
+        records.JsonlAppender(kept) as out,
+        run.progress(len(prompts), f"corrections written by {config.writer}", len(out.ids)) as bar,
+    ):
+        rows = [row for _, row in records.read_jsonl(kept)]
+        found = {row["id"]: row["response"] for row in rows}
+        tries |= {row["id"]: row["tries"] for row in rows}
         while still := [p for p in prompts if p.id not in found and tries[p.id] < config.tries]:
             samples = respond.respond(
                 writer,
@@ -55,6 +62,7 @@ def _search(
             found |= accepted
             for p in still:
                 tries[p.id] += config.samples_per_round
+            out.append({"id": i, "response": y, "tries": tries[i]} for i, y in accepted.items())
             bar.advance(len(accepted))
     return found, tries
 

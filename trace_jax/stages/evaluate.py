@@ -35,6 +35,7 @@ def run(run: context.Context) -> dict:
     }
     records.write_jsonl(run.workdir.path / "samples.jsonl", rows)
     records.write_json(run.workdir.path / "eval.json", out)
+    responses.clear(run)
     return {
         k: round(out[k]["rate"], 4)
         for k in ("compliance_guarded", "compliance", "compliance_greedy")

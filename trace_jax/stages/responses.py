@@ -1,44 +1,68 @@
 """Generate, judge and score a model's responses: shared by baseline and evaluate."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 
 from trace_jax import records, respond, self_sampled, triage
 from trace_jax.evaluate import compliance
 from trace_jax.stages import context
 
+PARTIAL = ".responses"  # rows already made by a stage that was interrupted
+
 
 def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
-    """Judged rows of `module`: samples at temperature and a greedy one, every prompt of a split."""
-    config = run.config.evaluate
-    prompts = [p for p in run.prompts if p["split"] == split]
+    """Judged rows of `module`: samples at temperature and a greedy one, every prompt of a split.
+
+    Each part is kept as it is made, so an interrupted stage does not make it again.
+    """
     rows = []
-    for mode, samples, temperature in (
-        ("sample", config.samples, config.temperature),
-        ("greedy", 1, 0.0),
-    ):
-        with run.progress(len(prompts) * samples, f"{model}: {mode} {split}") as bar:
-            responses = respond.respond(
-                module,
-                [respond.Prompt(p["id"], p["prompt"]) for p in prompts],
-                run.encoder,
-                seed=run.config.seed,
-                samples=samples,
-                max_new_tokens=config.max_new_tokens,
-                temperature=temperature,
-                stop_ids=run.stop_ids,
-                batch_rows=config.batch_rows,
-                progress=bar.advance,
-            )
-        rows += compliance.judged_rows(
-            prompts,
-            responses,
-            model=model,
-            mode=mode,
-            judge=run.judge,
-            old_judge=run.old_judge,
-            mean_logprobs=base_logprobs(run, prompts, responses),
-        )
+    for mode in ("sample", "greedy"):
+        kept = partial(run) / f"{model}-{split}-{mode}.jsonl"
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            records.write_jsonl(kept, _make_rows(run, module, model, split, mode))
+        rows += [row for _, row in records.read_jsonl(kept)]
     return rows
+
+
+def partial(run: context.Context) -> Path:
+    """Where `rows_of` keeps parts."""
+    return run.workdir.path / PARTIAL
+
+
+def clear(run: context.Context) -> None:
+    """Drops the parts once the stage has written its own artefact."""
+    shutil.rmtree(partial(run), ignore_errors=True)
+
+
+def _make_rows(run: context.Context, module, model: str, split: str, mode: str) -> list[dict]:
+    config = run.config.evaluate
+    samples, temperature = (config.samples, config.temperature) if mode == "sample" else (1, 0.0)
+    prompts = [p for p in run.prompts if p["split"] == split]
+    with run.progress(len(prompts) * samples, f"{model}: {mode} {split}") as bar:
+        responses = respond.respond(
+            module,
+            [respond.Prompt(p["id"], p["prompt"]) for p in prompts],
+            run.encoder,
+            seed=run.config.seed,
+            samples=samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            stop_ids=run.stop_ids,
+            batch_rows=config.batch_rows,
+            progress=bar.advance,
+        )
+    return compliance.judged_rows(
+        prompts,
+        responses,
+        model=model,
+        mode=mode,
+        judge=run.judge,
+        old_judge=run.old_judge,
+        mean_logprobs=base_logprobs(run, prompts, responses),
+    )
 
 
 def base_logprobs(

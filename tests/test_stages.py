@@ -1,0 +1,67 @@
+"""Interrupted stages go on from what they had made."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from trace_jax import launch, respond, stages, workdir
+from trace_jax.stages import correct, responses
+
+
+@pytest.fixture
+def run(straight, tmp_path) -> Path:
+    return Path(shutil.copytree(straight[0], tmp_path / "run"))
+
+
+def _forget(run: Path, name: str) -> None:
+    stage = next(s for s in stages.STAGES if s.name == name)
+    workdir.Workdir(run).forget(name, stage.artefacts)
+
+
+def _main(config: Path, run: Path, name: str, *flags: str) -> int:
+    where = [f"--config={config}", f"--workdir={run}", f"--stages={name}"]
+    return launch.main(["launch", *where, *flags])
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_baseline_generates_nothing_again(run, straight, config, monkeypatch):
+    _forget(run, "baseline")
+    with monkeypatch.context() as patch:
+        patch.setattr(responses, "perplexity", _interrupt)
+        assert _main(config, run, "baseline") == 130
+    kept = sorted(p.name for p in (run / ".responses").iterdir())
+    assert kept == [
+        f"{m}-test-{how}.jsonl" for m in ("base", "ref") for how in ("greedy", "sample")
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(respond, "respond", _interrupt)
+        assert _main(config, run, "baseline") == 0
+    assert not (run / ".responses").exists()
+    for name in ("baseline.jsonl", "guard.json", "perplexity.json"):
+        assert (run / name).read_bytes() == (straight[0] / name).read_bytes()
+
+
+def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, monkeypatch):
+    """The judge accepts everything; the first search is cut off after its first acceptance."""
+    searched = []
+
+    def accept(of_run, prompts, samples, *, most):
+        searched.append([p.id for p in prompts])
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        return {p.id: s[0] for p, s in list(zip(prompts, samples, strict=True))[:most]}
+
+    _forget(run, "correct")
+    rounds = "--config.correct.samples_per_round=2"
+    monkeypatch.setattr(correct, "_first_accepted", lambda *a: accept(*a, most=1))
+    assert _main(config, run, "correct", rounds) == 130
+    assert len((run / "corrections_found.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr(correct, "_first_accepted", lambda *a: accept(*a, most=10**6))
+    assert _main(config, run, "correct", rounds) == 0
+    first, _, again = searched
+    assert again == first[1:]  # the prompt that had its correction is not searched again
+    assert not (run / "corrections_found.jsonl").exists()
