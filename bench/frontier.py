@@ -121,6 +121,7 @@ def plot(found: dict, path: Path) -> None:
         linestyle="--",
         label="limit: M_ref + 10 %",
     )
+    axes.margins(x=0.15)
     axes.set_xlabel("perplexity of base text (lower: closer to the base model)")
     axes.set_ylabel("guarded compliance, T=1, validation (%)")
     axes.legend(fontsize=8)

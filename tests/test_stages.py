@@ -1,12 +1,15 @@
 """Interrupted stages go on from what they had made."""
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from trace_jax import config as config_lib
 from trace_jax import launch, respond, stages, workdir
-from trace_jax.stages import correct, responses
+from trace_jax.stages import correct, prepare, responses
 
 
 @pytest.fixture
@@ -65,3 +68,20 @@ def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, 
     first, _, again = searched
     assert again == first[1:]  # the prompt that had its correction is not searched again
     assert not (run / "corrections_found.jsonl").exists()
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_no_record_trains_on_a_held_out_prompt(tmp_path, from_file):
+    rows = [{"prompt": f"p{i % 9}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(18)]
+    data = tmp_path / "records.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "p0"}\n{"prompt": "p1"}\n{"prompt": "other"}\n')
+    c = config_lib.base_config()
+    c.data.path = str(data)
+    c.data.prompts_path = str(prompts) if from_file else ""
+    c.data.validation_prompts, c.data.test_prompts = 1, 2
+    found, held_out = prepare._from_jsonl(SimpleNamespace(config=c))
+    assert not {r.prompt for r in found} & {p["prompt"] for p in held_out}
+    assert [p["split"] for p in held_out] == ["test", "test", "validation"]
+    assert len(found) == (14 if from_file else 12)

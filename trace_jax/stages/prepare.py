@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trace_jax import metrics, records, self_sampled, sources, synth
+from trace_jax import metrics, records, respond, self_sampled, sources, synth
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -55,12 +55,15 @@ def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
         wanted = min(data.validation_prompts + data.test_prompts, len(ids) // 3)
         taken = [ids[i] for i in rng.permutation(len(ids))[:wanted]]
         held_out = [{"id": i, "prompt": by_prompt[i]} for i in taken]
-        found = [r for r in found if records.content_id(r.prompt) not in set(taken)]
+    secret = {records.content_id(p["prompt"]) for p in held_out}
+    kept = [r for r in found if records.content_id(r.prompt) not in secret]
+    if len(kept) < len(found):
+        metrics.say(f"  {len(found) - len(kept)} records left out: their prompts are held out")
     total = data.validation_prompts + data.test_prompts
     n_test = (
         data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
     )
-    return found, _with_splits(held_out[:total], n_test)
+    return kept, _with_splits(held_out[:total], n_test)
 
 
 def _with_splits(held_out: list[dict], n_test: int) -> list[dict]:
@@ -98,9 +101,7 @@ def _self_sampled(run: context.Context) -> tuple[list, list[dict]]:
     openings_path = run.workdir.path / "openings.jsonl"
     n_held_out = data.validation_prompts + data.test_prompts
     if openings_path.exists():
-        openings = [
-            self_sampled.respond.Prompt(**row) for _, row in records.read_jsonl(openings_path)
-        ]
+        openings = [respond.Prompt(**row) for _, row in records.read_jsonl(openings_path)]
     else:
         with run.progress(None, "sample openings") as bar:
             openings = self_sampled.openings(
@@ -128,7 +129,7 @@ def _continuations(run: context.Context, prompts: list) -> list[list[str]]:
         return [row["responses"] for _, row in records.read_jsonl(path)]
     total = len(prompts) * data.continuations
     with run.progress(total, "sample continuations") as bar:
-        responses = self_sampled.respond.respond(
+        responses = respond.respond(
             run.base,
             prompts,
             run.encoder,
