@@ -2,6 +2,9 @@
 
 python -m trace_jax.launch --config=configs/stories.py --workdir=runs/stories
     --config.model.path=../shared/models/stories260k
+
+2 CPU cores, about 4 minutes. Expect guarded compliance with the new policy of 9 % for M_ref and
+45 to 50 % re-aligned (docs/results/stories.json).
 """
 
 from trace_jax import config
