@@ -60,7 +60,7 @@ def realign(
     selected = stages.chosen(only)
     run = context.Context(config, workdir.Workdir(Path(directory)))
     run.load_judges()
-    _compilation_cache()
+    _environment()
     stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
     closing.show(run)
     return run
@@ -158,8 +158,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _compilation_cache() -> None:
-    """Compiled programs outlive the process: a rerun starts at once; JAX's own variable wins."""
+def _environment() -> None:
+    """Compiled programs outlive the process: a rerun starts at once. A variable set by hand wins.
+
+    transformers is here for its tokenizers; that PyTorch is missing is no news to anybody.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "trace_jax" / "xla")
     )
