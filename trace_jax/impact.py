@@ -57,16 +57,17 @@ def response_derivatives(
 ) -> Array:
     """d(y) of every response of rows [M, R, ...] along each tangent, [M, R, n_responses, G]."""
 
-    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
+    def derivatives(few: batches.Rows) -> Array:
         def logp(params: nnx.State) -> Array:
-            return logprobs.response_logprobs(
-                nnx.merge(graphdef, params, frozen), micro, n_responses
-            )
+            return logprobs.response_logprobs(nnx.merge(graphdef, params, frozen), few, n_responses)
 
         def along(tangent: nnx.State) -> Array:
             return jax.jvp(logp, (params,), (tangent,))[1]
 
-        return carry, jax.vmap(along, out_axes=-1)(tangents_G)
+        return jax.vmap(along, out_axes=-1)(tangents_G)
+
+    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
+        return carry, _few_at_a_time(derivatives, micro)
 
     return jax.lax.scan(body, None, rows)[1]
 
@@ -87,9 +88,12 @@ def loss_derivatives(
     Also valid away from theta_ref.
     """
 
+    def derivatives(few: batches.Batch) -> Array:
+        loss_fn = _example_losses(frozen, few, hyper, graphdef, options)
+        return jax.jvp(loss_fn, (params,), (tangent,))[1]
+
     def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
-        loss_fn = _example_losses(frozen, micro, hyper, graphdef, options)
-        return carry, jax.jvp(loss_fn, (params,), (tangent,))[1]
+        return carry, _few_at_a_time(derivatives, micro)
 
     return jax.lax.scan(body, None, batch)[1]
 
@@ -117,6 +121,19 @@ def per_example_gradient_dots(
         return carry, jax.vmap(dot)(micro)[:, None]
 
     return jax.lax.scan(body, None, batch)[1]
+
+
+def _few_at_a_time(derivatives: Callable, micro: batches.Rows | batches.Batch) -> Array:
+    """`derivatives` over rows [R, ...], a quarter of them at a time where R divides by 4.
+
+    Forward mode keeps nothing for a backward pass, so its temporaries shrink with the rows.
+    """
+    R = jax.tree.leaves(micro)[0].shape[0]
+    if R % 4:
+        return derivatives(micro)
+    quarters = jax.tree.map(lambda a: a.reshape(4, R // 4, *a.shape[1:]), micro)
+    out = jax.lax.map(derivatives, quarters)
+    return out.reshape(R, *out.shape[2:])
 
 
 def _example_losses(frozen, batch, hyper, graphdef, options) -> Callable[[nnx.State], Array]:
