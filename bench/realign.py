@@ -49,7 +49,9 @@ def readme() -> None:
     _, _, after = rest.partition(END)
     if not rest or not after:
         raise InputError(f"README.md has no {BEGIN} ... {END}")
-    names = sorted(p.stem for p in RESULTS.glob("*.json") if not p.stem.endswith("_frontier"))
+    names = sorted(
+        p.stem for p in RESULTS.glob("*.json") if not p.stem.endswith(("_frontier", ".eval"))
+    )
     sections = [section(records.read_json(RESULTS / f"{name}.json")) for name in names]
     path.write_text(before + BEGIN + "\n\n" + "\n".join(sections) + END + after)
 
