@@ -47,9 +47,9 @@ def measure(model: Path, repeats: int) -> dict:
     layout = batches.Layout(BATCH, length, 1, len(encoded) // BATCH)
     ref = logprobs.of_texts(module, encoded, row_length=length, micro_rows=4)
     batch = batches.make_batch([[i] for i in range(len(encoded))], layout, encoded, examples, ref)
-    module.remat = True
+    module.remat = "layer"
     remat = nnx.split(module)[0]
-    module.remat = False
+    module.remat = "none"
     graphdef, params, frozen = nnx.split(module, nnx.Param, ...)
     hyper = train.Hyper(*(jnp.float32(v) for v in (1e-4, 0.1, 0.1)))
     options = train.Options(

@@ -60,6 +60,7 @@ def get_config():
     c.evaluate.samples = 1
     c.evaluate.max_new_tokens = 16
     c.evaluate.batch_rows = 16
+    c.mesh.fsdp = 1  # of the 8 devices
     return c
 """
 

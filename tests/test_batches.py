@@ -202,7 +202,9 @@ def loss_and_gradient(model):
         def loss(params):
             module = nnx.merge(graphdef, params, frozen)
             micro = jax.tree.map(lambda a: a[0], batch)
-            return train.conflict_loss(module, micro, tiny.hyper(), tiny.options())[0]
+            return train.conflict_loss(
+                module, logprobs.hidden(module, micro.rows), micro, tiny.hyper(), tiny.options()
+            )[0]
 
         return jax.value_and_grad(loss)(params)
 

@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one optimizer step reads: conflict examples and KL examples, each in M micro-batches."""
+    """What one optimizer step reads: conflict and KL examples, both in M micro-batches, or one."""
 
     conflict: Batch | None
     retain: Batch | None
@@ -286,14 +286,27 @@ class PackPlan:
             ]
             for step in self.members
         ]
-        n_rows = round_up(max(len(rows) for rows in self.rows), micro_rows)
-        slots = max(len(row) for rows in self.rows for row in rows)
-        self.layout = Layout(micro_rows, row_length, slots, n_rows // micro_rows)
+        self.most_rows = max(len(rows) for rows in self.rows)
+        self.slots = max(len(row) for rows in self.rows for row in rows)
+        n_rows = round_up(self.most_rows, micro_rows)
+        self.layout = Layout(micro_rows, row_length, self.slots, n_rows // micro_rows)
 
     def real_token_share(self, lengths: Sequence[int]) -> float:
         """Real positions over computed positions, over the whole plan."""
         real = sum(lengths[i] for step in self.members for i in step)
         return real / (len(self.rows) * self.layout.n_rows * self.layout.row_length)
+
+
+def share_micro_batches(plans: Sequence[PackPlan], *, micro_rows: int, shards: int) -> None:
+    """Lays plans of one step out in as many micro-batches, so that they are computed together.
+
+    Together they have about `micro_rows` rows on each of `shards` data shards, evenly spread.
+    """
+    n_rows = sum(plan.most_rows for plan in plans)
+    micro_batches = -(-n_rows // (micro_rows * shards))
+    for plan in plans:
+        rows = round_up(-(-plan.most_rows // micro_batches), shards)
+        plan.layout = dataclasses.replace(plan.layout, micro_rows=rows, micro_batches=micro_batches)
 
 
 class StepSource:

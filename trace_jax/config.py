@@ -1,5 +1,6 @@
 """Every configuration key, once, with its meaning; the checks before anything is spent."""
 
+import re
 from pathlib import Path
 
 import ml_collections
@@ -20,6 +21,7 @@ def base_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # gold batch, data order, sampling: everything random follows from it
     c.model = _model()
+    c.mesh = _mesh()
     c.data = _data()
     c.policy = ml_collections.ConfigDict()
     c.policy.old = "synth_old"  # shipped name or YAML file: what M_ref was aligned to
@@ -37,16 +39,21 @@ def base_config() -> ml_collections.ConfigDict:
     )
     c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
     c.evaluate = _evaluate()
+    c.plan = _plan()
     return c.lock()
 
 
 def _model() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.path = ""  # Hugging Face directory of the deployed model; empty: train model.scratch first
-    c.dtype = "float32"  # of activations: float32 | bfloat16 (master weights are always float32)
+    c.hf_config = ml_collections.ConfigDict()  # its config.json, so that --plan needs no download
+    c.dtype = "float32"  # float32 | bfloat16, of activations and of weights that do not train (those are float32)
     c.stop_ids = ()  # token ids that end a response; empty: the model's own EOS
-    c.remat = True  # recompute layers in the backward pass: less memory; on CPU faster as well
+    c.remat = "layer"  # the backward pass finds stored: layer (inputs of layers; on CPU fastest as
+    # well) | dots (also products of matrices) | none (everything; no recomputation)
+    c.head_chunk = 0  # tokens of a data shard whose logits exist at once; 0: 4 MiB of logits
     c.scratch = s = ml_collections.ConfigDict()  # shape of a model trained from scratch
+    s.family = "llama"  # llama | qwen2 | gemma2
     s.hidden_size = 96
     s.intermediate_size = 256
     s.layers = 4
@@ -55,6 +62,14 @@ def _model() -> ml_collections.ConfigDict:
     s.context = 128  # tokens
     s.documents = 12_000  # texts it is trained on
     s.training = _training()
+    return c
+
+
+def _mesh() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()  # devices along each axis; -1: those that are left
+    c.data = 1  # copies of the parameters
+    c.fsdp = -1  # parameters and optimizer state cut in parts
+    c.tensor = 1  # matrices cut by heads and channels
     return c
 
 
@@ -81,7 +96,8 @@ def _training() -> ml_collections.ConfigDict:
     c.total_steps = 200
     c.examples_per_step = 32  # preference, NPO and NLL examples; the loss is their mean
     c.retain_per_step = 32  # KL examples beside them; their mean times alpha_kl is added
-    c.micro_rows = 4  # packed rows computed at once; a step scans over such micro-batches
+    c.micro_rows = 4  # packed rows that a data shard computes at once, of both kinds together; a
+    # step scans over such micro-batches
     c.learning_rate = 1e-4  # peak
     c.warmup_steps = 10
     c.final_fraction = 0.1  # of the peak, at the end of the cosine
@@ -89,6 +105,7 @@ def _training() -> ml_collections.ConfigDict:
     c.clip_norm = 1.0
     c.b1 = 0.9
     c.b2 = 0.999
+    c.mu_dtype = "float32"  # of AdamW's first moment: float32 | bfloat16
     c.beta = 0.1  # of the logistic preference loss and of NPO
     c.preference = "logistic"  # logistic | squared
     c.tau = 0.1  # of the squared preference loss
@@ -139,11 +156,28 @@ def _evaluate() -> ml_collections.ConfigDict:
     return c
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks values before any device or network is touched; raises InputError."""
+def _plan() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()  # what --plan reckons with
+    c.utilisation = 0.4  # share of peak FLOPs that training and scoring reach
+    c.decode_utilisation = 0.02  # the same of decoding, which waits for memory
+    c.peak_tflops = 0.0  # of one device, bfloat16; 0: known for TPUs and common GPUs
+    c.prompt_tokens = 60  # of a record, where the data is not here
+    c.response_tokens = 150
+    c.judge_price = 0.0  # US dollars for a million tokens of judge prompts and replies
+    return c
+
+
+def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> None:
+    """Checks values before any device or network is touched; raises InputError.
+
+    planning: data and model need not be here yet.
+    """
     _one_of("data.source", config.data.source, SOURCES)
     _one_of("data.too_long", config.data.too_long, ("error", "drop"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _one_of("model.scratch.family", config.model.scratch.family, ("llama", "qwen2", "gemma2"))
+    _one_of("model.remat", config.model.remat, ("layer", "dots", "none"))
+    _validate_mesh(config.mesh)
     _one_of("train.method", config.train.method, methods.METHODS)
     _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
     _one_of("correct.source", config.correct.source, ("self", "none"))
@@ -163,6 +197,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"{key}={_section(config, key)} leaves no room for a prompt in data.max_length="
                 f"{config.data.max_length}; lower the one or raise the other"
             )
+    if planning:
+        return
     if config.data.source == "jsonl" and not config.data.path:
         raise InputError(
             "data.source='jsonl' needs --config.data.path=FILE with prompt, chosen, rejected on "
@@ -170,21 +206,36 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if config.data.source == "jsonl" and not Path(config.data.path).is_file():
         raise InputError(f"data.path={config.data.path}: no such file")
-    if config.data.source != "synth" and not config.model.path:
+    _validate_model(config)
+
+
+def _validate_model(config: ml_collections.ConfigDict) -> None:
+    path = config.model.path
+    if config.data.source != "synth" and not path:
         raise InputError(
             "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout"
         )
-    if config.model.path and not (Path(config.model.path) / "config.json").is_file():
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    if path and not on_hub and not (Path(path) / "config.json").is_file():
         raise InputError(
-            f"model.path={config.model.path}: no config.json there; give a directory "
-            "in Hugging Face layout"
+            f"model.path={path}: no config.json there; give a directory in Hugging Face layout, or "
+            "a model of the hub as organisation/name"
         )
+
+
+def _validate_mesh(c: ml_collections.ConfigDict) -> None:
+    for axis, size in c.items():
+        if size != -1 and size < 1:
+            raise InputError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left")
+    if sum(size == -1 for _, size in c.items()) > 1:
+        raise InputError("only one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
 
 
 def _validate_training(name: str, c: ml_collections.ConfigDict) -> None:
     _one_of(f"{name}.preference", c.preference, ("logistic", "squared"))
     _one_of(f"{name}.npo_scale", c.npo_scale, ("plain", "two_over_beta"))
     _one_of(f"{name}.adapters", c.adapters, ADAPTERS)
+    _one_of(f"{name}.mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
     for key in (
         "total_steps",
         "examples_per_step",

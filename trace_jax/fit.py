@@ -15,14 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, checkpoints, logprobs, methods, metrics, train
+from trace_jax import (
+    batches,
+    checkpoints,
+    logprobs,
+    methods,
+    metrics,
+    processes,
+    sharding,
+    train,
+)
 from trace_jax.errors import InputError
 from trace_jax.models import lora
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Values of one training run; the keys of `config._training()`."""
+    """Values of one training run; the keys of `config._training()`.
+
+    micro_rows: of every data shard, conflict and KL rows together.
+    """
 
     total_steps: int
     examples_per_step: int
@@ -41,6 +53,7 @@ class Settings:
     preference: str
     npo_scale: str
     length_normalised: bool
+    mu_dtype: str
     adapters: str
     lora_rank: int
     lora_alpha: float
@@ -71,6 +84,13 @@ class Settings:
 
 
 def adapted(module, settings: Settings):
+    """`with_adapters`, every parameter where the mesh in context wants it."""
+    if settings.adapters == "none":
+        return module
+    return sharding.place_module(with_adapters(module, settings))
+
+
+def with_adapters(module, settings: Settings):
     """The module with fresh adapters (a new module), or itself for full fine-tuning."""
     if settings.adapters == "none":
         return module
@@ -142,7 +162,7 @@ def fit(
     module = adapted(module, settings)
     graphdef, params, frozen = nnx.split(module, trainable(settings), ...)
     state = train.init_state(params, settings.options())
-    ref_params = None if source.retain is None else _reference(params, settings)
+    ref_params = None if source.retain is None else reference(params, settings)
     data = iter(grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(1, 2)))
 
     def step_fn(state: train.TrainState, step: batches.Step):
@@ -150,7 +170,7 @@ def fit(
             state,
             frozen,
             ref_params,
-            step,
+            sharding.place_rows(step),
             settings.hyper(),
             graphdef=graphdef,
             options=settings.options(),
@@ -176,17 +196,30 @@ def fit(
                     save=lambda step, state: saved.save(step, state, data),
                     save_every=settings.save_every,
                 )
-    trained = nnx.merge(graphdef, state.params, frozen)
-    share = _token_share(source, encoded, settings)
     return Fitted(
-        lora.merge(trained) if settings.adapters == "lora" else trained,
-        share,
+        _finished(graphdef, state.params, params, frozen, settings),
+        _token_share(source, encoded, settings),
         settings.total_steps - start,
     )
 
 
-def _reference(params: nnx.State, settings: Settings) -> nnx.State:
-    """Trainable leaves of theta_ref for KL examples: adapters off under LoRA (no second copy)."""
+def _finished(
+    graphdef, trained: nnx.State, before: nnx.State, frozen: nnx.State, settings, *, merge=True
+):
+    """The module after training, adapters merged; leaves have the dtype of those before it."""
+    if settings.adapters == "lora":
+        module = nnx.merge(graphdef, trained, frozen)
+        return lora.merge(module) if merge else module
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda t, b: t.astype(b.dtype), trained, before), frozen
+    )
+
+
+def reference(params: nnx.State, settings: Settings) -> nnx.State:
+    """Trainable leaves of theta_ref for KL examples: adapters off under LoRA (no second copy).
+
+    In full fine-tuning it is the leaves as they were loaded, in the dtype of activations.
+    """
     return lora.disabled(params) if settings.adapters == "lora" else params
 
 
@@ -217,10 +250,16 @@ def _sources(module, examples, encoded, settings: Settings, directory: Path, pro
     conflict = [i for i, e in enumerate(examples) if not e.kl]
     retain = [i for i, e in enumerate(examples) if e.kl]
     row_length = settings.row_length or longest_row(encoded)
-    return _Steps(
+    found = _Steps(
         source(conflict, settings.examples_per_step, row_length),
         source(retain, settings.retain_per_step, row_length),
     )
+    batches.share_micro_batches(
+        [s.plan for s in (found.conflict, found.retain) if s is not None],
+        micro_rows=settings.micro_rows,
+        shards=sharding.shards_in_context(),
+    )
+    return found
 
 
 def longest_row(encoded: Sequence[batches.Encoded]) -> int:
@@ -245,10 +284,11 @@ def reference_logprobs(
         logp = logprobs.of_texts(
             module, encoded, row_length=row_length, micro_rows=micro_rows, progress=bar.advance
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, key=key, logp=logp)
-    temporary.replace(path)
+    if processes.is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, key=key, logp=logp)
+        temporary.replace(path)
     return logp
 
 
@@ -259,8 +299,11 @@ def _token_share(source: _Steps, encoded, settings: Settings) -> float:
     )
 
 
-def restore(module, settings: Settings, directory: Path):
-    """The module trained by `fit` in `directory`, adapters merged, from its newest checkpoint."""
+def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
+    """The module trained by `fit` in `directory` from its newest checkpoint, adapters merged.
+
+    merge=False leaves the adapters beside the kernels.
+    """
     graphdef, params, frozen = nnx.split(adapted(module, settings), trainable(settings), ...)
     state = train.init_state(params, settings.options())
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
@@ -270,8 +313,7 @@ def restore(module, settings: Settings, directory: Path):
             f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; "
             "rerun stage train"
         )
-    trained = nnx.merge(graphdef, state.params, frozen)
-    return lora.merge(trained) if settings.adapters == "lora" else trained
+    return _finished(graphdef, state.params, params, frozen, settings, merge=merge)
 
 
 def n_parameters(module) -> int:

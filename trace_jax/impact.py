@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, logprobs, methods, train
+from trace_jax import batches, logprobs, methods, sharding, train
 from trace_jax.errors import InputError
 
 Array = jax.Array
@@ -40,9 +40,10 @@ def objective_gradient(
 ) -> nnx.State:
     """g_J over the trainable leaves: gradient of the gold pairs' mean preference loss.
 
-    The step's ref_logp are those of theta_ref itself, so every logratio is 0 up to rounding.
+    In the dtype of the leaves, which a tangent must have (summed in float32 all the same). The step's ref_logp are those of theta_ref itself, so every logratio is 0 up to rounding.
     """
-    return train.gradient(params, frozen, None, step, hyper, graphdef=graphdef, options=options)[0]
+    grads, _ = train.gradient(params, frozen, None, step, hyper, graphdef=graphdef, options=options)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "n_responses"))
@@ -69,7 +70,7 @@ def response_derivatives(
     def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
         return carry, _few_at_a_time(derivatives, micro)
 
-    return jax.lax.scan(body, None, rows)[1]
+    return sharding.replicated(jax.lax.scan(body, None, rows)[1])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))
@@ -95,7 +96,7 @@ def loss_derivatives(
     def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
         return carry, _few_at_a_time(derivatives, micro)
 
-    return jax.lax.scan(body, None, batch)[1]
+    return sharding.replicated(jax.lax.scan(body, None, batch)[1])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))
@@ -120,7 +121,7 @@ def per_example_gradient_dots(
     def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
         return carry, jax.vmap(dot)(micro)[:, None]
 
-    return jax.lax.scan(body, None, batch)[1]
+    return sharding.replicated(jax.lax.scan(body, None, batch)[1])
 
 
 def _few_at_a_time(derivatives: Callable, micro: batches.Rows | batches.Batch) -> Array:
@@ -129,7 +130,7 @@ def _few_at_a_time(derivatives: Callable, micro: batches.Rows | batches.Batch) -
     Forward mode keeps nothing for a backward pass, so its temporaries shrink with the rows.
     """
     R = jax.tree.leaves(micro)[0].shape[0]
-    if R % 4:
+    if R % (4 * sharding.shards_in_context()):
         return derivatives(micro)
     quarters = jax.tree.map(lambda a: a.reshape(4, R // 4, *a.shape[1:]), micro)
     out = jax.lax.map(derivatives, quarters)

@@ -2,9 +2,14 @@
 
 python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart
     [--stages=a,b] [--redo] [--config.key=value]
+    [--plan [--topology=v5e:4x4] [--json]]
+
+Several processes, each with its devices and one workdir that all of them see: give every one
+--coordinator=HOST:PORT --processes=N --process=I, or --distributed on a TPU pod or under SLURM.
 """
 
 import importlib.metadata
+import json
 import os
 import shlex
 import sys
@@ -16,7 +21,7 @@ from ml_collections import config_flags
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import records, stages, workdir
+from trace_jax import metrics, plan, processes, stages, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
@@ -31,6 +36,12 @@ def main(argv: list[str]) -> int:
             return 0
         if values.config is None:
             raise InputError("--config=FILE is missing; try --config=configs/quickstart.py")
+        _environment()
+        processes.start(
+            values.coordinator, values.processes, values.process, auto=values.distributed
+        )
+        if values.plan or values.topology or values.json:
+            return _plan(values)
         command = shlex.join(["python", "-m", "trace_jax.launch", *argv[1:]])
         realign(
             values.config, _directory(values), only=values.stages, redo=values.redo, command=command
@@ -41,6 +52,18 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    return 0
+
+
+def _plan(values: flags.FlagValues) -> int:
+    config_lib.validate(values.config, planning=True)
+    run = context.Context(values.config, workdir.Workdir(_directory(values)))
+    run.load_judges()
+    found = plan.make(run, values.topology)
+    if values.json:
+        metrics.show(json.dumps(found))
+    else:
+        plan.show(found)
     return 0
 
 
@@ -81,6 +104,19 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     )
     redo = "Do stages again whose inputs or artefacts changed, and what depends on them."
     flags.DEFINE_bool("redo", False, redo, flag_values=values)
+    say = "Say what the run would take, and whether it fits; spends and writes nothing."
+    flags.DEFINE_bool("plan", False, say, flag_values=values)
+    slice_ = "Plan for a TPU slice (v5e:4x4) or one GPU (h100:1) instead of the devices here."
+    flags.DEFINE_string("topology", None, slice_, flag_values=values)
+    flags.DEFINE_bool(
+        "json", False, "Print the plan as JSON, and nothing else.", flag_values=values
+    )
+    where = "HOST:PORT of process 0, where there are several."
+    flags.DEFINE_string("coordinator", None, where, flag_values=values)
+    flags.DEFINE_integer("processes", None, "How many there are.", flag_values=values)
+    flags.DEFINE_integer("process", None, "Which one this is, from 0.", flag_values=values)
+    found = "Let jax find the other processes (TPU pod, SLURM, MPI)."
+    flags.DEFINE_bool("distributed", False, found, flag_values=values)
     flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", flag_values=values)
     return values
 
@@ -127,10 +163,12 @@ def _describe(run: context.Context, command: str) -> None:
     """Writes config.json, versions.json and policy.yaml beside the artefacts."""
     path = run.workdir.path
     used = versions() | ({"command": command} if command else {})
+    if not processes.is_first():
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
-        records.write_json(path / "config.json", run.config.to_dict())
-        records.write_json(path / "versions.json", used)
+        for name, value in (("config", run.config.to_dict()), ("versions", used)):
+            (path / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
         (path / "policy.yaml").write_text(run.new_policy.source)
     except OSError as error:
         raise InputError(

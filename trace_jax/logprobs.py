@@ -11,15 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, losses
+from trace_jax import batches, losses, sharding
 
 Array = jax.Array
 
 
 def response_logprobs(module, rows: batches.Rows, n_responses: int) -> Array:
     """Sum of log p(token) over each response's tokens, [R, n_responses]."""
-    hidden_RLD = module.hidden(rows.tokens, rows.positions, rows.segments, rows.branches)
-    logp_RL = losses.token_logprobs(module.logits, hidden_RLD, rows.targets)
+    return of_hidden(module, hidden(module, rows), rows, n_responses)
+
+
+def hidden(module, rows: batches.Rows) -> Array:
+    """Activations of packed rows, [R, L, D]."""
+    return module.hidden(rows.tokens, rows.positions, rows.segments, rows.branches)
+
+
+def of_hidden(module, hidden_RLD: Array, rows: batches.Rows, n_responses: int) -> Array:
+    """`response_logprobs` where the activations are at hand."""
+    logp_RL = losses.token_logprobs(module.logits, hidden_RLD, rows.targets, module.head_chunk)
     return sum_by_response(logp_RL, rows.responses, n_responses)
 
 
@@ -46,7 +55,7 @@ def _scan_logprobs(graphdef, state, rows: batches.Rows, n_responses: int) -> Arr
     def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
         return carry, response_logprobs(module, micro, n_responses)
 
-    return jax.lax.scan(body, None, rows)[1]
+    return sharding.replicated(jax.lax.scan(body, None, rows)[1])
 
 
 def of_texts(
@@ -100,7 +109,7 @@ def map_packed(
             progress(sum(len(members) for members in group))
 
     for group in groups:
-        rows = batches.make_batch(group, layout, encoded).rows
+        rows = sharding.place_rows(batches.make_batch(group, layout, encoded).rows)
         pending.append((group, compute(rows, 2 * layout.slots)))
         if len(pending) > 1:
             collect()
@@ -112,7 +121,11 @@ def map_packed(
 def packed_groups(
     encoded: Sequence[batches.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
 ) -> tuple[batches.Layout, list[list[list[int]]]]:
-    """One layout for all texts and the groups of rows that fill it one after the other."""
+    """One layout for all texts and the groups of rows that fill it one after the other.
+
+    micro_rows: rows computed at once on every data shard of the mesh in context.
+    """
+    micro_rows *= sharding.shards_in_context()
     lengths = [e.row_length for e in encoded]
     max_slots = max(1, row_length // max(1, min(lengths)))
     rows = batches.pack_rows(lengths, row_length, max_slots)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from trace_jax import sharding
+
 Array = jax.Array
-LogitsFn = Callable[[Array], Array]  # hidden [..., D] -> float32 logits [..., V]
+LogitsFn = Callable[[Array], Array]  # hidden [B, T, D] -> float32 logits [B, T, V]
 
 _CHUNK_BYTES = 4 * 2**20  # float32 logits kept alive at once by the chunked head
 
@@ -48,28 +50,37 @@ def forward_kl(ref_logits_BLV: Array, logits_BLV: Array, mask_BL: Array) -> Arra
     return jnp.sum(kl_BL * mask_BL, axis=-1) / jnp.maximum(jnp.sum(mask_BL, axis=-1), 1.0)
 
 
-def token_logprobs(logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array) -> Array:
-    """log p(target) at every position, [B, L]; the LM head in chunks of tokens, never [B, L, V]."""
+def token_logprobs(
+    logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array, chunk: int = 0
+) -> Array:
+    """log p(target) at every position, [B, L]; the LM head in chunks of tokens, never [B, L, V].
 
-    def chunk(inputs: tuple[Array, Array]) -> Array:
-        hidden_TD, targets_T = inputs
-        logits_TV = logits_fn(hidden_TD)
-        picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-        return picked_T - jax.nn.logsumexp(logits_TV, axis=-1)
+    chunk: tokens of a data shard at once; 0: so many that their logits take 4 MiB.
+    """
 
-    return _over_chunks(chunk, logits_fn, (hidden_BLD, targets_BL))
+    def logprobs(hidden_BTD: Array, targets_BT: Array) -> Array:
+        logits_BTV = logits_fn(hidden_BTD)
+        # A sum instead of an index: the vocabulary may lie over many devices.
+        is_target = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
+        picked_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1)
+        return picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+    return _over_chunks(logprobs, logits_fn, (hidden_BLD, targets_BL), chunk)
 
 
 def token_kl(
-    ref_logits_fn: LogitsFn, ref_hidden_BLD: Array, logits_fn: LogitsFn, hidden_BLD: Array
+    ref_logits_fn: LogitsFn,
+    ref_hidden_BLD: Array,
+    logits_fn: LogitsFn,
+    hidden_BLD: Array,
+    chunk: int = 0,
 ) -> Array:
     """KL(p_ref || p_theta) at every position, [B, L], through both LM heads in chunks of tokens."""
 
-    def chunk(inputs: tuple[Array, Array]) -> Array:
-        ref_hidden_TD, hidden_TD = inputs
-        return _kl(ref_logits_fn(ref_hidden_TD), logits_fn(hidden_TD))
+    def kl(ref_hidden_BTD: Array, hidden_BTD: Array) -> Array:
+        return _kl(ref_logits_fn(ref_hidden_BTD), logits_fn(hidden_BTD))
 
-    return _over_chunks(chunk, logits_fn, (ref_hidden_BLD, hidden_BLD))
+    return _over_chunks(kl, logits_fn, (ref_hidden_BLD, hidden_BLD), chunk)
 
 
 def _kl(ref_logits: Array, logits: Array) -> Array:
@@ -79,22 +90,26 @@ def _kl(ref_logits: Array, logits: Array) -> Array:
 
 
 def _over_chunks(
-    chunk: Callable[[tuple[Array, Array]], Array], logits_fn: LogitsFn, arrays: tuple[Array, Array]
+    of_chunk: Callable[..., Array], logits_fn: LogitsFn, arrays: tuple[Array, Array], chunk: int
 ) -> Array:
-    """Maps `chunk` over token chunks of [B, L, ...]; the backward pass computes logits anew."""
+    """Maps `of_chunk` over chunks along L of [B, L, ...]; the backward pass makes logits anew.
+
+    Rows stay whole, so that every device that holds rows works on each chunk.
+    """
     B, L = arrays[0].shape[:2]
-    hidden = next(a for a in arrays if a.ndim == 3)
-    V = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)).shape[
-        -1
-    ]
-    size = max(128, _CHUNK_BYTES // (4 * V))
-    flat = jax.tree.map(lambda a: a.reshape(B * L, *a.shape[2:]), arrays)
-    if size >= B * L:
-        return jax.checkpoint(chunk)(flat).reshape(B, L)
-    n_chunks = -(-B * L // size)
-    size = -(-B * L // n_chunks)
-    padded = jax.tree.map(
-        lambda a: jnp.pad(a, [(0, n_chunks * size - B * L)] + [(0, 0)] * (a.ndim - 1)), flat
-    )
-    stacked = jax.tree.map(lambda a: a.reshape(n_chunks, size, *a.shape[1:]), padded)
-    return jax.lax.map(jax.checkpoint(chunk), stacked).reshape(-1)[: B * L].reshape(B, L)
+    if not chunk:
+        hidden = next(a for a in arrays if a.ndim == 3)
+        V = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
+        chunk = max(128, _CHUNK_BYTES // (4 * V))
+    n_chunks = -(-L // max(1, chunk * sharding.shards_in_context() // B))
+    if n_chunks == 1:
+        return sharding.rows(jax.checkpoint(of_chunk)(*arrays))
+    T = -(-L // n_chunks)
+
+    def cut(a: Array) -> Array:
+        padded = jnp.pad(a, [(0, 0), (0, n_chunks * T - L)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, n_chunks, T, *a.shape[2:]), 1, 0)
+
+    checkpointed = jax.checkpoint(lambda chunks: of_chunk(*chunks), prevent_cse=False)
+    out_nBT = jax.lax.map(checkpointed, jax.tree.map(cut, arrays))
+    return sharding.rows(jnp.moveaxis(out_nBT, 0, 1).reshape(B, n_chunks * T)[:, :L])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich import console, text
 from rich import progress as rich_progress
 from rich import table as rich_table
 
-from trace_jax import records
+from trace_jax import processes, records
 from trace_jax.errors import InputError
 
 _PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
@@ -31,7 +32,8 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(self.path) if resume_after and self.path.exists() else []
         records.write_jsonl(self.path, [row for row in kept if row["step"] <= resume_after])
-        self._file = self.path.open("a", encoding="utf-8")
+        where = self.path if processes.is_first() else Path(os.devnull)
+        self._file = where.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -65,7 +67,14 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
 def say(line: str) -> None:
     """One line for the person who watches, on stderr; plain text, never markup."""
-    _stderr().print(line, markup=False, highlight=False, soft_wrap=True)
+    if processes.is_first():
+        _stderr().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(line: str) -> None:
+    """One line of the result, on stdout."""
+    if processes.is_first():
+        print(line)
 
 
 class Progress(Protocol):
@@ -82,7 +91,7 @@ def progress(total: int | None, description: str, start: int = 0) -> Iterator[Pr
     total: None where it is not known. start: items that an earlier run had done.
     """
     screen = _stderr()
-    if not screen.is_terminal:
+    if not screen.is_terminal or not processes.is_first():
         plain = _PlainProgress(total, description, start)
         yield plain
         plain.show()
@@ -138,6 +147,8 @@ def duration(seconds: float) -> str:
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Prints a table on stdout, columns as in the first row; cells are plain text, never markup."""
+    if not processes.is_first():
+        return
     screen = console.Console()
     if not screen.is_terminal:
         screen.width = _PLAIN_WIDTH

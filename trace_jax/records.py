@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from trace_jax import processes
 from trace_jax.errors import InputError
 
 Text = str | list[dict[str, str]]  # plain text, or chat messages {"role", "content"}
@@ -164,16 +165,24 @@ def read_json(path: AnyPath) -> Any:
 
 
 def write_json(path: AnyPath, value: Any) -> None:
-    """Writes the whole file or nothing, keys sorted."""
+    """Writes the whole file or nothing, keys sorted. Of several processes the first one writes."""
+    if processes.is_first():
+        _write_json(path, value)
+    processes.wait(f"{path} written")
+
+
+def _write_json(path: AnyPath, value: Any) -> None:
     with _atomic(path) as stream:
         stream.write(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
 
 
 def write_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the whole file or nothing."""
-    with _atomic(path) as stream:
-        for row in rows:
-            stream.write(_line(row))
+    """Writes the whole file or nothing. Of several processes the first one writes."""
+    if processes.is_first():
+        with _atomic(path) as stream:
+            for row in rows:
+                stream.write(_line(row))
+    processes.wait(f"{path} written")
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -205,24 +214,30 @@ class JsonlAppender:
     """Appends rows with an id to a JSONL file, in whole lines.
 
     Opening an existing file drops a last line that a kill cut off. `ids` are those in the file.
+    Of several processes the first one writes, and all wait for it when the file is closed.
     """
 
     def __init__(self, path: AnyPath):
         self.path = Path(path)
         self.ids: set[str] = set()
-        if self.path.exists():
+        if processes.is_first() and self.path.exists():
             _drop_half_line(self.path)
+        processes.wait(f"{path} whole")
+        if self.path.exists():
             self.ids = {_id(row, f"{path}:{number}") for number, row in read_jsonl(path)}
         try:
-            self._stream = open(self.path, "a", encoding="utf-8", newline="\n")
+            where = self.path if processes.is_first() else os.devnull
+            self._stream = open(where, "a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise _unwritable(path, error) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self._stream.close()
+        if kind is None:
+            processes.wait(f"{self.path} closed")
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows and flushes: a kill of this process no longer loses them."""

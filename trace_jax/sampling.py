@@ -71,13 +71,13 @@ def generate(
     for start in range(0, len(rows), batch_rows):
         batch = rows[start : start + batch_rows]
         size = min(batch_rows, 1 << (len(batch) - 1).bit_length())  # few row counts, as few lengths
-        tokens_BL, valid_BL, keys_B2 = _arrays(batch, size, pad_id)
+        tokens_BL, prompt_B, keys_B2 = _arrays(batch, size, pad_id)
         tokens_BT, length_B, finished_B = jax.device_get(
             _continue(
                 graphdef,
                 state,
                 tokens_BL,
-                valid_BL,
+                prompt_B,
                 keys_B2,
                 jnp.asarray(seed, jnp.uint32),
                 jnp.asarray(temperature, jnp.float32),
@@ -122,16 +122,16 @@ def _rows(
 
 
 def _arrays(batch: list[_Row], size: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts padded on the left, where they are valid, and (id hash, sample) of every row."""
+    """Prompts padded on the right, their lengths, and (id hash, sample) of every row."""
     length = -(-len(batch[0].prompt) // _BUCKET) * _BUCKET
     tokens_BL = np.full((size, length), pad_id, np.int32)
-    valid_BL = np.zeros((size, length), bool)
+    prompt_B = np.zeros(size, np.int32)
     keys_B2 = np.zeros((size, 2), np.uint32)
     for i, row in enumerate(batch):
-        tokens_BL[i, length - len(row.prompt) :] = row.prompt
-        valid_BL[i, length - len(row.prompt) :] = True
+        tokens_BL[i, : len(row.prompt)] = row.prompt
+        prompt_B[i] = len(row.prompt)
         keys_B2[i] = row.id_hash, row.sample_index
-    return tokens_BL, valid_BL, keys_B2
+    return tokens_BL, prompt_B, keys_B2
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
@@ -139,7 +139,7 @@ def _continue(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     tokens_BL: jax.Array,
-    valid_BL: jax.Array,
+    prompt_B: jax.Array,
     keys_B2: jax.Array,
     seed: jax.Array,
     temperature: jax.Array,
@@ -147,7 +147,7 @@ def _continue(
     *,
     max_new_tokens: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(tokens_BT, length_B, finished_B); a row with no valid token is filler, finished at once."""
+    """(tokens_BT, length_B, finished_B); a row with no prompt token is filler, finished at once."""
     module = nnx.merge(graphdef, state)
     B, L = tokens_BL.shape
     row_keys = jax.vmap(
@@ -155,7 +155,7 @@ def _continue(
     )(keys_B2)
 
     def pick(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
-        logits_BV = module.logits(hidden_BD)
+        logits_BV = module.logits(hidden_BD[:, None])[:, 0]
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))
         # Gumbel-max: the argmax of logits / T + noise is a draw at temperature T, and T = 0 greedy.
@@ -171,18 +171,15 @@ def _continue(
 
     def extend(carry):
         step, token_B, cache, written = carry
-        positions_B1 = prompt_B[:, None] + step - 1
-        hidden_B1D, cache = module.decode(
-            token_B[:, None], positions_B1, jnp.ones((B, 1), bool), cache
-        )
+        hidden_B1D, cache = module.decode(token_B[:, None], prompt_B + step - 1, cache)
         token_B = pick(hidden_B1D[:, -1], step)
         return step + 1, token_B, cache, write(*written, token_B, step)
 
-    prompt_B = jnp.sum(valid_BL, axis=-1, dtype=jnp.int32)
-    positions_BL = jnp.maximum(jnp.cumsum(valid_BL, axis=-1, dtype=jnp.int32) - 1, 0)
     cache = module.init_cache(B, L + max_new_tokens - 1)
-    hidden_BLD, cache = module.decode(tokens_BL, positions_BL, valid_BL, cache)
-    token_B = pick(hidden_BLD[:, -1], jnp.int32(0))
+    hidden_BLD, cache = module.decode(tokens_BL, jnp.zeros(B, jnp.int32), cache)
+    last_B = jnp.maximum(prompt_B - 1, 0)
+    hidden_BD = jnp.take_along_axis(hidden_BLD, last_B[:, None, None], axis=1)[:, 0]
+    token_B = pick(hidden_BD, jnp.int32(0))
     empty = (jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), prompt_B == 0)
     carry = (jnp.int32(1), token_B, cache, write(*empty, token_B, 0))
     return jax.lax.while_loop(unfinished, extend, carry)[3]

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trace_jax import batches, logprobs, losses
+from trace_jax import batches, logprobs, losses, sharding
 from trace_jax.errors import InputError
 
 Array = jax.Array
+
+_TIE = 1e-3  # nats; logratios closer than this differ by rounding: at theta_ref nothing is won
 
 
 class TrainState(NamedTuple):
@@ -48,6 +50,7 @@ class Options:
       total_steps, warmup_steps: of the schedule (linear warm-up, cosine to final_fraction of the
         peak).
       weight_decay, clip_norm, b1, b2: AdamW.
+      mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (half its memory).
     """
 
     preference: str
@@ -62,13 +65,14 @@ class Options:
     clip_norm: float
     b1: float
     b2: float
+    mu_dtype: str = "float32"
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
     """AdamW with clipping, without its learning rate, which the step applies."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
-        optax.scale_by_adam(b1=options.b1, b2=options.b2),
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, mu_dtype=options.mu_dtype),
         optax.add_decayed_weights(options.weight_decay),
     )
 
@@ -84,10 +88,19 @@ def schedule(options: Options) -> optax.Schedule:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("options",))
 def init_state(params: nnx.State, options: Options) -> TrainState:
-    """A fresh state on copies of `params` (the step donates its state; the originals stay)."""
+    """A fresh state on float32 copies of `params` (the step donates its state), sharded like them.
+
+    The originals stay, in the dtype they have.
+    """
     params = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.float32, copy=True), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(options).init(params))
+    opt_state = optimizer(options).init(params)
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        sharding.constrain_tree(params),
+        sharding.constrain_tree(opt_state),
+    )
 
 
 def example_losses(
@@ -116,7 +129,7 @@ def example_losses(
         "n_pairs": is_pair_RS,
         "logratio_0": is_pair_RS * r0_RS,
         "logratio_1": is_pair_RS * r1_RS,
-        "pairs_won": is_pair_RS * (r0_RS > r1_RS),
+        "pairs_won": is_pair_RS * (r0_RS - r1_RS > _TIE),
     }
     return sum(parts.values()), {**parts, **diagnostics}
 
@@ -128,27 +141,27 @@ def _weighted(coefficient_RS: Array, loss_RS: Array) -> Array:
 
 
 def conflict_loss(
-    module, batch: batches.Batch, hyper: Hyper, options: Options
+    module, hidden_RLD: Array, batch: batches.Batch, hyper: Hyper, options: Options
 ) -> tuple[Array, dict[str, Array]]:
     """Losses of one micro-batch, summed over n_conflict, and its parts (diagnostics unscaled)."""
     n = batch.ref_logp.shape[-1]
-    logp = logprobs.response_logprobs(module, batch.rows, n)
+    logp = logprobs.of_hidden(module, hidden_RLD, batch.rows, n)
     lengths = logprobs.response_lengths(batch.rows, n)
     loss_RS, parts = example_losses(logp, lengths, batch, hyper, options)
     return jnp.sum(loss_RS) / options.n_conflict, {k: jnp.sum(v) for k, v in parts.items()}
 
 
 def retain_loss(
-    module, ref_module, batch: batches.Batch, options: Options
+    module, hidden_RLD: Array, ref_module, batch: batches.Batch, options: Options
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of kl * mean-over-tokens KL(ref || theta) of one micro-batch over n_retain."""
     rows, n = batch.rows, batch.ref_logp.shape[-1]
-    where = (rows.tokens, rows.positions, rows.segments, rows.branches)
     kl_RL = losses.token_kl(
         ref_module.logits,
-        jax.lax.stop_gradient(ref_module.hidden(*where)),
+        jax.lax.stop_gradient(logprobs.hidden(ref_module, rows)),
         module.logits,
-        module.hidden(*where),
+        hidden_RLD,
+        module.head_chunk,
     )
     lengths = jnp.maximum(logprobs.response_lengths(rows, n), 1.0)
     kl_RS = (logprobs.sum_by_response(kl_RL, rows.responses, n) / lengths)[:, ::2]
@@ -157,18 +170,27 @@ def retain_loss(
 
 
 def _accumulate(
-    loss_fn: Callable, params: nnx.State, batch: batches.Batch
+    loss_fn: Callable, params: nnx.State, batch: batches.Batch | batches.Step
 ) -> tuple[nnx.State, Array, dict]:
-    """Gradient, loss and parts summed over the micro-batches of `batch` by a scan."""
+    """Gradient (summed in float32), loss and parts, summed over micro-batches by a scan.
+
+    One micro-batch needs no scan, and so no second copy of the gradient.
+    """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    first = jax.tree.map(lambda a: a[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        (loss, parts), grads = grad_fn(params, first)
+        return sharding.constrain_tree(grads), loss, parts
 
-    def body(carry, micro: batches.Batch):
+    def body(carry, micro):
         (loss, parts), grads = grad_fn(params, micro)
-        return jax.tree.map(jnp.add, carry, (grads, loss, parts)), None
+        total, *sums = jax.tree.map(jnp.add, carry, (grads, loss, parts))
+        return (sharding.constrain_tree(total), *sums), None
 
-    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], batch))
-    (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, (grads, loss, parts), batch)[0]
+    shapes = jax.eval_shape(grad_fn, params, first)[0]
+    loss, parts = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return jax.lax.scan(body, (sharding.constrain_tree(zeros), loss, parts), batch)[0]
 
 
 def gradient(
@@ -182,28 +204,68 @@ def gradient(
     options: Options,
 ) -> tuple[nnx.State, dict[str, Array]]:
     """Gradient of the step's loss over the trainable leaves, and metrics (device scalars)."""
-    total, grads, metrics = jnp.zeros(()), None, {}
 
     def conflict(params: nnx.State, micro: batches.Batch):
-        return conflict_loss(nnx.merge(graphdef, params, frozen), micro, hyper, options)
+        module = nnx.merge(graphdef, params, frozen)
+        return conflict_loss(module, logprobs.hidden(module, micro.rows), micro, hyper, options)
 
     def retain(params: nnx.State, micro: batches.Batch):
-        reference = nnx.merge(graphdef, ref_params, frozen)
-        return retain_loss(nnx.merge(graphdef, params, frozen), reference, micro, options)
+        module, reference = (nnx.merge(graphdef, p, frozen) for p in (params, ref_params))
+        hidden_RLD = logprobs.hidden(module, micro.rows)
+        return retain_loss(module, hidden_RLD, reference, micro, options)
 
-    if step.conflict is not None:
+    def both(params: nnx.State, micro: batches.Step):
+        module, reference = (nnx.merge(graphdef, p, frozen) for p in (params, ref_params))
+        rows = _interleaved(micro.conflict.rows, micro.retain.rows)
+        of_conflict, of_retain = _apart(
+            logprobs.hidden(module, rows), micro.conflict.rows, micro.retain.rows
+        )
+        loss, parts = conflict_loss(module, of_conflict, micro.conflict, hyper, options)
+        kl_loss, kl_parts = retain_loss(module, of_retain, reference, micro.retain, options)
+        return loss + kl_loss, {**parts, **kl_parts}
+
+    if step.retain is None:
         grads, loss, parts = _accumulate(conflict, params, step.conflict)
-        total += loss
+    elif step.conflict is None:
+        grads, loss, parts = _accumulate(retain, params, step.retain)
+    else:  # one pass through the layers, and one gradient, for both
+        grads, loss, parts = _accumulate(both, params, step)
+    return grads, _metrics(loss, parts, options)
+
+
+def _interleaved(a: batches.Rows, b: batches.Rows) -> batches.Rows:
+    """Rows of both, so ordered that none leaves the data shard that has it."""
+    n = _parts(a.tokens, b.tokens)
+
+    def together(x: Array, y: Array) -> Array:
+        parts = (z.reshape(n, -1, z.shape[-1]) for z in (x, y))
+        return sharding.rows(jnp.concatenate(list(parts), axis=1).reshape(-1, x.shape[-1]))
+
+    return jax.tree.map(together, a, b)
+
+
+def _apart(x: Array, a: batches.Rows, b: batches.Rows) -> tuple[Array, Array]:
+    """What `_interleaved` put together."""
+    n = _parts(a.tokens, b.tokens)
+    parts = jnp.split(x.reshape(n, -1, *x.shape[1:]), [a.tokens.shape[0] // n], axis=1)
+    of_a, of_b = (sharding.rows(part.reshape(-1, *x.shape[1:])) for part in parts)
+    return of_a, of_b
+
+
+def _parts(*tokens: Array) -> int:
+    n = sharding.shards_in_context()
+    return 1 if any(t.shape[0] % n for t in tokens) else n
+
+
+def _metrics(loss: Array, parts: dict[str, Array], options: Options) -> dict[str, Array]:
+    parts, found = dict(parts), {"loss/total": loss}
+    if "kl" in parts:
+        found["train/kl"] = parts.pop("kl") / options.n_retain
+    if parts:
         n_pairs = jnp.maximum(parts.pop("n_pairs"), 1.0)
         for name in ("logratio_0", "logratio_1", "pairs_won"):
-            metrics[f"train/{name}"] = parts.pop(name) / n_pairs
-        metrics |= {f"loss/{k}": v / options.n_conflict for k, v in parts.items()}
-    if step.retain is not None:
-        retain_grads, loss, parts = _accumulate(retain, params, step.retain)
-        grads = retain_grads if grads is None else jax.tree.map(jnp.add, grads, retain_grads)
-        total += loss
-        metrics["train/kl"] = parts["kl"] / options.n_retain
-    return grads, {"loss/total": total, **metrics}
+            found[f"train/{name}"] = parts.pop(name) / n_pairs
+    return found | {f"loss/{k}": v / options.n_conflict for k, v in parts.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames=("state",))
@@ -239,7 +301,8 @@ def train_step(
         "train/learning_rate": rate,
         "train/skipped": 1.0 - finite.astype(jnp.float32),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    params, opt_state = sharding.constrain_tree(params), sharding.constrain_tree(opt_state)
+    return TrainState(state.step + 1, params, opt_state), sharding.replicated(metrics)
 
 
 def loop(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from trace_jax import records
+from trace_jax import processes, records
 from trace_jax.errors import InputError
 
 _WHOLE_FILE = 64 * 2**20  # larger files are hashed by size, first and last MiB
@@ -57,13 +57,14 @@ class Workdir:
         self, stage: str, inputs: Mapping, outputs: Mapping, seconds: float, summary: Mapping
     ) -> None:
         """Marks a stage as done, with hashes of what it wrote."""
+        processes.wait(f"{stage} finished")
         mark = {"stage": stage, "seconds": round(seconds, 3), "inputs": dict(inputs)}
         mark |= {
             "outputs": {name: hash_path(self.path / name) for name in outputs},
             "summary": dict(summary),
         }
         records.write_json(self._mark(stage, "json"), mark)
-        self._mark(stage, "started.json").unlink(missing_ok=True)
+        remove(self._mark(stage, "started.json"))
 
     def touched(self, stage: str) -> Path | None:
         """The first artefact of a finished stage that is not as the stage left it, else None."""
@@ -75,10 +76,9 @@ class Workdir:
     def forget(self, stage: str, outputs: Mapping) -> None:
         """Deletes a stage's marks and artefacts."""
         for kind in ("json", "started.json"):
-            self._mark(stage, kind).unlink(missing_ok=True)
+            remove(self._mark(stage, kind))
         for name in outputs:
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            remove(self.path / name)
 
     def _mark(self, stage: str, kind: str) -> Path:
         return self.path / ".stages" / f"{stage}.{kind}"
@@ -93,6 +93,13 @@ def _read_mark(path: Path) -> dict | None:
         raise InputError(
             f"{path}: not readable ({error}); delete it and the stage is done again"
         ) from error
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder, if it is there; of several processes the first one does."""
+    if processes.is_first():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    processes.wait(f"{path} removed")
 
 
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -2,6 +2,6 @@
 
 from trace_jax.models.decoder import Decoder, init
 from trace_jax.models.hf_weights import load, save
-from trace_jax.models.model_config import ModelConfig
+from trace_jax.models.model_config import ModelConfig, scratch
 
-__all__ = ["Decoder", "ModelConfig", "init", "load", "save"]
+__all__ = ["Decoder", "ModelConfig", "init", "load", "save", "scratch"]

@@ -1,7 +1,7 @@
-"""One decoder for every family we train: Llama today (grouped queries, RoPE, RMSNorm, SwiGLU).
+"""One decoder for three families: Llama 3, Qwen2.5 and Gemma 2.
 
 Axes: B rows, L tokens, D width, V vocabulary, N layers, H query heads, K key-value heads,
-C channels of a head, S keys (L in training, cache slots in decoding), F = C / 2.
+C channels of a head, S cache slots.
 
 Parameters are stacked over layers ([N, ...] leaves) and scanned; one-token steps unroll the scan.
 Everything is plain XLA operations, because `jax.jvp` has to pass through all of it.
@@ -9,101 +9,37 @@ Everything is plain XLA operations, because `jax.jvp` has to pass through all of
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax.models import model_config
+from trace_jax import sharding
+from trace_jax.models import attention, model_config
 
 Draw = Callable[[float, tuple[int, ...]], np.ndarray | jax.Array]  # (std, shape) -> initial values
 
-_MASKED = -1e30  # added to a score; finite, so that a row with no key to attend to stays finite
-
-
-class Rotary(NamedTuple):
-    """Cosine and sine of every position's angles."""
-
-    cos_BLF: jax.Array
-    sin_BLF: jax.Array
-
-
-def rotary(config: model_config.ModelConfig, positions_BL: jax.Array) -> Rotary:
-    """Angles of every position, in float32."""
-    freq_F = config.rope_theta ** (
-        -jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    )
-    scaling = config.rope_scaling
-    if (
-        scaling is not None
-    ):  # long waves are slowed by `factor`, short ones kept, those between blended
-        turns_F = scaling.original_max_position_embeddings * freq_F / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep_F = jnp.clip((turns_F - low) / (high - low), 0.0, 1.0)
-        freq_F = keep_F * freq_F + (1.0 - keep_F) * freq_F / scaling.factor
-    angle_BLF = positions_BL[:, :, None].astype(jnp.float32) * freq_F[None, None, :]
-    return Rotary(jnp.cos(angle_BLF), jnp.sin(angle_BLF))
-
-
-def rotate(x_BLHC: jax.Array, angles: Rotary) -> jax.Array:
-    """Rotates channel i with channel i + C/2, the order of Hugging Face's weights."""
-    cos, sin = (a[:, :, None, :].astype(x_BLHC.dtype) for a in angles)
-    a, b = jnp.split(x_BLHC, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def attend(
-    q_BLHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, bias_BLS: jax.Array
-) -> jax.Array:
-    """Grouped-query attention [B, L, H, C]; scores and softmax are float32, divided last."""
-    B, L, H, C = q_BLHC.shape
-    K, S = k_BKSC.shape[1:3]
-    groups, flat = (B, K, H // K, L, S), (B, K, H // K * L, S)
-    q_BKXC = (q_BLHC * C**-0.5).transpose(0, 2, 1, 3).reshape(B, K, -1, C)  # X = G * L
-    scores = jnp.einsum("bkxc,bksc->bkxs", q_BKXC, k_BKSC, preferred_element_type=jnp.float32)
-    scores = scores.reshape(groups) + bias_BLS[:, None, None]
-    # The softmax does not change with the shift, so the shift needs no gradient.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total_BKX1 = jnp.sum(weights, axis=-1).reshape(B, K, -1, 1)
-    weights = weights.astype(v_BKSC.dtype).reshape(flat)
-    out_BKXC = jnp.einsum("bkxs,bksc->bkxc", weights, v_BKSC, preferred_element_type=jnp.float32)
-    out = (out_BKXC / total_BKX1).astype(q_BLHC.dtype)
-    return out.reshape(B, H, L, C).transpose(0, 2, 1, 3)
-
-
-def attend_causal(
-    q_BLHC: jax.Array, k_BKLC: jax.Array, v_BKLC: jax.Array, bias_BLL: jax.Array
-) -> jax.Array:
-    """`attend` where no token sees a later row index.
-
-    Up to 4 blocks of queries, each with the keys up to its end, skip 3/8 of the scores: forward and
-    gradient of 256 tokens took 0.7 of the time on one CPU core.
-    """
-    L = q_BLHC.shape[1]
-    block = max(64, -(-L // 4))
-    ends = [(start, min(start + block, L)) for start in range(0, L, block)]
-    return jnp.concatenate(
-        [
-            attend(q_BLHC[:, i:j], k_BKLC[:, :, :j], v_BKLC[:, :, :j], bias_BLL[:, i:j, :j])
-            for i, j in ends
-        ],
-        axis=1,
-    )
+# What the backward pass finds stored. layer: the input of every layer. dots: also what matrix
+# products gave, so that it repeats only cheap operations. none: everything.
+REMAT = ("layer", "dots", "none")
 
 
 class Linear(nnx.Module):
-    """x @ kernel, plus the low-rank update that `lora.add` gives it."""
+    """x @ kernel + bias, plus the low-rank update that `lora.add` gives it."""
 
-    def __init__(self, kernel: jax.Array):
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
         self.kernel = nnx.Param(kernel)  # [in, out], and [N, in, out] while the layers are stacked
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))  # [out]
         self.lora_a = nnx.data(None)  # [in, rank]
         self.lora_b = nnx.data(None)  # [rank, out]
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)[None, None, :]
         if self.lora_a is None:
             return y
         low = x @ self.lora_a[...].astype(x.dtype)
@@ -111,15 +47,19 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm, computed in float32."""
+    """RMSNorm, computed in float32; `offset` 1 where the weight is stored less 1 (Gemma)."""
 
-    def __init__(self, weight: jax.Array, eps: float):
+    def __init__(self, weight: jax.Array, eps: float, offset: float):
         self.weight = nnx.Param(weight)
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         x = x_BLD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        if self.offset:  # the families differ in where they round to the dtype of activations
+            weight_D = self.offset + self.weight[...].astype(jnp.float32)
+            return (x * weight_D[None, None, :]).astype(x_BLD.dtype)
         return x.astype(x_BLD.dtype) * self.weight[...].astype(x_BLD.dtype)[None, None, :]
 
 
@@ -131,50 +71,71 @@ class Layer(nnx.Module):
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
 
-        def linear(rows: int, columns: int, gain: float = 1.0) -> Linear:
-            return Linear(jnp.asarray(draw(gain * rows**-0.5, (N, rows, columns)), dtype))
+        def linear(rows: int, columns: int, gain: float = 1.0, bias: bool = False) -> Linear:
+            kernel = jnp.asarray(draw(gain * rows**-0.5, (N, rows, columns)), dtype)
+            return Linear(kernel, jnp.zeros((N, columns), dtype) if bias else None)
+
+        def norm() -> Norm:
+            return _norm(config, (N, D), dtype)
 
         out_gain = 1.0 / math.sqrt(2 * N)
-        self.attention_norm = Norm(jnp.ones((N, D), dtype), config.rms_norm_eps)
-        self.q, self.k, self.v = linear(D, q), linear(D, kv), linear(D, kv)
+        self.attention_norm = norm()
+        self.q = linear(D, q, bias=config.has_qkv_bias)
+        self.k = linear(D, kv, bias=config.has_qkv_bias)
+        self.v = linear(D, kv, bias=config.has_qkv_bias)
         self.o = linear(q, D, out_gain)
-        self.mlp_norm = Norm(jnp.ones((N, D), dtype), config.rms_norm_eps)
+        self.mlp_norm = norm()
         self.gate, self.up = linear(D, F), linear(D, F)
         self.down = linear(F, D, out_gain)
-        self.head_dim = config.head_dim
+        self.post_attention_norm = nnx.data(norm() if config.is_gemma else None)
+        self.post_mlp_norm = nnx.data(norm() if config.is_gemma else None)
+        self.config = config
 
-    def qkv(self, x_BLD: jax.Array, angles: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(
+        self, x_BLD: jax.Array, angles: attention.Rotary
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BLHC, k_BKLC, v_BKLC): rotated, keys and values in the layout of the cache."""
         h_BLD = self.attention_norm(x_BLD)
-        shape = (*x_BLD.shape[:2], -1, self.head_dim)
-        q, k, v = (linear(h_BLD).reshape(shape) for linear in (self.q, self.k, self.v))
-        return rotate(q, angles), rotate(k, angles).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        shape = (*x_BLD.shape[:2], -1, self.config.head_dim)
+        q, k, v = (sharding.heads(m(h_BLD).reshape(shape)) for m in (self.q, self.k, self.v))
+        q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def finish(self, x_BLD: jax.Array, attended_BLHC: jax.Array) -> jax.Array:
-        x_BLD = x_BLD + self.o(attended_BLHC.reshape(*x_BLD.shape[:2], -1))
+        """Adds the attention's output and the MLP's to the residual stream."""
+        a_BLD = self.o(attended_BLHC.reshape(*x_BLD.shape[:2], -1))
+        if self.post_attention_norm is not None:
+            a_BLD = self.post_attention_norm(a_BLD)
+        x_BLD = sharding.rows(x_BLD + a_BLD)
         h_BLD = self.mlp_norm(x_BLD)
-        return x_BLD + self.down(jax.nn.silu(self.gate(h_BLD)) * self.up(h_BLD))
+        gate = self.gate(h_BLD)
+        gate = jax.nn.gelu(gate, approximate=True) if self.config.is_gemma else jax.nn.silu(gate)
+        m_BLD = self.down(gate * self.up(h_BLD))
+        if self.post_mlp_norm is not None:
+            m_BLD = self.post_mlp_norm(m_BLD)
+        return sharding.rows(x_BLD + m_BLD)
 
-    def __call__(self, x_BLD: jax.Array, angles: Rotary, bias_BLS: jax.Array) -> jax.Array:
-        return self.finish(x_BLD, attend_causal(*self.qkv(x_BLD, angles), bias_BLS))
+    def __call__(
+        self, x_BLD: jax.Array, angles: attention.Rotary, bias_BLS: jax.Array
+    ) -> jax.Array:
+        attended = attention.attend_causal(*self.qkv(x_BLD, angles), bias_BLS, self.config)
+        return self.finish(x_BLD, attended)
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens decoded so far."""
+    """Keys and values of the tokens decoded so far: slot s of a row holds its position s."""
 
     keys_NBKSC: jax.Array
     values_NBKSC: jax.Array
-    valid_BS: jax.Array
-    filled: (
-        jax.Array
-    )  # slots written, a scalar: the same for all rows, since prompts are padded on the left
 
 
 class Decoder(nnx.Module):
-    """A causal language model. Set `dtype`, that of activations, and `remat` at any time.
+    """A causal language model. Set these at any time:
 
-    `remat` keeps only the input of every layer for the backward pass: less memory, and on one CPU
-    core also less time (0.6 of it at 4 x 256 tokens).
+    Attributes:
+      dtype: of activations.
+      remat: one of REMAT. On one CPU core "layer" also takes less time (0.6 at 4 x 256 tokens).
+      head_chunk: tokens of a data shard whose logits the losses hold at once; 0: 4 MiB of them.
     """
 
     def __init__(
@@ -183,10 +144,11 @@ class Decoder(nnx.Module):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat = True
+        self.remat = "layer"
+        self.head_chunk = 0
         self.embed = nnx.Param(jnp.asarray(draw(2 * D**-0.5, (V, D)), dtype))
         self.layers = Layer(config, draw, dtype)
-        self.norm = Norm(jnp.ones((D,), dtype), config.rms_norm_eps)
+        self.norm = _norm(config, (D,), dtype)
         self.head = nnx.data(None)
         if not config.tie_word_embeddings:
             self.head = Linear(jnp.asarray(draw(0.02, (D, V)), dtype))
@@ -210,34 +172,58 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Activations [B, L, D] after the last norm, for losses that run the head in chunks.
 
-        Without positions they count from 0 along the row, padding included; `visible` has the rest.
+        Without positions they count from 0 along the row, padding included; `attention.visible` has
+        the rest.
         """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
-        angles = rotary(self.config, positions_BL)
-        visible_BLL = visible(tokens_BL.shape, segments_BL, branches_BL)
-        bias_BLL = jnp.where(visible_BLL, 0.0, _MASKED)
+        angles = attention.rotary(self.config, positions_BL)
+        window = self._window(tokens_BL.shape[1])
+        seen = attention.visible(positions_BL, segments_BL, branches_BL, window=window)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x_BLD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x_BLD, angles, bias_BLL), None
+        def body(x_BLD: jax.Array, layer_and_kind: tuple) -> tuple[jax.Array, None]:
+            layer, is_local = layer_and_kind
+            return nnx.merge(graphdef, layer)(x_BLD, angles, seen.of_layer(is_local)), None
 
-        body = jax.checkpoint(body) if self.remat else body
-        x_BLD, _ = jax.lax.scan(body, self._embed(tokens_BL), stacked)
+        x_BLD, _ = jax.lax.scan(
+            self._rematerialised(body), self._embed(tokens_BL), (stacked, self._local_layers())
+        )
         return self.norm(x_BLD)
 
-    @property
-    def head_kernel(self) -> jax.Array:
-        """[D, V] in the dtype of activations; the transposed embedding where they are tied."""
-        kernel_DV = self.embed[...].T if self.head is None else self.head.kernel[...]
-        return kernel_DV.astype(self.dtype)
+    def _rematerialised(self, body: Callable) -> Callable:
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        if self.remat == "none":
+            return body
+        policy = None
+        if self.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # In a scan nothing can be merged with the recomputation, so it needs no barrier against it.
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+    def _window(self, reach: int) -> int | None:
+        """The sliding window, where positions that lie up to `reach` apart can leave it."""
+        window = self.config.sliding_window
+        return window if window is not None and reach > window else None
+
+    def _local_layers(self) -> jax.Array:
+        """[N] bool: layers with a sliding window, every other one from the first."""
+        return jnp.arange(self.config.num_hidden_layers) % 2 == 0
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [..., V] of activations [..., D]."""
-        return jnp.matmul(hidden, self.head_kernel, preferred_element_type=jnp.float32)
+        """Float32 logits [B, ..., V] of activations [B, ..., D]."""
+        hidden = sharding.gathered(hidden)
+        contract = (((hidden.ndim - 1,), (1 if self.head is None else 0,)), ((), ()))
+        kernel = self.embed[...] if self.head is None else self.head.kernel[...]
+        logits = jax.lax.dot_general(
+            hidden, kernel.astype(self.dtype), contract, preferred_element_type=jnp.float32
+        )
+        cap = self.config.final_logit_softcapping
+        return sharding.logits(logits if cap is None else cap * jnp.tanh(logits / cap))
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` rows of at most `length` tokens, padding included."""
+        """An empty cache for `batch` rows of at most `length` tokens."""
         config = self.config
         shape = (
             config.num_hidden_layers,
@@ -246,63 +232,63 @@ class Decoder(nnx.Module):
             length,
             config.head_dim,
         )
-        empty = jnp.zeros(shape, self.dtype)
-        return Cache(empty, empty, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+        empty = sharding.keys(jnp.zeros(shape, self.dtype))
+        return Cache(empty, empty)
 
     def decode(
-        self, tokens_BL: jax.Array, positions_BL: jax.Array, valid_BL: jax.Array, cache: Cache
+        self, tokens_BL: jax.Array, start_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Appends left-padded prompts, or one token, to the cache: (activations [B, L, D], cache).
+        """Writes tokens at positions start_B, start_B + 1, ... : (activations [B, L, D], cache).
 
-        Tokens with `valid` 0 are padding: nothing attends to them, their activations mean nothing.
+        A token sees the slots up to its own position. Padding on the right of a prompt lands in
+        slots that no earlier token sees and that the tokens decoded next overwrite.
         """
-        L, S = tokens_BL.shape[1], cache.valid_BS.shape[1]
-        valid_BS = jax.lax.dynamic_update_slice(
-            cache.valid_BS, valid_BL.astype(bool), (0, cache.filled)
-        )
-        causal_LS = jnp.arange(S)[None, :] <= cache.filled + jnp.arange(L)[:, None]
-        bias_BLS = jnp.where(causal_LS[None] & valid_BS[:, None, :], 0.0, _MASKED)
-        angles = rotary(self.config, positions_BL)
+        L, S = tokens_BL.shape[1], cache.keys_NBKSC.shape[3]
+        positions_BL = start_B[:, None] + jnp.arange(L)[None]
+        seen = attention.visible_slots(positions_BL, S, window=self._window(S))
+        angles = attention.rotary(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(carry, layer_and_index):
+        def body(carry: tuple, layer_kind_index: tuple) -> tuple[tuple, None]:
             x_BLD, keys, values = carry
-            layer, n = layer_and_index
+            layer, is_local, n = layer_kind_index
             layer = nnx.merge(graphdef, layer)
             q, k, v = layer.qkv(x_BLD, angles)
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (n, 0, 0, cache.filled, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (n, 0, 0, cache.filled, 0))
-            x_BLD = layer.finish(x_BLD, attend(q, keys[n], values[n], bias_BLS))
-            return (x_BLD, keys, values), None
+            keys, values = (_written(c, x, n, start_B) for c, x in ((keys, k), (values, v)))
+            attended = attention.attend(
+                q, keys[n], values[n], seen.of_layer(is_local), layer.config
+            )
+            return (layer.finish(x_BLD, attended), keys, values), None
 
         N = self.config.num_hidden_layers
-        carry = (self._embed(tokens_BL), cache.keys_NBKSC, cache.values_NBKSC)
         unroll = N if L == 1 else 1  # unrolled, a one-token step writes to the cache in place
         (x_BLD, keys, values), _ = jax.lax.scan(
-            body, carry, (stacked, jnp.arange(N)), unroll=unroll
+            body,
+            (self._embed(tokens_BL), *cache),
+            (stacked, self._local_layers(), jnp.arange(N)),
+            unroll=unroll,
         )
-        return self.norm(x_BLD), Cache(keys, values, valid_BS, cache.filled + L)
+        return self.norm(x_BLD), Cache(keys, values)
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
-        return self.embed[...].astype(self.dtype)[tokens_BL]
+        """Every part of the vocabulary looks up all tokens; what comes out goes to the rows."""
+        x_BLD = self.embed[...][sharding.gathered(tokens_BL)].astype(self.dtype)
+        if self.config.is_gemma:
+            x_BLD = x_BLD * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
+        return sharding.rows(x_BLD)
 
 
-def visible(
-    shape: tuple[int, int], segments_BL: jax.Array | None, branches_BL: jax.Array | None
-) -> jax.Array:
-    """[B, L, L]: may token i attend to token j?
+def _norm(config: model_config.ModelConfig, shape: tuple[int, ...], dtype: jnp.dtype) -> Norm:
+    """A norm that changes no scale yet."""
+    weight = jnp.zeros(shape, dtype) if config.is_gemma else jnp.ones(shape, dtype)
+    return Norm(weight, config.rms_norm_eps, 1.0 if config.is_gemma else 0.0)
 
-    j <= i along the row, both in one segment, and j in branch 0 (the shared prompt) or in i's.
-    Segment 0 is padding: it attends to padding, so it stays finite, and touches nothing else.
-    """
-    B, L = shape
-    see_BLL = jnp.broadcast_to(jnp.tril(jnp.ones((L, L), bool))[None], (B, L, L))
-    if segments_BL is not None:
-        see_BLL &= segments_BL[:, :, None] == segments_BL[:, None, :]
-    if branches_BL is not None:
-        of_j = branches_BL[:, None, :]
-        see_BLL &= (of_j == 0) | (of_j == branches_BL[:, :, None])
-    return see_BLL
+
+def _written(cache_NBKSC: jax.Array, x_BKLC: jax.Array, n: Any, start_B: jax.Array) -> jax.Array:
+    """The cache with x in layer n, from slot start_B of every row; in place where XLA may."""
+    B, _, L, _ = x_BKLC.shape
+    rows_B1, slots_BL = jnp.arange(B)[:, None], start_B[:, None] + jnp.arange(L)[None]
+    return cache_NBKSC.at[n, rows_B1, :, slots_BL].set(x_BKLC.transpose(0, 2, 1, 3))
 
 
 def init(config: model_config.ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Decoder:

@@ -79,7 +79,7 @@ def load(
     return module
 
 
-def save(module: decoder.Decoder, path: str | os.PathLike) -> None:
+def save(module: decoder.Decoder, path: str | os.PathLike, tokenizer=None) -> None:
     """Writes config.json, generation_config.json and model.safetensors, reads them back, renames.
 
     Nothing half-written ever carries the name `path`. A model already there is replaced as a whole;
@@ -100,6 +100,8 @@ def save(module: decoder.Decoder, path: str | os.PathLike) -> None:
             (new / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         safetensors.numpy.save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
         _verify(new / _WEIGHTS, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         if path.exists():
             path.rename(pathlib.Path(scratch) / "old")
         new.rename(path)

@@ -1,6 +1,7 @@
 """The shape of a model: what config.json says, checked. Imports no jax."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 from trace_jax import errors
@@ -18,7 +19,12 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model, under the names that Hugging Face's config.json uses."""
+    """Shape of a model, under the names that Hugging Face's config.json uses.
+
+    Attributes:
+      family: "llama", "qwen2" or "gemma2" (config.json's model_type).
+      sliding_window: of every other layer, from the first (Gemma 2).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,6 +41,11 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    family: str = "llama"
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -47,25 +58,26 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even one"
             )
 
+    @property
+    def is_gemma(self) -> bool:
+        """Gemma 2: norms of 1 + w before and after, scaled embeddings, GELU."""
+        return self.family == "gemma2"
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied with before they meet keys."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Self:
         """From config.json of transformers 4 or 5; InputError names what we cannot run."""
-        names = hf.get("architectures") or ["LlamaForCausalLM"]
-        if hf.get("model_type") != "llama" or names != ["LlamaForCausalLM"]:
-            raise errors.InputError(
-                f"config.json: architecture {', '.join(names)} (model_type {hf.get('model_type')}) "
-                "is not supported, only LlamaForCausalLM (llama) is"
-            )
-        for key, only in _ONLY.items():
-            if hf.get(key, only) != only:
-                raise errors.InputError(
-                    f"config.json: {key}={hf[key]!r} is not supported, only {only!r} is"
-                )
-        for key in _REQUIRED:
-            if not isinstance(hf.get(key), int) or hf[key] < 1:
-                raise errors.InputError(
-                    f"config.json: {key}={hf.get(key)!r} is not a positive integer"
-                )
+        family, defaults = _family(hf)
+        hf = defaults | {key: value for key, value in hf.items() if value is not None}
+        _check_values(family, hf)
         rope_theta, rope_scaling = _rope_from_hf(hf)
         heads = hf["num_attention_heads"]
         if not hf.get("head_dim") and hf["hidden_size"] % heads:
@@ -75,6 +87,7 @@ class ModelConfig:
             )
         return cls(
             **{key: hf[key] for key in _REQUIRED},
+            **{key: hf.get(key) for key in (_GEMMA2 if family == "gemma2" else ())},
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -84,18 +97,44 @@ class ModelConfig:
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=id_tuple(hf.get("eos_token_id")),
             pad_token_id=hf.get("pad_token_id"),
+            family=family,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """For config.json. RoPE in the form of transformers 4, which 5 reads as well."""
-        hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        hf |= _ONLY | dataclasses.asdict(self)
-        del hf["quantization_config"]
+        hf = {"architectures": [_ARCHITECTURES[self.family]], "model_type": self.family}
+        hf |= _ONLY[self.family] | dataclasses.asdict(self)
+        del hf["family"]
+        if not self.is_gemma:
+            for key in _GEMMA2:
+                del hf[key]
         eos = list(hf.pop("eos_token_ids"))
         hf["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
         if self.rope_scaling is not None:
             hf["rope_scaling"] = {"rope_type": "llama3"} | hf["rope_scaling"]
-        return hf
+        return {key: value for key, value in hf.items() if key != "quantization_config"}
+
+
+def scratch(shape: Mapping[str, Any], vocab_size: int, **ids: Any) -> ModelConfig:
+    """A small model of the shape that `model.scratch` of the config names."""
+    of_family = {}
+    if shape["family"] == "gemma2":  # windows of half the context, caps as in the real ones
+        of_family = dict(zip(_GEMMA2, (None, 50.0, 30.0, shape["context"] // 2), strict=True))
+        of_family["query_pre_attn_scalar"] = shape["hidden_size"] // shape["heads"]
+    return ModelConfig(
+        **of_family,
+        family=shape["family"],
+        vocab_size=vocab_size,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        head_dim=shape["hidden_size"] // shape["heads"],
+        max_position_embeddings=shape["context"],
+        tie_word_embeddings=True,
+        **ids,
+    )
 
 
 _REQUIRED = (
@@ -106,12 +145,62 @@ _REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-_ONLY = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "quantization_config": None,
+_GEMMA2 = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+)
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
 }
+# What config.json may leave out and means all the same, where the families differ.
+_DEFAULTS = {
+    "llama": {},
+    "qwen2": {},
+    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256},
+}
+# Keys that change the computation in a way we do not offer: the one value that we run.
+_ONLY = {
+    "llama": {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"},
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "gemma2": {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh"},
+}
+
+
+def _family(hf: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(family, what config.json means where it says nothing)."""
+    family = hf.get("model_type")
+    names = hf.get("architectures") or [_ARCHITECTURES.get(family)]
+    if family not in _ARCHITECTURES or names != [_ARCHITECTURES[family]]:
+        raise errors.InputError(
+            f"config.json: architecture {', '.join(map(str, names))} (model_type {family}) is not "
+            f"supported, only {', '.join(_ARCHITECTURES.values())} are"
+        )
+    return family, _DEFAULTS[family]
+
+
+def _check_values(family: str, hf: dict[str, Any]) -> None:
+    for key, only in (_ONLY[family] | {"quantization_config": None}).items():
+        if hf.get(key, only) != only:
+            raise errors.InputError(
+                f"config.json: {key}={hf[key]!r} is not supported, only {only!r} is"
+            )
+    for key in _REQUIRED:
+        if not isinstance(hf.get(key), int) or hf[key] < 1:
+            raise errors.InputError(f"config.json: {key}={hf.get(key)!r} is not a positive integer")
+    kinds = hf.get("layer_types")
+    if family == "gemma2" and kinds:
+        alternating = [
+            "full_attention" if i % 2 else "sliding_attention" for i in range(len(kinds))
+        ]
+        if kinds != alternating:
+            raise errors.InputError(
+                "config.json: layer_types that do not alternate sliding_attention, full_attention "
+                "are not supported"
+            )
 
 
 def id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 
-from trace_jax import metrics, workdir
+from trace_jax import metrics, processes, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -17,6 +17,7 @@ class Stage:
       keys: prefixes of the config keys that change what it computes.
       upstream: stages whose outputs it reads.
       outputs: names in the workdir that it writes.
+      on_host: it need not compute on devices, so jax is not imported for it by itself.
       partial: what an interrupted run leaves beside them (deleted by --redo as well).
 
     Its function is `run` of the module of its name here: takes a Context, returns a small summary.
@@ -27,6 +28,7 @@ class Stage:
     upstream: tuple[str, ...]
     outputs: tuple[str, ...]
     partial: tuple[str, ...] = ()
+    on_host: bool = False
 
     @property
     def artefacts(self) -> tuple[str, ...]:
@@ -36,10 +38,11 @@ class Stage:
 STAGES = (
     Stage("prepare", ("seed", "model", "data", "policy.old"), (),
           ("base.json", "records.jsonl", "prompts.jsonl"),
-          ("base", "base_tokenizer", "base_checkpoints", "openings.jsonl", "continuations.jsonl")),
+          ("base", "base_tokenizer", "base_checkpoints", "openings.jsonl", "continuations.jsonl"),
+          on_host=True),
     Stage("align", ("seed", "align", "data.max_length", "data.append_stop"), ("prepare",),
           ("ref",), ("ref_checkpoints",)),
-    Stage("triage", ("policy.new", "judge"), ("prepare",), ("triage.jsonl",)),
+    Stage("triage", ("policy.new", "judge"), ("prepare",), ("triage.jsonl",), on_host=True),
     Stage("baseline", ("seed", "policy", "judge", "evaluate"), ("prepare", "align"),
           ("baseline.jsonl", "guard.json", "perplexity.json"), (".responses",)),
     Stage("correct", ("seed", "correct", "policy.new", "judge"),
@@ -57,7 +60,7 @@ STAGES = (
           (".responses",)),
     Stage("export", (), ("prepare", "train"), ("model",)),
     Stage("report", (), ("prepare", "align", "triage", "baseline", "correct", "impact", "train",
-                         "evaluate", "export"), ("report.html",)),
+                         "evaluate", "export"), ("report.html",), on_host=True),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -106,8 +109,13 @@ def run(
     """
     fresh = True
     for stage in selected:
+        processes.wait(f"before {stage.name}")  # so that all see the same files
         wanted = inputs(stage, run)
-        if _is_current(stage, run, wanted, redo=redo):
+        what = _what_to_do(stage, run, wanted, redo=redo)
+        processes.wait(f"decided on {stage.name}")
+        if what == "redo":
+            run.workdir.forget(stage.name, stage.artefacts)
+        if what == "skip":
             metrics.say(f"[{stage.name}] done before, skipped")
             continue
         if fresh:
@@ -116,13 +124,21 @@ def run(
         run.workdir.start(stage.name, wanted)
         metrics.say(f"[{stage.name}]")
         clock = workdir.Clock()
-        summary = _function(stage.name)(run)
+        summary = _compute(stage, run)
         run.workdir.finish(stage.name, wanted, stage.outputs, clock.seconds, summary)
         run.intact.add(stage.name)
 
 
-def _is_current(stage: Stage, run: context.Context, wanted: dict, *, redo: bool) -> bool:
-    """Whether to skip it; else it runs, anew or from where it stopped.
+def _compute(stage: Stage, run: context.Context) -> dict:
+    run.release_models()
+    if stage.on_host:
+        return _function(stage.name)(run)
+    with run.devices():
+        return _function(stage.name)(run)
+
+
+def _what_to_do(stage: Stage, run: context.Context, wanted: dict, *, redo: bool) -> str:
+    """ "skip" it, "run" it, anew or from where it stopped, or "redo" it after deleting its traces.
 
     Raises:
       InputError: it was made from other inputs, or its artefacts were edited, and redo is off.
@@ -130,17 +146,16 @@ def _is_current(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
     finished, started = run.workdir.finished(stage.name), run.workdir.started(stage.name)
     if finished is not None:
         if redo and (finished["inputs"] != wanted or run.workdir.touched(stage.name)):
-            run.workdir.forget(stage.name, stage.artefacts)
-            return False
+            return "redo"
         if finished["inputs"] != wanted:
             raise _changed(stage, run, finished["inputs"], wanted)
         _check_untouched(stage.name, run)
-        return True
+        return "skip"
     if started is not None and started["inputs"] != wanted:
         if not redo:
             raise _changed(stage, run, started["inputs"], wanted)
-        run.workdir.forget(stage.name, stage.artefacts)
-    return False
+        return "redo"
+    return "run"
 
 
 def _changed(stage: Stage, run: context.Context, old: dict, new: dict) -> InputError:

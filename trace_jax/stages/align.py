@@ -1,6 +1,6 @@
 """Stage align: M_ref, the base model after DPO on the records as they are."""
 
-from trace_jax import fit, methods, metrics, models, records
+from trace_jax import fit, methods, metrics, models, processes, records
 from trace_jax.stages import context
 
 
@@ -8,10 +8,10 @@ def run(run: context.Context) -> dict:
     """Writes `ref/` in Hugging Face layout; without align.enabled it only says who M_ref is."""
     target = run.workdir.path / "ref"
     if not run.config.align.enabled:
-        target.mkdir(exist_ok=True)
-        (target / "README.md").write_text(
-            f"M_ref is the model at {run.base_directory} (align.enabled=False).\n"
-        )
+        if processes.is_first():
+            target.mkdir(exist_ok=True)
+            text = f"M_ref is the model at {run.base_directory} (align.enabled=False).\n"
+            (target / "README.md").write_text(text)
         return {"aligned": False}
     found = [
         records.PreferenceRecord.from_json(row)
@@ -31,8 +31,7 @@ def run(run: context.Context) -> dict:
     )
     if dropped:
         metrics.say(f"  {len(dropped)} records too long, dropped: {', '.join(dropped[:10])}")
-    models.save(fitted.module, target)
-    run.tokenizer.save_pretrained(target)
+    models.save(fitted.module, target, tokenizer=run.tokenizer)
     return {
         "aligned": True,
         "dropped": len(dropped),

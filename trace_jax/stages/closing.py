@@ -20,7 +20,7 @@ def show(run: context.Context) -> None:
     metrics.table("Stages", [_stage(name, mark) for name, mark in done if mark])
     for stage, name, what in (("report", "report.html", "report"), ("export", "model", "model")):
         if run.workdir.finished(stage):
-            print(f"{what}: {run.file(stage, name)}")
+            metrics.show(f"{what}: {run.file(stage, name)}")
 
 
 def _actions(run: context.Context) -> list[dict]:

@@ -1,12 +1,13 @@
 """What a stage gets: config, workdir; models, policies and judge, loaded when first asked for."""
 
+import contextlib
 import functools
 from pathlib import Path
 
 import ml_collections
 
 from trace_jax import config as config_lib
-from trace_jax import judges, methods, metrics, policy, records, triage, workdir
+from trace_jax import judges, methods, metrics, policy, processes, records, triage, workdir
 from trace_jax.errors import InputError
 
 
@@ -115,14 +116,47 @@ class Context:
             raise InputError("the tokenizer names no EOS; set --config.model.stop_ids=(id,)")
         return (self.tokenizer.eos_token_id,)
 
+    @functools.cached_property
+    def mesh(self):
+        """The devices of the run, or None where it is one device of one process."""
+        from trace_jax import sharding
+
+        mesh = sharding.make_mesh(**self.config.mesh.to_dict())
+        return None if mesh.size == 1 and processes.count() == 1 else mesh
+
+    @contextlib.contextmanager
+    def devices(self):
+        """With the mesh in context, for everything that computes."""
+        import jax
+
+        if self.mesh is None:
+            yield
+            return
+        with jax.set_mesh(self.mesh):
+            yield
+
     def load_model(self, directory: Path):
-        """A model in Hugging Face layout with this run's activation dtype and remat choice."""
+        """A model in Hugging Face layout, on the mesh, in this run's dtype."""
         from trace_jax import models
 
-        module = models.load(directory)
+        module = models.load(directory, dtype=self.activation_dtype, mesh=self.mesh)
+        return self.as_configured(module)
+
+    def as_configured(self, module):
+        """The module with this run's dtype, remat and head chunk, fit for this run's mesh."""
+        from trace_jax import sharding
+
+        if self.mesh is not None:
+            sharding.check_model(self.mesh, module.config)
         module.dtype = self.activation_dtype
         module.remat = self.config.model.remat
+        module.head_chunk = self.config.model.head_chunk
         return module
+
+    def release_models(self) -> None:
+        """Forgets loaded models: the next stage may need their memory, and loads what it needs."""
+        for name in ("base", "ref"):
+            self.__dict__.pop(name, None)
 
     @property
     def activation_dtype(self):

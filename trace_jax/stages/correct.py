@@ -1,6 +1,6 @@
 """Stage correct: y_c for PUNISH records, written by the model, kept when the judge agrees."""
 
-from trace_jax import metrics, records, respond
+from trace_jax import metrics, records, respond, workdir
 from trace_jax.evaluate import guard
 from trace_jax.stages import context
 
@@ -23,7 +23,7 @@ def run(run: context.Context) -> dict:
         key = records.content_id(record.prompt)
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
-    (run.workdir.path / "corrections_found.jsonl").unlink()
+    workdir.remove(run.workdir.path / "corrections_found.jsonl")
     corrected = sum(row["response"] is not None for row in rows)
     metrics.say(
         f"  corrections for {corrected} of {len(rows)} PUNISH records; dual NPO for the others"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, fit, impact, logprobs, methods, metrics, records, train
+from trace_jax import batches, fit, impact, logprobs, methods, metrics, records, sharding, train
 from trace_jax.evaluate import statistics
 from trace_jax.stages import context
 
@@ -98,13 +98,13 @@ def _gold_gradient(
         total_steps=1,
         seed=run.config.seed,
         row_length=row_length,
-        micro_rows=config.micro_rows,
+        micro_rows=config.micro_rows * sharding.shards_in_context(),
     )
     step = batches.Step(conflict=batches.StepSource(plan, encoded, half, ref)[0], retain=None)
     options = _options(run, n_conflict=len(half))
     hyper = run.settings("train").hyper()._replace(beta=jnp.float32(config.gold_beta))
     return impact.objective_gradient(
-        params, frozen, step, hyper, graphdef=graphdef, options=options
+        params, frozen, sharding.place_rows(step), hyper, graphdef=graphdef, options=options
     )
 
 
@@ -191,7 +191,8 @@ def _by_example(
     )
     if one_a_row:
         rows = [[i] for i in range(len(encoded))]
-        layout = batches.Layout(config.impact.micro_rows, row_length, 1, 1)
+        micro_rows = config.impact.micro_rows * sharding.shards_in_context()
+        layout = batches.Layout(micro_rows, row_length, 1, 1)
         groups = [rows[i : i + layout.n_rows] for i in range(0, len(rows), layout.n_rows)]
     else:
         layout, groups = logprobs.packed_groups(
@@ -200,7 +201,7 @@ def _by_example(
     out = np.zeros(len(encoded))
     with run.progress(len(encoded), "impact scores") as bar:
         for group in groups:
-            batch = batches.make_batch(group, layout, encoded, examples, ref)
+            batch = sharding.place_rows(batches.make_batch(group, layout, encoded, examples, ref))
             values = by_loss(
                 params,
                 frozen,

@@ -1,12 +1,11 @@
 """Stage prepare: the base model, the preference records and the held-out prompts."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from trace_jax import metrics, records, respond, self_sampled, sources, synth
+from trace_jax import metrics, processes, records, respond, self_sampled, sources, synth, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -15,7 +14,8 @@ def run(run: context.Context) -> dict:
     """Writes base.json, records.jsonl, prompts.jsonl; trains `base/` where model.path is empty."""
     source = run.config.data.source
     if not run.config.model.path:
-        _train_from_scratch(run)
+        with run.devices():
+            _train_from_scratch(run)
     found, prompts = {"jsonl": _from_jsonl, "synth": _from_synth, "self_sampled": _self_sampled}[
         source
     ](run)
@@ -98,28 +98,34 @@ def _from_synth(run: context.Context) -> tuple[list, list[dict]]:
 def _self_sampled(run: context.Context) -> tuple[list, list[dict]]:
     """Openings and continuations sampled from the base model, kept in files for a rerun."""
     config, data = run.config, run.config.data
-    openings_path = run.workdir.path / "openings.jsonl"
     n_held_out = data.validation_prompts + data.test_prompts
-    if openings_path.exists():
-        openings = [respond.Prompt(**row) for _, row in records.read_jsonl(openings_path)]
-    else:
-        with run.progress(None, "sample openings") as bar:
-            openings = self_sampled.openings(
-                run.base,
-                run.encoder,
-                n=n_held_out + data.openings,
-                seed=config.seed,
-                tokens=tuple(data.opening_tokens),
-                stop_ids=run.stop_ids,
-                batch_rows=config.evaluate.batch_rows,
-                progress=bar.advance,
-            )
-        records.write_jsonl(openings_path, [dataclasses.asdict(p) for p in openings])
+    with run.devices():
+        openings = _openings(run, n_held_out + data.openings)
+        responses = _continuations(run, openings[n_held_out:])
     held_out = [{"id": p.id, "prompt": p.prompt} for p in openings[:n_held_out]]
-    train = openings[n_held_out:]
-    responses = _continuations(run, train)
-    pairs = self_sampled.pairs(train, responses, run.old_judge, limit=data.pairs, seed=config.seed)
+    pairs = self_sampled.pairs(
+        openings[n_held_out:], responses, run.old_judge, limit=data.pairs, seed=config.seed
+    )
     return pairs, _with_splits(held_out, data.test_prompts)
+
+
+def _openings(run: context.Context, n: int) -> list[respond.Prompt]:
+    config, path = run.config, run.workdir.path / "openings.jsonl"
+    if path.exists():
+        return [respond.Prompt(**row) for _, row in records.read_jsonl(path)]
+    with run.progress(None, "sample openings") as bar:
+        openings = self_sampled.openings(
+            run.base,
+            run.encoder,
+            n=n,
+            seed=config.seed,
+            tokens=tuple(config.data.opening_tokens),
+            stop_ids=run.stop_ids,
+            batch_rows=config.evaluate.batch_rows,
+            progress=bar.advance,
+        )
+    records.write_jsonl(path, [dataclasses.asdict(p) for p in openings])
+    return openings
 
 
 def _continuations(run: context.Context, prompts: list) -> list[list[str]]:
@@ -153,22 +159,17 @@ def _train_from_scratch(run: context.Context) -> None:
         return
     import transformers
 
-    from trace_jax import batches, fit, methods, models
+    from trace_jax import batches, fit, methods, models, sharding
 
     shape, seed = run.config.model.scratch, run.config.seed
     building = run.workdir.path / "base_tokenizer"
-    synth.tokenizer(building)
+    if processes.is_first():
+        synth.tokenizer(building)
+    processes.wait("base tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(building)
-    config = models.ModelConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.hidden_size // shape.heads,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=True,
+    config = models.scratch(
+        shape.to_dict(),
+        len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
@@ -180,7 +181,7 @@ def _train_from_scratch(run: context.Context) -> None:
     ]
     encoder = batches.Encoder(tokenizer, max_length=shape.context, end_id=tokenizer.eos_token_id)
     fitted = fit.fit(
-        models.init(config, seed),
+        sharding.place_module(run.as_configured(models.init(config, seed))),
         examples,
         run.settings("model.scratch.training"),
         encoder=encoder,
@@ -190,6 +191,5 @@ def _train_from_scratch(run: context.Context) -> None:
         progress=run.progress,
     )
     metrics.say(f"  trained a model of {fit.n_parameters(fitted.module):,} parameters from scratch")
-    models.save(fitted.module, target)
-    tokenizer.save_pretrained(target)
-    shutil.rmtree(building)
+    models.save(fitted.module, target, tokenizer=tokenizer)
+    workdir.remove(building)

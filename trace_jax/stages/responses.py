@@ -1,11 +1,10 @@
 """Generate, judge and score a model's responses: shared by baseline and evaluate."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from trace_jax import records, respond, self_sampled, triage
+from trace_jax import records, respond, self_sampled, triage, workdir
 from trace_jax.evaluate import compliance
 from trace_jax.stages import context
 
@@ -21,7 +20,7 @@ def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
     for mode in ("sample", "greedy"):
         kept = partial(run) / f"{model}-{split}-{mode}.jsonl"
         if not kept.exists():
-            kept.parent.mkdir(exist_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             records.write_jsonl(kept, _make_rows(run, module, model, split, mode))
         rows += [row for _, row in records.read_jsonl(kept)]
     return rows
@@ -34,7 +33,7 @@ def partial(run: context.Context) -> Path:
 
 def clear(run: context.Context) -> None:
     """Drops the parts once the stage has written its own artefact."""
-    shutil.rmtree(partial(run), ignore_errors=True)
+    workdir.remove(partial(run))
 
 
 def _make_rows(run: context.Context, module, model: str, split: str, mode: str) -> list[dict]:

@@ -1,0 +1,66 @@
+"""One of several processes that train, score, checkpoint and export; run by test_processes.py.
+
+python process_worker.py HOST:PORT PROCESSES PROCESS FOLDER [STOP_AFTER_STEP]
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tests import test_sharding, tiny
+from trace_jax import metrics, models, processes, sharding
+
+
+class Stopped(Exception):
+    """The run was stopped by hand."""
+
+
+def main(coordinator: str, count: int, index: int, folder: Path, stop_after: int | None) -> None:
+    if count > 1:
+        processes.start(coordinator, count, index, auto=False)
+    mesh = sharding.make_mesh(1, -1, 1)
+    with jax.set_mesh(mesh):
+        module = test_sharding.module()
+        with contextlib.suppress(Stopped):
+            fitted = tiny.fit(
+                module, folder, adapters="none", learning_rate=1e-3, micro_rows=1,
+                examples_per_step=8, retain_per_step=4, progress=stopping(stop_after),
+            )  # fmt: skip
+            models.save(fitted.module, folder / "model")
+            gradient_scores = test_sharding.scores("jvp")
+            if processes.is_first():
+                np.save(folder / "scores.npy", gradient_scores)
+                np.save(folder / "devices.npy", np.asarray(mesh.devices.shape))
+            state = nnx.state(fitted.module)
+            local = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state)]
+            np.save(folder / f"local-{index}.npy", np.asarray(local))
+    processes.wait("end")
+
+
+def stopping(after: int | None):
+    """Progress that stops the run after a number of steps."""
+
+    @contextlib.contextmanager
+    def progress(total=None, description="", start=0):
+        class Bar:
+            done = start
+
+            def advance(self, n: int = 1) -> None:
+                self.done += n
+                if description.startswith("train") and self.done == after:
+                    raise Stopped
+
+        yield Bar()
+
+    return progress
+
+
+if __name__ == "__main__":
+    metrics.say = lambda line: None
+    jax.config.update("jax_disable_most_optimizations", True)
+    where, count, index, folder, *stop = sys.argv[1:]
+    main(where, int(count), int(index), Path(folder), int(stop[0]) if stop else None)

@@ -1,0 +1,100 @@
+"""Two and four real processes on loopback do what one does: train, score, checkpoint, resume, export."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from trace_jax import models, processes
+from trace_jax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("process_worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run(count: int, folder: Path, *more: str, program=(str(WORKER),)) -> list[str]:
+    """Runs `count` processes of one device each; their stderr."""
+    folder.mkdir(exist_ok=True)
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    where = f"localhost:{free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, *program, where, str(count), str(i), str(folder), *more],
+            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * count, said
+    return said
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def weights(folder: Path) -> list[np.ndarray]:
+    return tiny.leaves(nnx.state(models.load(folder / "model")))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict[int, Path]:
+    """Finished runs of one, two and four processes."""
+    found = {n: tmp_path_factory.mktemp(f"processes-{n}") for n in (1, 2, 4)}
+    for n, folder in found.items():
+        run(n, folder)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_do_what_one_does(straight, count):
+    one, several = straight[1], straight[count]
+    assert np.load(several / "devices.npy").tolist() == [1, count, 1]
+    assert len(rows(several)) == len(rows(one)) == 6
+    for a, b in zip(rows(one)[:5], rows(several)[:5], strict=True):
+        for key in a:
+            rounding = 4e-6 if "logratio" in key else 1e-7  # see test_sharding.py
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=rounding), (key, a["step"])
+    scores = np.load(one / "scores.npy")
+    error = np.abs(np.load(several / "scores.npy") - scores).max()
+    assert error <= 1e-4 * np.sqrt(np.mean(scores**2))
+    for a, b in zip(weights(one), weights(several), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_every_process_holds_a_part(straight):
+    whole = np.load(straight[1] / "local-0.npy").sum()
+    for index in range(4):
+        assert np.load(straight[4] / f"local-{index}.npy").sum() < 0.3 * whole
+
+
+def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, tmp_path):
+    run(2, tmp_path / "resumed", "3")
+    assert not (tmp_path / "resumed" / "model").exists()
+    run(2, tmp_path / "resumed")
+    assert rows(tmp_path / "resumed") == rows(straight[2])
+    for a, b in zip(weights(straight[2]), weights(tmp_path / "resumed"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_flags_of_processes_go_together():
+    with pytest.raises(InputError, match="give all three"):
+        processes.start("localhost:1234", None, 0, auto=False)
+    with pytest.raises(InputError, match=r"--process=2 must lie in 0\.\.1"):
+        processes.start("localhost:1234", 2, 2, auto=False)

@@ -1,0 +1,171 @@
+"""The same run on every mesh of 8 devices: metrics, scores, exported weights; and the table."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from tests import tiny
+from trace_jax import batches, errors, impact, logprobs, models, sharding, train
+
+MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
+CONFIG = models.ModelConfig(48, 16, 32, 2, 4, 2, 8, 128)
+GEMMA = models.ModelConfig(
+    48, 16, 32, 2, 4, 2, 8, 128, family="gemma2", tie_word_embeddings=True, sliding_window=8,
+    attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=12.0,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def on(name: str):
+    """The mesh of that name in context."""
+    with jax.set_mesh(sharding.make_mesh(*MESHES[name])):
+        yield
+
+
+def module(config: models.ModelConfig = CONFIG):
+    made = models.init(config, 0)
+    if made.head is not None:
+        made.head.kernel[...] = made.head.kernel[...] * 10
+    return sharding.place_module(made)
+
+
+def texts(n: int = 16) -> list[batches.Encoded]:
+    rng = np.random.default_rng(0)
+    return [tiny.text(rng, *rng.integers(2, 9, 3)) for _ in range(n)]
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def runs(request, tmp_path_factory):
+    """Per mesh: metrics of six steps, and the exported tensors."""
+    adapters = "lora" if request.param == "lora" else "none"
+    found = {}
+    for name in MESHES:
+        directory = tmp_path_factory.mktemp(f"{request.param}-{name}")
+        with on(name):
+            fitted = tiny.fit(
+                module(), directory, adapters=adapters, learning_rate=1e-3, micro_rows=1,
+                examples_per_step=8, retain_per_step=4,
+            )  # fmt: skip
+            models.save(fitted.module, directory / "model")
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+        found[name] = rows, tiny.leaves(nnx.state(models.load(directory / "model")))
+    return found
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_five_steps_are_the_same_on_every_mesh(runs, name):
+    one, other = runs["1x1x1"][0][:5], runs[name][0][:5]
+    assert len(other) == 5
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            # A logratio is the difference of log-probs of about -30, which float32 rounds at 2e-6.
+            rounding = 4e-6 if "logratio" in key else 1e-7
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=rounding), (key, a["step"])
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_the_export_is_the_same_on_every_mesh(runs, name):
+    for a, b in zip(runs["1x1x1"][1], runs[name][1], strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def scores(path: str) -> np.ndarray:
+    graphdef, params, frozen = tiny.split(module())
+    examples = [tiny.example(pref=1.0) for _ in texts()]
+    options, hyper = tiny.options(n_conflict=16), tiny.hyper()
+    ref = logprobs.of_texts(module(), texts(), row_length=32, micro_rows=1)
+    step = batches.Step(tiny.batch(texts(), examples, ref, micro_rows=8), None)
+    step = sharding.place_rows(step)
+    g = impact.objective_gradient(params, frozen, step, hyper, graphdef=graphdef, options=options)
+    if path == "jvp":
+        tangents = jax.tree.map(lambda x: x[None], g)
+        out = impact.response_derivatives(
+            params, frozen, tangents, step.conflict.rows, graphdef=graphdef,
+            n_responses=step.conflict.ref_logp.shape[-1],
+        )  # fmt: skip
+    else:
+        out = impact.loss_derivatives(
+            params, frozen, g, step.conflict, hyper, graphdef=graphdef, options=options
+        )
+    return np.asarray(out).ravel()
+
+
+@pytest.mark.parametrize("path", ["jvp", "jvp_losses"])
+def test_scores_are_the_same_on_every_mesh(path):
+    found = {}
+    for name in MESHES:
+        with on(name):
+            found[name] = scores(path)
+    rms = np.sqrt(np.mean(found["1x1x1"] ** 2))
+    assert rms > 0
+    for name in MESHES:
+        assert np.abs(found[name] - found["1x1x1"]).max() <= 1e-4 * rms, name
+
+
+@pytest.mark.parametrize("config", [CONFIG, GEMMA], ids=["llama", "gemma2"])
+def test_the_state_is_cut_and_logits_are_the_same(config):
+    tokens = np.random.default_rng(0).integers(0, 48, (8, 20))
+    whole = np.asarray(jax.jit(lambda m, t: m(t))(models.init(config, 0), tokens))
+    with on("2x2x2"):
+        made = sharding.place_module(models.init(config, 0))
+        assert made.layers.gate.kernel[...].sharding.spec == P(None, "fsdp", "tensor")
+        assert made.layers.down.kernel[...].sharding.spec == P(None, "tensor", "fsdp")
+        assert made.embed[...].sharding.spec == P(("fsdp", "tensor"), None)
+        out = jax.jit(lambda m, t: m(t))(made, sharding.place_rows(tokens, leading=0))
+    np.testing.assert_allclose(np.asarray(out), whole, atol=2e-5)
+
+
+def test_optimizer_moments_lie_like_their_parameters():
+    with on("1x8x1"):
+        _, params, _ = tiny.split(module())
+        state = train.init_state(params, tiny.options())
+        adam = state.opt_state[1]
+        for tree in (state.params, adam.mu, adam.nu):
+            kernel = tree["layers"]["gate"]["kernel"][...]
+            assert kernel.sharding.spec[1] == "fsdp"
+            assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+@pytest.mark.parametrize(
+    "path, shape, expected",
+    [
+        ("layers.q.kernel", (2, 16, 32), P(None, "fsdp", "tensor")),
+        ("layers.o.kernel", (2, 32, 16), P(None, "tensor", "fsdp")),
+        ("layers.q.bias", (2, 32), P(None, "tensor")),
+        ("layers.q.lora_a", (2, 16, 3), P(None, "fsdp", None)),
+        ("layers.down.lora_a", (2, 32, 3), P(None, "tensor", None)),
+        ("opt_state.1.mu.layers.up.kernel", (2, 16, 32), P(None, "fsdp", "tensor")),
+        ("embed", (48, 16), P(("fsdp", "tensor"), None)),
+        ("embed", (50, 16), P(("fsdp",), None)),
+        ("embed", (51, 16), P(None, "fsdp")),
+        ("head.kernel", (16, 48), P(None, ("fsdp", "tensor"))),
+        ("norm.weight", (16,), P("fsdp")),
+        ("norm.weight", (15,), P(None)),
+        ("step", (), P()),
+    ],
+)
+def test_table(path, shape, expected):
+    mesh = sharding.make_mesh(2, 2, 2)
+    assert sharding.spec(path, shape, mesh) == expected
+
+
+def test_a_mesh_smaller_than_the_devices_takes_the_first():
+    assert sharding.make_mesh(1, 2, 2).size == 4
+    assert sharding.make_mesh(1, -1, 2).shape["fsdp"] == 4
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 16, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
+def test_a_mesh_that_does_not_divide_the_devices_is_refused(shape):
+    with pytest.raises(errors.InputError, match="mesh data="):
+        sharding.make_mesh(*shape)
+
+
+def test_a_tensor_axis_that_does_not_divide_the_heads_is_refused():
+    with pytest.raises(errors.InputError, match="mesh.tensor=4 does not divide num_key_value_h"):
+        sharding.check_model(sharding.make_mesh(1, 2, 4), CONFIG)

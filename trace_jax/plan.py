@@ -1,0 +1,419 @@
+"""What a run will take, before anything is spent: no weights, no network, no workdir written.
+
+Counts come from the artefacts that are there, or from the data; where the tokenizer or the triage
+is missing they are estimates, and say so. Memory comes from the compiler: for the attached devices,
+or, with a topology, from the real TPU compiler on any machine.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax import hardware, methods, metrics, records, sources, synth, triage, workdir
+from trace_jax.errors import InputError
+from trace_jax.hardware import GIB
+from trace_jax.stages import context
+
+_CHARACTERS_A_TOKEN = 4.0  # of English under the tokenizers of these models
+_SAMPLE = 2000  # records whose tokens are counted; the rest is taken to be like them
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What there is to train on.
+
+    Attributes:
+      records: how many there are; by_action: None before triage, when thirds are assumed.
+      conflict, retain: row positions of (a sample of) the examples.
+      scale: examples for every one in the sample.
+      estimated: the tokens are counted without the tokenizer, or the actions assumed.
+    """
+
+    records: int
+    by_action: dict[str, int] | None
+    conflict: list[int]
+    retain: list[int]
+    scale: float
+    estimated: bool
+
+
+def make(run: context.Context, topology: str | None) -> dict[str, Any]:
+    """The plan, as --json prints it.
+
+    Raises:
+      InputError: the shape of the model is not known, or the mesh does not fit.
+    """
+    devices, chip = _devices(topology)
+    from trace_jax import programs, sharding
+
+    mesh = sharding.make_mesh(**run.config.mesh.to_dict(), devices=devices)
+    config = run.config
+    shape = model_shape(run)
+    sharding.check_model(mesh, shape)
+    model = programs.Model(shape, config.model.dtype, config.model.remat, config.model.head_chunk)
+    work = _work(run)
+    layouts = _layouts(run, work, sharding.row_shards(mesh))
+    found = _programs(run, model, layouts, mesh)
+    parameters = _parameters(model, run.settings("train"))
+    flops = _flops(run, shape, layouts, parameters)
+    for name, value in flops.items():
+        found[name]["flops"] = value
+    chips = mesh.size
+    hours = _hours(run, found, work, layouts, chip, chips)
+    peak = max(p["peak_bytes"] for p in found.values())
+    return {
+        "fits": peak <= chip.memory,
+        "verdict": _verdict(run, found, chip),
+        "device": {"kind": chip.name, "count": chips, "mesh": dict(mesh.shape)},
+        "device_memory_bytes": chip.memory,
+        "programs": found,
+        "parameters": parameters,
+        "records": {"total": work.records, "by_action": work.by_action},
+        "tokens": _tokens(work, layouts, run),
+        "judge": _judge(run, work),
+        "hours": hours,
+        "utilisation": config.plan.utilisation,
+    }
+
+
+def _devices(topology: str | None) -> tuple[list, hardware.Chip]:
+    """The devices to plan for, and what they are."""
+    if topology is None:
+        import jax
+
+        return jax.devices(), hardware.of_device(jax.devices()[0])
+    chip, is_tpu = hardware.of_topology(topology)
+    # Nothing runs on a device: the compiler needs none, and the one that is here stays free.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+    import jax
+
+    if not is_tpu:
+        return jax.devices("cpu")[:1], chip
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--topology={topology}: the TPU compiler cannot plan for it ({what}); is it installed "
+            "(pip install 'trace_jax[tpu]') and the slice one that exists, such as v5e:4x4?"
+        ) from error
+    return list(found.devices), chip
+
+
+def model_shape(run: context.Context):
+    """The ModelConfig, from the model's folder, or from the config where that is not here."""
+    from trace_jax import models
+    from trace_jax.models import hf_weights
+
+    config = run.config.model
+    base = run.base_directory
+    if (base / "config.json").is_file():
+        return hf_weights.read_config(base)
+    if config.hf_config:
+        return models.ModelConfig.from_hf(config.hf_config.to_dict())
+    if config.path:
+        raise InputError(
+            f"model.path={config.path} is not here, and model.hf_config does not give its shape; "
+            "copy its config.json there, or into the config"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        synth.tokenizer(folder)
+        vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
+    return models.scratch(config.scratch.to_dict(), len(vocabulary))
+
+
+def _work(run: context.Context) -> Work:
+    triaged, by_action = _triaged(run)
+    sample = triaged[:: max(1, -(-len(triaged) // _SAMPLE))]
+    examples = methods.examples(
+        run.config.train.method,
+        sample,
+        corrections={},
+        weights=None,
+        alpha_kl=run.config.train.alpha_kl,
+        punish=run.config.train.punish,
+    )
+    if not examples:
+        raise InputError("no records to plan for; see data.source")
+    lengths, exact = _lengths(run, examples)
+    limit = 2 * run.config.data.max_length
+    kinds = [bool(e.kl) for e in examples]
+    return Work(
+        records=len(triaged),
+        by_action=by_action,
+        conflict=[min(n, limit) for n, kl in zip(lengths, kinds, strict=True) if not kl],
+        retain=[min(n, limit) for n, kl in zip(lengths, kinds, strict=True) if kl],
+        scale=len(triaged) / len(sample),
+        estimated=not exact or by_action is None,
+    )
+
+
+def _triaged(run: context.Context) -> tuple[list[records.TriagedRecord], dict[str, int] | None]:
+    """The triaged records; before triage, the records with actions in equal shares."""
+    path = run.file("triage", "triage.jsonl")
+    if path.exists() and run.workdir.finished("triage"):
+        found = triage.read(path)
+        return found, dict(triage.summary(found).actions)
+    unknown = records.Verdict(status="abstain", probability=None, clauses={})
+    actions = ("INVERT", "PUNISH", "RETAIN")
+    return [
+        records.TriagedRecord(record, unknown, unknown, actions[i % 3])
+        for i, record in enumerate(_records(run))
+    ], None
+
+
+def _records(run: context.Context) -> list[records.PreferenceRecord]:
+    """Those of the workdir, else of the data, else as many of the usual length as there may be."""
+    data, path = run.config.data, run.file("prepare", "records.jsonl")
+    if path.exists():
+        return [records.PreferenceRecord.from_json(row) for _, row in records.read_jsonl(path)]
+    if data.source == "jsonl" and data.path and Path(data.path).is_file():
+        return sources.read_records(data.path)[0]
+    if data.source == "synth":
+        rows = synth.pairs(run.config.seed, data.pairs)
+        texts = [(p["prompt"], p["chosen"], p["rejected"]) for p in rows]
+    else:
+        texts = _assumed_texts(run)
+    return [records.PreferenceRecord(str(i), *text, None) for i, text in enumerate(texts)]
+
+
+def _assumed_texts(run: context.Context) -> list[tuple[str, str, str]]:
+    """Where no data is here: as many pairs as there may be, of the length that is asked for."""
+    config = run.config
+    prompt, response = config.plan.prompt_tokens, config.plan.response_tokens
+    if config.data.source == "self_sampled":
+        prompt = sum(config.data.opening_tokens) / 2
+        response = config.evaluate.max_new_tokens
+    prompt, response = ("x" * int(_CHARACTERS_A_TOKEN * n) for n in (prompt, response))
+    return [(f"{i}{prompt}", response, response + "y") for i in range(config.data.pairs)]
+
+
+def _lengths(run: context.Context, examples: Sequence[methods.Example]) -> tuple[list[int], bool]:
+    """Row positions of every example, and whether the tokenizer counted them."""
+    if (run.base_directory / "tokenizer.json").is_file():
+        from trace_jax import batches
+
+        dropped: list[str] = []
+        _, encoded = batches.encode_examples(run.encoder, examples, on_drop=dropped.append)
+        if not dropped:
+            return [e.row_length for e in encoded], True
+    texts = [[_text(e.prompt), _text(e.y0), _text(e.y1 or "")] for e in examples]
+    return [int(sum(len(t) for t in three) / _CHARACTERS_A_TOKEN) + 2 for three in texts], False
+
+
+def _text(text: records.Text) -> str:
+    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
+
+
+def _layouts(run: context.Context, work: Work, shards: int) -> dict[str, Any]:
+    """Layouts of a step's conflict and KL rows, of the impact pass, and the length of rows."""
+    from trace_jax import batches
+
+    settings = run.settings("train")
+    longest = max(work.conflict + work.retain)
+    row_length = settings.row_length or batches.round_up(longest, 64)
+
+    def packed(lengths: list[int], per_step: int):
+        return batches.PackPlan(
+            [min(n, row_length) for n in lengths],
+            per_step=per_step,
+            total_steps=min(settings.total_steps, 20),
+            seed=run.config.seed,
+            row_length=row_length,
+            micro_rows=settings.micro_rows,
+        )
+
+    plans = {}
+    if work.conflict:
+        plans["conflict"] = packed(work.conflict, settings.examples_per_step)
+    if work.retain:
+        plans["retain"] = packed(work.retain, settings.retain_per_step)
+    batches.share_micro_batches(list(plans.values()), micro_rows=settings.micro_rows, shards=shards)
+    slots = max(1, row_length // max(1, min(work.conflict or work.retain)))
+    impact = batches.Layout(run.config.impact.micro_rows * shards, row_length, slots, 1)
+    found = {name: plan.layout for name, plan in plans.items()}
+    return {"conflict": None, "retain": None, "impact": impact} | found
+
+
+def _programs(run: context.Context, model, layouts: dict, mesh) -> dict[str, dict[str, Any]]:
+    """Memory of each program, from the compiler."""
+    from trace_jax import programs
+
+    settings, evaluate = run.settings("train"), run.config.evaluate
+    prompt = min(run.config.data.max_length, model.config.max_position_embeddings)
+    prompt -= evaluate.max_new_tokens
+    lowered = {
+        "train": lambda: programs.train_step(
+            model, settings, layouts["conflict"], layouts["retain"], mesh
+        ),
+        "impact": lambda: programs.impact_pass(model, settings, layouts["impact"], 2, mesh),
+        "sample": lambda: programs.sample(
+            model, evaluate.batch_rows, prompt, evaluate.max_new_tokens, mesh
+        ),
+    }
+    found = {}
+    for name, lower in lowered.items():
+        clock = workdir.Clock()
+        memory = programs.memory(lower())
+        found[name] = dataclasses.asdict(memory) | {
+            "peak_bytes": memory.peak_bytes,
+            "compile_seconds": round(clock.seconds, 1),
+        }
+        metrics.say(f"compiled {name} in {metrics.duration(clock.seconds)}")
+    # The guard asks the base model while the re-aligned one is loaded.
+    beside = programs.parameter_bytes(model, mesh)
+    found["sample"]["argument_bytes"] += beside
+    found["sample"]["peak_bytes"] += beside
+    return found
+
+
+def _parameters(model, settings) -> dict[str, int]:
+    from trace_jax import programs
+
+    total, trainable = programs.count_parameters(model, settings)
+    return {"total": total, "trainable": trainable}
+
+
+def _flops(run: context.Context, shape, layouts: dict, parameters: dict) -> dict[str, float]:
+    """Of one step, one impact batch and one decoded token of every row, from the shapes.
+
+    Recomputed layers do not count, as is usual for utilisation.
+    """
+    full = run.config.train.adapters == "none"
+    row_length = layouts["impact"].row_length
+    forward = forward_flops(shape, row_length)
+
+    def positions(name: str) -> int:
+        layout = layouts[name]
+        return 0 if layout is None else layout.n_rows * layout.row_length
+
+    backward = 2.0 if full else 1.0  # gradients of activations, and of parameters if they train
+    train = (1 + backward) * (positions("conflict") + positions("retain")) + positions("retain")
+    a_tangent = 2.0 if full else 1.0
+    return {
+        "train": forward * train,
+        "impact": forward * positions("impact") * (1 + 2 * a_tangent),
+        "sample": forward_flops(shape, run.config.data.max_length) * run.config.evaluate.batch_rows,
+    }
+
+
+def forward_flops(shape, length: int) -> float:
+    """Of the forward pass of one token in a row of `length` tokens (half of it seen on average)."""
+    q = shape.num_attention_heads * shape.head_dim
+    kv = shape.num_key_value_heads * shape.head_dim
+    matrices = shape.hidden_size * (2 * q + 2 * kv + 3 * shape.intermediate_size)
+    attention = 2 * q * length / 2
+    layers = shape.num_hidden_layers * (matrices + attention)
+    return 2.0 * (layers + shape.hidden_size * shape.vocab_size)
+
+
+def _tokens(work: Work, layouts: dict, run: context.Context) -> dict[str, Any]:
+    found = {
+        "per_epoch": int(sum(work.conflict + work.retain) * work.scale),
+        "row_length": layouts["impact"].row_length,
+        "estimated": work.estimated,
+    }
+    for name in ("conflict", "retain"):
+        layout = layouts[name]
+        found[f"{name}_rows_per_step"] = 0 if layout is None else layout.n_rows
+    rows = found["conflict_rows_per_step"] + found["retain_rows_per_step"]
+    return found | {"per_step": rows * found["row_length"]}
+
+
+def _hours(run, found: dict, work: Work, layouts: dict, chip, chips: int) -> float | None:
+    """At the stated utilisation, all stages; None where the peak speed is not known."""
+    peak = run.config.plan.peak_tflops * 1e12 or chip.flops
+    if not peak:
+        return None
+    config = run.config
+    steps = config.train.total_steps + config.align.enabled * config.align.total_steps
+    impact = layouts["impact"]
+    rows = work.scale * sum(work.conflict) / impact.row_length
+    train = found["train"]["flops"] * steps + found["impact"]["flops"] * rows / impact.n_rows
+    prompts = config.data.validation_prompts * ("validation" in config.evaluate.splits)
+    prompts += config.data.test_prompts * ("test" in config.evaluate.splits)
+    decoded = prompts * (config.evaluate.samples + 1) * config.evaluate.max_new_tokens
+    decoded *= 2 + config.align.enabled
+    sample = found["sample"]["flops"] / config.evaluate.batch_rows * decoded
+    seconds = train / config.plan.utilisation + sample / config.plan.decode_utilisation
+    return seconds / (peak * chips) / 3600
+
+
+def _judge(run: context.Context, work: Work) -> dict[str, Any]:
+    """Verdicts that triage still needs, each (prompt, response) once."""
+    path = run.file("triage", "triage.jsonl")
+    done = {row.get("id") for _, row in records.read_jsonl(path)} if path.exists() else set()
+    items = {
+        records.content_id(r.prompt, response): _text(r.prompt) + _text(response)
+        for r in _records(run)
+        if r.id not in done
+        for response in (r.chosen, r.rejected)
+    }
+    paid = run.config.judge.name not in ("rules",)
+    prompt = len(run.new_policy.source)
+    characters = sum(len(text) + prompt for text in items.values()) if paid else 0
+    tokens = int(characters / _CHARACTERS_A_TOKEN)
+    price = tokens * run.config.plan.judge_price / 1e6
+    return {"calls": len(items), "tokens": tokens, "price": price}
+
+
+def _verdict(run: context.Context, found: dict, chip: hardware.Chip) -> str:
+    worst = max(found, key=lambda name: found[name]["peak_bytes"])
+    peak = found[worst]["peak_bytes"]
+    if peak <= chip.memory:
+        return f"fits: {worst} takes {peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB a device"
+    return (
+        f"does not fit by {(peak - chip.memory) / GIB:.2f} GiB ({worst}); try {_advice(run, worst)}"
+    )
+
+
+def _advice(run: context.Context, worst: str) -> str:
+    config = run.config
+    if worst == "sample":
+        return "a smaller evaluate.batch_rows, or more devices"
+    section = "impact" if worst == "impact" else "train"
+    tries = []
+    if config[section].micro_rows > 1:
+        tries.append(f"{section}.micro_rows={config[section].micro_rows // 2}")
+    if config.model.dtype == "float32":
+        tries.append("model.dtype=bfloat16")
+    if config.model.remat != "layer":
+        tries.append("model.remat=layer")
+    if config.train.adapters == "none" and config.train.mu_dtype == "float32":
+        tries.append("train.mu_dtype=bfloat16")
+    if config.train.adapters == "none":
+        tries.append("train.adapters=lora")
+    return ", ".join([*tries, "or more devices along mesh.fsdp"])
+
+
+def show(plan: dict[str, Any]) -> None:
+    """Prints the plan for people."""
+    mark = " (estimate)" if plan["tokens"]["estimated"] else ""
+    metrics.table("Memory a device, GiB", [
+        {"program": name} | {k: round(p[f"{k}_bytes"] / GIB, 2)
+                             for k in ("argument", "output", "alias", "temp", "peak")}
+        | {"TFLOP": round(p["flops"] / 1e12, 2), "compiled in s": p["compile_seconds"]}
+        for name, p in plan["programs"].items()
+    ])  # fmt: skip
+    hours = "unknown" if plan["hours"] is None else f"{plan['hours']:.2f}"
+    by_action = plan["records"]["by_action"] or "not triaged yet, thirds assumed"
+    device, tokens, judge = plan["device"], plan["tokens"], plan["judge"]
+    metrics.table("Plan", [{"what": k, "value": str(v)} for k, v in {
+        "devices": f"{device['count']} x {device['kind']}, mesh {device['mesh']}",
+        "parameters": f"{plan['parameters']['total']:,}",
+        "trainable": f"{plan['parameters']['trainable']:,}",
+        "records": f"{plan['records']['total']:,} ({by_action})",
+        "tokens an epoch": f"{tokens['per_epoch']:,}{mark}",
+        "rows a step": f"{tokens['conflict_rows_per_step']} conflict + "
+                       f"{tokens['retain_rows_per_step']} KL, of {tokens['row_length']} tokens{mark}",
+        "judge": f"{judge['calls']:,} calls, {judge['tokens']:,} tokens, {judge['price']:.2f} USD",
+        "hours": f"{hours} at {plan['utilisation']:.0%} utilisation",
+        "verdict": plan["verdict"],
+    }.items()])  # fmt: skip

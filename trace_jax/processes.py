@@ -1,0 +1,63 @@
+"""Which of the processes of a run this is: the first one writes files, all meet at barriers.
+
+Every process runs the same stages on the same host data; jax arrays lie over all of them. The
+workdir must be on a file system that all of them see. Imports jax only once `start` was called.
+"""
+
+import dataclasses
+
+from trace_jax.errors import InputError
+
+
+@dataclasses.dataclass
+class _This:
+    index: int = 0
+    count: int = 1
+
+
+_this = _This()
+
+
+def start(coordinator: str | None, count: int | None, index: int | None, *, auto: bool) -> None:
+    """Joins the other processes; before any device is touched.
+
+    coordinator: HOST:PORT of process 0. auto: let jax find out (TPU pod, SLURM, MPI).
+    """
+    given = [value is not None for value in (coordinator, count, index)]
+    if not any(given) and not auto:
+        return
+    if any(given) and not all(given):
+        raise InputError("--coordinator, --processes and --process go together; give all three")
+    if all(given) and not 0 <= index < count:
+        raise InputError(f"--process={index} must lie in 0..{count - 1} (--processes={count})")
+    import jax
+
+    try:
+        if auto and not all(given):
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, count, index)
+    except (RuntimeError, ValueError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the processes did not find each other ({what}); is process 0 at "
+            f"{coordinator or 'the address that jax found'} up, and reachable from here?"
+        ) from error
+    _this.index, _this.count = jax.process_index(), jax.process_count()
+
+
+def is_first() -> bool:
+    """Whether this process writes."""
+    return _this.index == 0
+
+
+def count() -> int:
+    return _this.count
+
+
+def wait(name: str) -> None:
+    """Returns once every process has come here."""
+    if _this.count > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

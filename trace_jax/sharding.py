@@ -1,0 +1,232 @@
+"""The mesh and what lies where on it. The only file that names mesh axes. Imports jax.
+
+    data     copies of the parameters; different rows
+    fsdp     parameters cut in parts, gathered layer by layer; different rows
+    tensor   matrices cut by heads and channels; the same rows
+
+Rows of a batch lie over data x fsdp. The vocabulary lies over fsdp x tensor and is never gathered:
+the chunked LM head brings the tokens of a chunk to every part of the vocabulary instead.
+
+Functions that constrain do nothing outside `jax.set_mesh`, and leave out an axis that does not
+divide a dimension.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trace_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+VOCABULARY = ("fsdp", "tensor")
+
+# Tensor parallelism (arXiv 1909.08053): which dimension of a parameter is cut, from the right.
+_TENSOR = {
+    "q.kernel": -1, "k.kernel": -1, "v.kernel": -1, "gate.kernel": -1, "up.kernel": -1,
+    "q.bias": -1, "k.bias": -1, "v.bias": -1,
+    "q.lora_b": -1, "k.lora_b": -1, "v.lora_b": -1, "gate.lora_b": -1, "up.lora_b": -1,
+    "o.kernel": -2, "down.kernel": -2, "o.lora_a": -2, "down.lora_a": -2,
+}  # fmt: skip
+_VOCABULARY = {"embed": 0, "head.kernel": 1}  # the dimension that is the vocabulary
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+    """A mesh over the devices; one axis may be -1, which takes what the others leave.
+
+    A mesh smaller than the devices uses the first of them, where all belong to one process.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape, n = [data, fsdp, tensor], len(devices)
+    text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise InputError(f"mesh {text}: sizes are positive, and at most one is -1 (the rest)")
+    used = math.prod(size for size in shape if size != -1)
+    if n % used:
+        raise InputError(
+            f"mesh {text} does not divide the {n} devices; choose sizes whose product divides {n}, "
+            "or -1 for one of them"
+        )
+    shape = [n // used if size == -1 else size for size in shape]
+    used = math.prod(shape)
+    if used < n and len({device.process_index for device in devices}) > 1:
+        raise InputError(
+            f"mesh {text} uses {used} of {n} devices; with several processes it must use them all"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if used < n:
+        return Mesh(np.asarray(devices[:used]).reshape(shape), AXES, axis_types=kinds)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=kinds)
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """In how many parts the rows of a batch are cut."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def current() -> Mesh | None:
+    """The mesh of `jax.set_mesh` (outside jit), or None where there is none."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def shards_in_context() -> int:
+    """`row_shards` of the mesh in context, inside jit or outside."""
+    return row_shards(_mesh())
+
+
+def check_model(mesh: Mesh, config: Any) -> None:
+    """Raises InputError where the tensor axis does not divide the heads of a ModelConfig."""
+    size = mesh.shape["tensor"]
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, key) % size:
+            raise InputError(
+                f"mesh.tensor={size} does not divide {key}={getattr(config, key)}; use a smaller "
+                "mesh.tensor and a larger mesh.fsdp"
+            )
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | Any) -> PartitionSpec:
+    """How a parameter is stored: tensor by the table, fsdp on the largest dimension it divides.
+
+    path: dotted, as "layers.q.kernel"; optimizer moments have their parameter's path in theirs.
+    """
+    parts: list[Any] = [None] * len(shape)
+    vocabulary = next((d for p, d in _VOCABULARY.items() if _ends(path, p)), None)
+    if vocabulary is not None and len(shape) == 2:
+        parts[vocabulary] = _dividing(shape[vocabulary], VOCABULARY, mesh)
+        if parts[vocabulary] is not None:
+            return PartitionSpec(*parts)
+    cut = next((d for p, d in _TENSOR.items() if _ends(path, p)), None)
+    if cut is not None and shape[cut] % mesh.shape["tensor"] == 0:
+        parts[cut] = "tensor"
+    free = [d for d, part in enumerate(parts) if part is None and not _is_layer_axis(path, d)]
+    free = [d for d in free if shape[d] % mesh.shape["fsdp"] == 0]
+    if free:
+        parts[max(free, key=lambda d: (shape[d], d))] = "fsdp"
+    return PartitionSpec(*parts)
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _is_layer_axis(path: str, dimension: int) -> bool:
+    """Layers are scanned one by one, so their axis stays whole."""
+    return dimension == 0 and "layers." in path
+
+
+def of_tree(tree: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every array of a tree of parameters, moments and scalars."""
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(_dotted(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain_tree(tree: Any) -> Any:
+    """A tree of parameters or moments, kept where `of_tree` puts it (inside jit)."""
+    mesh = _mesh()
+    if mesh is None:
+        return tree
+
+    def keep(path: tuple, leaf: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, spec(_dotted(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(keep, tree)
+
+
+def _dotted(path: tuple) -> str:
+    """ "layers.q.kernel" of a tree path, without the field that nnx variables add."""
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    return ".".join(name for name in names if name != "value")
+
+
+def place_module(module: nnx.Module) -> nnx.Module:
+    """The module with every parameter where the mesh in context wants it."""
+    mesh = current()
+    if mesh is None:
+        return module
+    graphdef, state = nnx.split(module)
+    place = jax.jit(lambda tree: tree, out_shardings=of_tree(state, mesh))
+    return nnx.merge(graphdef, place(state))
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """[B, ...] with its rows over data x fsdp, the rest whole."""
+    return _constrain(x, ROWS)
+
+
+def heads(x_BLHC: jax.Array) -> jax.Array:
+    """[B, L, H, C] with heads over tensor."""
+    return _constrain(x_BLHC, ROWS, None, "tensor")
+
+
+def keys(x_NBKSC: jax.Array) -> jax.Array:
+    """[..., B, K, S, C] of a cache, with heads over tensor."""
+    return _constrain(x_NBKSC, *[None] * (x_NBKSC.ndim - 4), ROWS, "tensor")
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """[B, ...] with rows over data only: every part of the vocabulary sees the tokens."""
+    return _constrain(x, "data")
+
+
+def logits(x: jax.Array) -> jax.Array:
+    """[B, ..., V] with its vocabulary cut like the LM head."""
+    return _constrain(x, "data", *[None] * (x.ndim - 2), VOCABULARY)
+
+
+def replicated(tree: Any) -> Any:
+    """Arrays that every process can read (inside jit)."""
+    return jax.tree.map(lambda x: _constrain(x, *[None] * x.ndim), tree)
+
+
+def place_rows(tree: Any, mesh: Mesh | None = None, *, leading: int = 1) -> Any:
+    """Host arrays [M, R, ...] (leading=1) or [R, ...] (0) on the mesh, R over data x fsdp.
+
+    Every process has the whole arrays and puts only its own part on its devices. Without a mesh it
+    is that of the context, and without that the arrays stay as they are.
+    """
+    mesh = current() if mesh is None else mesh
+    if mesh is None:
+        return tree
+
+    def place(a: np.ndarray) -> jax.Array:
+        where = of_rows(a.shape, mesh, leading=leading)
+        return jax.make_array_from_callback(a.shape, where, lambda index: a[index])
+
+    return jax.tree.map(place, tree)
+
+
+def of_rows(shape: tuple[int, ...], mesh: Mesh, *, leading: int) -> NamedSharding:
+    """Where `place_rows` puts an array of that shape."""
+    parts = [None] * leading + [_dividing(shape[leading], ROWS, mesh)]
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def _mesh() -> Any:
+    """The mesh in context, or None where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def _constrain(x: jax.Array, *parts: Any) -> jax.Array:
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    kept = [None if p is None else _dividing(x.shape[d], p, mesh) for d, p in enumerate(parts)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def _dividing(size: int, axes: str | tuple[str, ...], mesh: Any) -> Any:
+    """`axes` without the last ones until their product divides `size`; None for none."""
+    axes = (axes,) if isinstance(axes, str) else axes
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes or None
