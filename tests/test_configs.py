@@ -27,6 +27,9 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
     if c.data.source != "synth":
         (tmp_path / "config.json").write_text("{}")
         c.model.path = str(tmp_path)
+    if c.data.source == "jsonl":
+        (tmp_path / "pairs.jsonl").touch()
+        c.data.path = str(tmp_path / "pairs.jsonl")
     config_lib.validate(c)
     assert policy.load(c.policy.old).clauses and policy.load(c.policy.new).clauses
     with pytest.raises(AttributeError):

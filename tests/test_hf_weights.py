@@ -1,4 +1,11 @@
+import dataclasses
+import http.server
 import json
+import os
+import struct
+import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +15,8 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from trace_jax import errors, models
-from trace_jax.models import hf_weights, lora
+from trace_jax import errors, models, sharding
+from trace_jax.models import hf_weights
 
 CONFIG = models.ModelConfig(61, 24, 40, 2, 4, 2, 6, 64, eos_token_ids=(2,), bos_token_id=1)
 
@@ -53,10 +60,14 @@ def test_save_and_load_return_the_same_model(module, saved):
     assert sorted(p.name for p in saved.parent.iterdir()) == ["model"]  # no scratch left
 
 
-def test_every_parameter_is_in_the_table_once(module):
-    ours = [".".join(keys) for keys, _ in nnx.to_flat_state(nnx.state(module))]
-    assert sorted(ours) == sorted(row[1] for row in hf_weights.TABLE)
-    assert len({row[0] for row in hf_weights.TABLE}) == len(hf_weights.TABLE)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_every_parameter_is_in_the_table_once(family):
+    config = dataclasses.replace(CONFIG, family=family)
+    state = nnx.state(nnx.eval_shape(lambda: models.init(config, 0)))
+    ours = [".".join(keys) for keys, _ in nnx.to_flat_state(state)]
+    rows = hf_weights.table(config)
+    assert sorted(ours) == sorted(row[1] for row in rows)
+    assert len({row[0] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -104,11 +115,38 @@ def test_dtype_is_kept_or_cast(module, saved, tmp_path):
     assert_equal_models(models.load(tmp_path / "half"), half)
 
 
-def test_a_mesh_gets_a_copy_on_every_device(module, saved):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 2)])
+def test_a_mesh_gets_the_parts_it_wants(module, saved, shape):
+    mesh = sharding.make_mesh(*shape)
     loaded = models.load(saved, mesh=mesh)
-    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(nnx.state(loaded)))
     assert_equal_models(loaded, module)
+    for keys, leaf in nnx.to_flat_state(nnx.state(loaded)):
+        expected = sharding.spec(".".join(keys), leaf.shape, mesh)
+        assert leaf[...].sharding == jax.sharding.NamedSharding(mesh, expected)
+
+
+def test_only_the_bytes_of_ones_own_part_are_read(tmp_path, monkeypatch):
+    """On a mesh of 8, a process that has devices 0 to 3 reads half."""
+    config = models.ModelConfig(64, 32, 48, 2, 4, 4, 8, 64)
+    models.save(models.init(config, 0), tmp_path / "model")
+    read = []
+    preadv = os.preadv
+
+    def counting(descriptor, buffers, offset):
+        read.append(preadv(descriptor, buffers, offset))
+        return read[-1]
+
+    def of_half(shape, where, part):
+        ours = list(where.addressable_devices_indices_map(shape).values())
+        for index in ours[:4]:
+            part(index)
+        return jnp.zeros(shape)
+
+    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(jax, "make_array_from_callback", of_half)
+    models.load(tmp_path / "model", mesh=sharding.make_mesh(1, 8, 1))
+    size = (tmp_path / "model/model.safetensors").stat().st_size
+    assert 0.4 * size < sum(read) < 0.55 * size
 
 
 def test_end_ids_come_from_generation_config(saved):
@@ -187,42 +225,74 @@ def test_truncated_weights_are_damaged(saved):
         models.load(saved)
 
 
-def test_a_failed_save_leaves_the_old_model(module, saved, monkeypatch):
-    def fail(tensors, filename, metadata):
-        filename.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
-    for path in (saved, saved.parent / "new"):
-        with pytest.raises(OSError, match="no space left"):
-            models.save(module, path)
-    assert sorted(p.name for p in saved.parent.iterdir()) == ["model"]
-    assert_equal_models(models.load(saved), module)
-
-
-def test_what_was_written_is_compared(module, tmp_path, monkeypatch):
-    write = safetensors.numpy.save_file
-
-    def corrupt(tensors, filename, metadata):
-        write(tensors | {K_PROJ: tensors[K_PROJ] + 1}, filename, metadata)
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", corrupt)
-    with pytest.raises(OSError, match=K_PROJ):
-        models.save(module, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+@pytest.mark.parametrize(
+    "start, said",
+    [
+        (b"", "no header"),
+        (b"\xff" * 8, "no header"),
+        (struct.pack("<Q", 2) + b"[]", "bad header"),
+        (struct.pack("<Q", 4) + b"nope", "bad header"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(saved, start, said):
+    (saved / "model.safetensors").write_bytes(start)
+    with pytest.raises(errors.InputError, match=f"damaged .{said}"):
+        models.load(saved)
 
 
-def test_saving_replaces_a_model_and_nothing_else(module, saved, tmp_path):
-    (saved / "stale.bin").write_text("x")
-    models.save(module, saved)
-    assert not (saved / "stale.bin").exists()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis/chapter1.tex").write_text("x")
-    with pytest.raises(errors.InputError, match="thesis exists and holds no model"):
-        models.save(module, tmp_path / "thesis")
+def test_a_smaller_tokenizer_is_fine_and_a_larger_is_not():
+    hf_weights.check_tokenizer(CONFIG, range(61))
+    with pytest.raises(errors.InputError, match="62 tokens, the model's embedding 61"):
+        hf_weights.check_tokenizer(CONFIG, range(62))
 
 
-def test_adapters_have_to_be_merged_first(module, tmp_path):
-    adapted = lora.add(module, rank=2, alpha=4.0, targets=("q",), seed=0)
-    with pytest.raises(ValueError, match="lora.merge"):
-        models.save(adapted, tmp_path / "model")
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that has a gated model and nothing else."""
+
+    def do_GET(self):
+        gated = "gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("org/gated", "org/gated is gated: accept its licence"),
+        ("org/absent", "neither a folder here nor a model of the hub"),
+    ],
+)
+def test_the_hub_refuses_in_one_line(name, said, tmp_path):
+    program = f"""
+from trace_jax import errors, models
+try:
+    models.load({name!r})
+except errors.InputError as error:
+    print(error)
+"""
+    with http.server.ThreadingHTTPServer(("localhost", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://localhost:{hub.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+            "HF_TOKEN": "hf_secret",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        hub.shutdown()
+    assert said in done.stdout and done.stdout.count("\n") == 1, done
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_offline_is_said_in_one_line():
+    with pytest.raises(errors.InputError, match="org/name could not be downloaded"):
+        models.load("org/name")

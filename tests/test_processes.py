@@ -1,4 +1,4 @@
-"""Two and four real processes on loopback do what one does: train, score, checkpoint, resume, export."""
+"""Two and four real processes on loopback do what one does, from training to export."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def run(count: int, folder: Path, *more: str, program=(str(WORKER),)) -> list[st
         for i in range(count)
     ]  # fmt: skip
     said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * count, said
+    assert [process.returncode for process in started] == [0] * count, "\n".join(said)
     return said
 
 

@@ -47,7 +47,7 @@ def _model() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.path = ""  # Hugging Face directory of the deployed model; empty: train model.scratch first
     c.hf_config = ml_collections.ConfigDict()  # its config.json, so that --plan needs no download
-    c.dtype = "float32"  # float32 | bfloat16, of activations and of weights that do not train (those are float32)
+    c.dtype = "float32"  # float32 | bfloat16: activations, and weights but for those that train
     c.stop_ids = ()  # token ids that end a response; empty: the model's own EOS
     c.remat = "layer"  # the backward pass finds stored: layer (inputs of layers; on CPU fastest as
     # well) | dots (also products of matrices) | none (everything; no recomputation)

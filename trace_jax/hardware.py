@@ -45,12 +45,12 @@ def of_topology(topology: str) -> tuple[Chip, bool]:
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not shape:
         raise InputError(
-            f"--topology={topology!r} is unknown; give a TPU slice such as v5e:4x4 or v5p:2x2x1, or "
+            f"--topology={topology!r} is unknown; give a TPU slice such as v5e:4x4, or "
             f"a single GPU such as h100:1 (chips: {', '.join(CHIPS)})"
         )
     if name not in TPUS and shape != "1":
         raise InputError(
-            f"--topology={topology!r}: of GPUs one can be planned for from afar ({name}:1); for more, "
+            f"--topology={topology!r}: one GPU can be planned for from afar ({name}:1); for more, "
             "run --plan on the machine"
         )
     return CHIPS[name], name in TPUS

@@ -40,7 +40,8 @@ def objective_gradient(
 ) -> nnx.State:
     """g_J over the trainable leaves: gradient of the gold pairs' mean preference loss.
 
-    In the dtype of the leaves, which a tangent must have (summed in float32 all the same). The step's ref_logp are those of theta_ref itself, so every logratio is 0 up to rounding.
+    In the dtype of the leaves, which a tangent must have (summed in float32 all the same). The
+    step's ref_logp are those of theta_ref itself, so every logratio is 0 up to rounding.
     """
     grads, _ = train.gradient(params, frozen, None, step, hyper, graphdef=graphdef, options=options)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

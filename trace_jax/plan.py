@@ -1,7 +1,6 @@
 """What a run will take, before anything is spent: no weights, no network, no workdir written.
 
-Counts come from the artefacts that are there, or from the data; where the tokenizer or the triage
-is missing they are estimates, and say so. Memory comes from the compiler: for the attached devices,
+Counts come from `workload.py`. Memory comes from the compiler: for the attached devices,
 or, with a topology, from the real TPU compiler on any machine.
 """
 
@@ -9,36 +8,13 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import hardware, methods, metrics, records, sources, synth, triage, workdir
+from trace_jax import hardware, metrics, synth, workdir, workload
 from trace_jax.errors import InputError
 from trace_jax.hardware import GIB
 from trace_jax.stages import context
-
-_CHARACTERS_A_TOKEN = 4.0  # of English under the tokenizers of these models
-_SAMPLE = 2000  # records whose tokens are counted; the rest is taken to be like them
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What there is to train on.
-
-    Attributes:
-      records: how many there are; by_action: None before triage, when thirds are assumed.
-      conflict, retain: row positions of (a sample of) the examples.
-      scale: examples for every one in the sample.
-      estimated: the tokens are counted without the tokenizer, or the actions assumed.
-    """
-
-    records: int
-    by_action: dict[str, int] | None
-    conflict: list[int]
-    retain: list[int]
-    scale: float
-    estimated: bool
 
 
 def make(run: context.Context, topology: str | None) -> dict[str, Any]:
@@ -55,7 +31,7 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
     shape = model_shape(run)
     sharding.check_model(mesh, shape)
     model = programs.Model(shape, config.model.dtype, config.model.remat, config.model.head_chunk)
-    work = _work(run)
+    work = workload.of(run)
     layouts = _layouts(run, work, sharding.row_shards(mesh))
     found = _programs(run, model, layouts, mesh)
     parameters = _parameters(model, run.settings("train"))
@@ -74,7 +50,7 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
         "parameters": parameters,
         "records": {"total": work.records, "by_action": work.by_action},
         "tokens": _tokens(work, layouts, run),
-        "judge": _judge(run, work),
+        "judge": workload.judging(run),
         "hours": hours,
         "utilisation": config.plan.utilisation,
     }
@@ -129,90 +105,7 @@ def model_shape(run: context.Context):
     return models.scratch(config.scratch.to_dict(), len(vocabulary))
 
 
-def _work(run: context.Context) -> Work:
-    triaged, by_action = _triaged(run)
-    sample = triaged[:: max(1, -(-len(triaged) // _SAMPLE))]
-    examples = methods.examples(
-        run.config.train.method,
-        sample,
-        corrections={},
-        weights=None,
-        alpha_kl=run.config.train.alpha_kl,
-        punish=run.config.train.punish,
-    )
-    if not examples:
-        raise InputError("no records to plan for; see data.source")
-    lengths, exact = _lengths(run, examples)
-    limit = 2 * run.config.data.max_length
-    kinds = [bool(e.kl) for e in examples]
-    return Work(
-        records=len(triaged),
-        by_action=by_action,
-        conflict=[min(n, limit) for n, kl in zip(lengths, kinds, strict=True) if not kl],
-        retain=[min(n, limit) for n, kl in zip(lengths, kinds, strict=True) if kl],
-        scale=len(triaged) / len(sample),
-        estimated=not exact or by_action is None,
-    )
-
-
-def _triaged(run: context.Context) -> tuple[list[records.TriagedRecord], dict[str, int] | None]:
-    """The triaged records; before triage, the records with actions in equal shares."""
-    path = run.file("triage", "triage.jsonl")
-    if path.exists() and run.workdir.finished("triage"):
-        found = triage.read(path)
-        return found, dict(triage.summary(found).actions)
-    unknown = records.Verdict(status="abstain", probability=None, clauses={})
-    actions = ("INVERT", "PUNISH", "RETAIN")
-    return [
-        records.TriagedRecord(record, unknown, unknown, actions[i % 3])
-        for i, record in enumerate(_records(run))
-    ], None
-
-
-def _records(run: context.Context) -> list[records.PreferenceRecord]:
-    """Those of the workdir, else of the data, else as many of the usual length as there may be."""
-    data, path = run.config.data, run.file("prepare", "records.jsonl")
-    if path.exists():
-        return [records.PreferenceRecord.from_json(row) for _, row in records.read_jsonl(path)]
-    if data.source == "jsonl" and data.path and Path(data.path).is_file():
-        return sources.read_records(data.path)[0]
-    if data.source == "synth":
-        rows = synth.pairs(run.config.seed, data.pairs)
-        texts = [(p["prompt"], p["chosen"], p["rejected"]) for p in rows]
-    else:
-        texts = _assumed_texts(run)
-    return [records.PreferenceRecord(str(i), *text, None) for i, text in enumerate(texts)]
-
-
-def _assumed_texts(run: context.Context) -> list[tuple[str, str, str]]:
-    """Where no data is here: as many pairs as there may be, of the length that is asked for."""
-    config = run.config
-    prompt, response = config.plan.prompt_tokens, config.plan.response_tokens
-    if config.data.source == "self_sampled":
-        prompt = sum(config.data.opening_tokens) / 2
-        response = config.evaluate.max_new_tokens
-    prompt, response = ("x" * int(_CHARACTERS_A_TOKEN * n) for n in (prompt, response))
-    return [(f"{i}{prompt}", response, response + "y") for i in range(config.data.pairs)]
-
-
-def _lengths(run: context.Context, examples: Sequence[methods.Example]) -> tuple[list[int], bool]:
-    """Row positions of every example, and whether the tokenizer counted them."""
-    if (run.base_directory / "tokenizer.json").is_file():
-        from trace_jax import batches
-
-        dropped: list[str] = []
-        _, encoded = batches.encode_examples(run.encoder, examples, on_drop=dropped.append)
-        if not dropped:
-            return [e.row_length for e in encoded], True
-    texts = [[_text(e.prompt), _text(e.y0), _text(e.y1 or "")] for e in examples]
-    return [int(sum(len(t) for t in three) / _CHARACTERS_A_TOKEN) + 2 for three in texts], False
-
-
-def _text(text: records.Text) -> str:
-    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
-
-
-def _layouts(run: context.Context, work: Work, shards: int) -> dict[str, Any]:
+def _layouts(run: context.Context, work: workload.Work, shards: int) -> dict[str, Any]:
     """Layouts of a step's conflict and KL rows, of the impact pass, and the length of rows."""
     from trace_jax import batches
 
@@ -314,7 +207,7 @@ def forward_flops(shape, length: int) -> float:
     return 2.0 * (layers + shape.hidden_size * shape.vocab_size)
 
 
-def _tokens(work: Work, layouts: dict, run: context.Context) -> dict[str, Any]:
+def _tokens(work: workload.Work, layouts: dict, run: context.Context) -> dict[str, Any]:
     found = {
         "per_epoch": int(sum(work.conflict + work.retain) * work.scale),
         "row_length": layouts["impact"].row_length,
@@ -327,7 +220,7 @@ def _tokens(work: Work, layouts: dict, run: context.Context) -> dict[str, Any]:
     return found | {"per_step": rows * found["row_length"]}
 
 
-def _hours(run, found: dict, work: Work, layouts: dict, chip, chips: int) -> float | None:
+def _hours(run, found: dict, work: workload.Work, layouts: dict, chip, chips: int) -> float | None:
     """At the stated utilisation, all stages; None where the peak speed is not known."""
     peak = run.config.plan.peak_tflops * 1e12 or chip.flops
     if not peak:
@@ -344,24 +237,6 @@ def _hours(run, found: dict, work: Work, layouts: dict, chip, chips: int) -> flo
     sample = found["sample"]["flops"] / config.evaluate.batch_rows * decoded
     seconds = train / config.plan.utilisation + sample / config.plan.decode_utilisation
     return seconds / (peak * chips) / 3600
-
-
-def _judge(run: context.Context, work: Work) -> dict[str, Any]:
-    """Verdicts that triage still needs, each (prompt, response) once."""
-    path = run.file("triage", "triage.jsonl")
-    done = {row.get("id") for _, row in records.read_jsonl(path)} if path.exists() else set()
-    items = {
-        records.content_id(r.prompt, response): _text(r.prompt) + _text(response)
-        for r in _records(run)
-        if r.id not in done
-        for response in (r.chosen, r.rejected)
-    }
-    paid = run.config.judge.name not in ("rules",)
-    prompt = len(run.new_policy.source)
-    characters = sum(len(text) + prompt for text in items.values()) if paid else 0
-    tokens = int(characters / _CHARACTERS_A_TOKEN)
-    price = tokens * run.config.plan.judge_price / 1e6
-    return {"calls": len(items), "tokens": tokens, "price": price}
 
 
 def _verdict(run: context.Context, found: dict, chip: hardware.Chip) -> str:
@@ -411,8 +286,8 @@ def show(plan: dict[str, Any]) -> None:
         "trainable": f"{plan['parameters']['trainable']:,}",
         "records": f"{plan['records']['total']:,} ({by_action})",
         "tokens an epoch": f"{tokens['per_epoch']:,}{mark}",
-        "rows a step": f"{tokens['conflict_rows_per_step']} conflict + "
-                       f"{tokens['retain_rows_per_step']} KL, of {tokens['row_length']} tokens{mark}",
+        "rows a step": f"{tokens['conflict_rows_per_step']} conflict, "
+                       f"{tokens['retain_rows_per_step']} KL, {tokens['row_length']} tokens{mark}",
         "judge": f"{judge['calls']:,} calls, {judge['tokens']:,} tokens, {judge['price']:.2f} USD",
         "hours": f"{hours} at {plan['utilisation']:.0%} utilisation",
         "verdict": plan["verdict"],

@@ -32,6 +32,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, *, auto
         raise InputError(f"--process={index} must lie in 0..{count - 1} (--processes={count})")
     import jax
 
+    # On CPU two programs in flight may run in either order, and their collectives would not match.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if auto and not all(given):
             jax.distributed.initialize()
@@ -44,6 +46,9 @@ def start(coordinator: str | None, count: int | None, index: int | None, *, auto
             f"{coordinator or 'the address that jax found'} up, and reachable from here?"
         ) from error
     _this.index, _this.count = jax.process_index(), jax.process_count()
+    if jax.default_backend() == "cpu":
+        # Programs out of the cache start their collectives in another order than compiled ones.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_first() -> bool:
@@ -52,6 +57,7 @@ def is_first() -> bool:
 
 
 def count() -> int:
+    """How many processes there are."""
     return _this.count
 
 

@@ -91,7 +91,9 @@ def check_model(mesh: Mesh, config: Any) -> None:
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | Any) -> PartitionSpec:
-    """How a parameter is stored: tensor by the table, fsdp on the largest dimension it divides.
+    """How a parameter is stored: tensor by the table; fsdp on the dimension that comes first in
+    Hugging Face's files (a kernel's last), so that a process reads whole runs of bytes, or where
+    that cannot be divided on the largest that can.
 
     path: dotted, as "layers.q.kernel"; optimizer moments have their parameter's path in theirs.
     """
@@ -101,13 +103,17 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | Any) -> PartitionSpec:
         parts[vocabulary] = _dividing(shape[vocabulary], VOCABULARY, mesh)
         if parts[vocabulary] is not None:
             return PartitionSpec(*parts)
-    cut = next((d for p, d in _TENSOR.items() if _ends(path, p)), None)
+    cut = next((d % len(shape) for p, d in _TENSOR.items() if _ends(path, p)), None)
     if cut is not None and shape[cut] % mesh.shape["tensor"] == 0:
-        parts[cut] = "tensor"
-    free = [d for d, part in enumerate(parts) if part is None and not _is_layer_axis(path, d)]
-    free = [d for d in free if shape[d] % mesh.shape["fsdp"] == 0]
-    if free:
-        parts[max(free, key=lambda d: (shape[d], d))] = "fsdp"
+        parts[cut] = ("tensor",)
+    order = sorted(range(len(shape)), key=lambda d: (shape[d], d), reverse=True)
+    if path.endswith("kernel"):
+        order = [len(shape) - 1, *order]
+    for d in order:
+        with_fsdp = (*(parts[d] or ()), "fsdp")
+        if not _is_layer_axis(path, d) and shape[d] % _size(with_fsdp, mesh) == 0:
+            parts[d] = with_fsdp
+            break
     return PartitionSpec(*parts)
 
 
@@ -172,6 +178,11 @@ def keys(x_NBKSC: jax.Array) -> jax.Array:
     return _constrain(x_NBKSC, *[None] * (x_NBKSC.ndim - 4), ROWS, "tensor")
 
 
+def kernel(x: jax.Array, cut: int) -> jax.Array:
+    """A layer's matrix [in, out] as a product takes it: gathered over fsdp, cut over tensor."""
+    return _constrain(x, *("tensor" if d - 2 == cut else None for d in range(2)))
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """[B, ...] with rows over data only: every part of the vocabulary sees the tokens."""
     return _constrain(x, "data")
@@ -227,6 +238,10 @@ def _constrain(x: jax.Array, *parts: Any) -> jax.Array:
 def _dividing(size: int, axes: str | tuple[str, ...], mesh: Any) -> Any:
     """`axes` without the last ones until their product divides `size`; None for none."""
     axes = (axes,) if isinstance(axes, str) else axes
-    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+    while axes and size % _size(axes, mesh):
         axes = axes[:-1]
     return axes or None
+
+
+def _size(axes: tuple[str, ...], mesh: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

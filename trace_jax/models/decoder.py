@@ -27,17 +27,21 @@ REMAT = ("layer", "dots", "none")
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, plus the low-rank update that `lora.add` gives it."""
+    """x @ kernel + bias, plus the low-rank update that `lora.add` gives it.
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
+    cut: the dimension of the kernel that tensor parallelism cuts, -1 or -2.
+    """
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None, cut: int = -1):
         self.kernel = nnx.Param(kernel)  # [in, out], and [N, in, out] while the layers are stacked
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))  # [out]
         self.lora_a = nnx.data(None)  # [in, rank]
         self.lora_b = nnx.data(None)  # [rank, out]
         self.lora_scale = 0.0
+        self.cut = cut
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ sharding.kernel(self.kernel[...].astype(x.dtype), self.cut)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None, :]
         if self.lora_a is None:
@@ -71,22 +75,25 @@ class Layer(nnx.Module):
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
 
-        def linear(rows: int, columns: int, gain: float = 1.0, bias: bool = False) -> Linear:
-            kernel = jnp.asarray(draw(gain * rows**-0.5, (N, rows, columns)), dtype)
+        def linear(rows: int, columns: int, *, bias: bool = False) -> Linear:
+            kernel = jnp.asarray(draw(rows**-0.5, (N, rows, columns)), dtype)
             return Linear(kernel, jnp.zeros((N, columns), dtype) if bias else None)
+
+        def writer(rows: int) -> Linear:  # to the residual stream
+            std = rows**-0.5 / math.sqrt(2 * N)
+            return Linear(jnp.asarray(draw(std, (N, rows, D)), dtype), cut=-2)
 
         def norm() -> Norm:
             return _norm(config, (N, D), dtype)
 
-        out_gain = 1.0 / math.sqrt(2 * N)
         self.attention_norm = norm()
         self.q = linear(D, q, bias=config.has_qkv_bias)
         self.k = linear(D, kv, bias=config.has_qkv_bias)
         self.v = linear(D, kv, bias=config.has_qkv_bias)
-        self.o = linear(q, D, out_gain)
+        self.o = writer(q)
         self.mlp_norm = norm()
         self.gate, self.up = linear(D, F), linear(D, F)
-        self.down = linear(F, D, out_gain)
+        self.down = writer(F)
         self.post_attention_norm = nnx.data(norm() if config.is_gemma else None)
         self.post_mlp_norm = nnx.data(norm() if config.is_gemma else None)
         self.config = config

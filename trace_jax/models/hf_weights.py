@@ -1,26 +1,33 @@
-"""Hugging Face checkpoints: one table says which tensor is which parameter, and reads both ways."""
+"""Hugging Face checkpoints: one table says which tensor is which parameter; and reading them.
+
+Every process reads the bytes of its own shards and nothing else, one parameter at a time, straight
+into the memory where the parameter stays. Writing is in `hf_export.py`.
+"""
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterator
+import re
+import struct
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
-from trace_jax import errors
+from trace_jax import errors, sharding
 from trace_jax.models import decoder, model_config
 
-# (Hugging Face tensor, our parameter, transposed): `{}` is the layer, which we stack on axis 0.
-TABLE = (
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Row = tuple[str, str, bool]  # (Hugging Face tensor, our parameter, transposed)
+
+# `{}` is the layer, which we stack on axis 0.
+_TABLE = (
     ("model.embed_tokens.weight", "embed", False),
     ("model.layers.{}.input_layernorm.weight", "layers.attention_norm.weight", False),
     ("model.layers.{}.self_attn.q_proj.weight", "layers.q.kernel", True),
@@ -34,8 +41,29 @@ TABLE = (
     ("model.norm.weight", "norm.weight", False),
     ("lm_head.weight", "head.kernel", True),
 )
+_QWEN2 = tuple(
+    (f"model.layers.{{}}.self_attn.{name}_proj.bias", f"layers.{name}.bias", False)
+    for name in ("q", "k", "v")
+)
+_GEMMA2 = (  # its second norm comes after the attention, and two frame the MLP
+    (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "layers.post_attention_norm.weight",
+        False,
+    ),
+    ("model.layers.{}.pre_feedforward_layernorm.weight", "layers.mlp_norm.weight", False),
+    ("model.layers.{}.post_feedforward_layernorm.weight", "layers.post_mlp_norm.weight", False),
+)
 _DERIVED = "rotary_emb.inv_freq"  # old checkpoints store the RoPE frequencies, which we compute
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+_BLOCK_BYTES = 2**24  # read at once where only a part of every row of a tensor is wanted
+
+
+def table(config: model_config.ModelConfig) -> tuple[Row, ...]:
+    """The rows of a family."""
+    if config.is_gemma:
+        return tuple(row for row in _TABLE if "post_attention" not in row[0]) + _GEMMA2
+    return _TABLE + (_QWEN2 if config.has_qkv_bias else ())
 
 
 def load(
@@ -44,12 +72,12 @@ def load(
     dtype: jnp.dtype | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> decoder.Decoder:
-    """The model in a Hugging Face directory, its parameters and activations in `dtype`.
+    """The model in a Hugging Face directory or of the hub, parameters and activations in `dtype`.
 
-    Without a dtype they keep the stored one. With a mesh every device holds a copy.
+    Without a dtype they keep the stored one. With a mesh they lie as `sharding.spec` says.
     Raises InputError where the directory is incomplete, damaged or not a model we support.
     """
-    path = pathlib.Path(path)
+    path = resolve(path)
     config = read_config(path)
     empty = nnx.eval_shape(lambda: decoder.Decoder(config, lambda _, shape: jnp.zeros(shape)))
     graphdef, state = nnx.split(empty)
@@ -58,121 +86,182 @@ def load(
         tensors = _open(path, files)
         _check_names(path, tensors, shapes, config)
         dtype = jnp.dtype(dtype or tensors["model.embed_tokens.weight"].dtype)
-        arrays = {
-            ours: _read(theirs, transposed, shapes[ours], tensors, dtype)
-            for theirs, ours, transposed in TABLE
-            if ours in shapes
-        }
+        rows = {ours: (theirs, transposed) for theirs, ours, transposed in table(config)}
+        leaves = []
+        for keys, leaf in nnx.to_flat_state(state):
+            name = ".".join(keys)
+            array = _read_parameter(*rows[name], name, leaf.shape, tensors, dtype, mesh)
+            leaves.append((keys, leaf.replace(array)))
         if config.tie_word_embeddings and "lm_head.weight" in tensors:
-            if not np.array_equal(tensors["lm_head.weight"].read().astype(dtype), arrays["embed"]):
-                raise errors.InputError(
-                    f"{path}: lm_head.weight differs from the embedding though "
-                    "tie_word_embeddings is true; set it to false in config.json"
-                )
-    place = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P())
-    leaves = [
-        (keys, leaf.replace(jax.device_put(arrays[".".join(keys)], place)))
-        for keys, leaf in nnx.to_flat_state(state)
-    ]
+            _check_tied(path, tensors)
     module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
     module.dtype = dtype
     return module
 
 
-def save(module: decoder.Decoder, path: str | os.PathLike, tokenizer=None) -> None:
-    """Writes config.json, generation_config.json and model.safetensors, reads them back, renames.
+def resolve(path: str | os.PathLike) -> pathlib.Path:
+    """A folder as it is; organisation/name as a folder of the hub's cache, downloaded if need be.
 
-    Nothing half-written ever carries the name `path`. A model already there is replaced as a whole;
-    any other directory there is an InputError. LoRA factors must have been merged (`lora.merge`).
+    Raises InputError where the hub has no such model, or does not give it to this user.
     """
-    path = pathlib.Path(path)
-    if path.exists() and not (path / "config.json").exists() and any(path.iterdir()):
-        raise errors.InputError(f"{path} exists and holds no model; name another directory")
-    tensors = _to_hf(module)
-    config = module.config.to_hf() | {"torch_dtype": str(module.embed[...].dtype)}
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        new = pathlib.Path(scratch) / "new"
-        new.mkdir()
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if generation["eos_token_id"] is not None:
-            (new / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        safetensors.numpy.save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
-        _verify(new / _WEIGHTS, tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-        if path.exists():
-            path.rename(pathlib.Path(scratch) / "old")
-        new.rename(path)
+    name = os.fspath(path)
+    if pathlib.Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return pathlib.Path(name)
+    import huggingface_hub
+    from huggingface_hub import errors as hub_errors
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except hub_errors.GatedRepoError as error:
+        raise errors.InputError(
+            f"{name} is gated: accept its licence on the hub, and set HF_TOKEN to a token of that "
+            "account"
+        ) from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise errors.InputError(
+            f"{name}: neither a folder here nor a model of the hub that this user can see"
+        ) from error
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise errors.InputError(
+            f"{name} could not be downloaded ({what}); try again, or give a local folder"
+        ) from error
 
 
 def read_config(path: pathlib.Path) -> model_config.ModelConfig:
     """config.json, with the end-of-sequence ids of generation_config.json where it has any."""
-    config = model_config.ModelConfig.from_hf(_read_json(path / "config.json"))
+    config = model_config.ModelConfig.from_hf(read_json(path / "config.json"))
     generation = path / "generation_config.json"
     if generation.exists():
-        eos = model_config.id_tuple(_read_json(generation).get("eos_token_id"))
+        eos = model_config.id_tuple(read_json(generation).get("eos_token_id"))
         config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
     return config
 
 
+def check_tokenizer(config: model_config.ModelConfig, tokenizer: Any) -> None:
+    """Raises InputError where the tokenizer has ids that the embedding does not.
+
+    Fewer are fine: Qwen2.5 pads its embedding.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise errors.InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def layer_names(theirs: str, layers: int) -> Iterator[str]:
+    """The tensors of one row of the table: one a layer, or the row's own name."""
+    return (theirs.format(n) for n in range(layers)) if "{}" in theirs else iter([theirs])
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; anything else is an InputError."""
+    try:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise errors.InputError(
+            f"{file} does not exist; give a Hugging Face model directory"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise errors.InputError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise errors.InputError(f"{file} is not a JSON object")
+    return content
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor of an open file, not read yet."""
+    """A tensor of one or two axes in an open safetensors file, not read yet."""
 
-    file: Any  # safetensors.safe_open
-    name: str
+    descriptor: int
+    begin: int  # its first byte in the file
     shape: tuple[int, ...]
-    dtype: jnp.dtype
+    dtype: np.dtype
 
-    def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
+    def read(self, *index: slice) -> np.ndarray:
+        """The part that `index` selects; in one run of bytes where it takes whole rows."""
+        first, last, _ = index[0].indices(self.shape[0])
+        inner = math.prod(self.shape[1:])
+        if len(index) == 1 or index[1].indices(inner)[:2] == (0, inner):
+            return self._rows(first, last)
+        step = max(1, _BLOCK_BYTES // (inner * self.dtype.itemsize))
+        blocks = ((n, min(n + step, last)) for n in range(first, last, step))
+        return np.concatenate([self._rows(*block)[:, index[1]] for block in blocks])
 
-
-_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+    def _rows(self, first: int, last: int) -> np.ndarray:
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        out = np.empty((last - first) * row_bytes, np.uint8)
+        done = 0
+        while done < out.size:
+            at = self.begin + first * row_bytes + done
+            got = os.preadv(self.descriptor, [out[done:]], at)
+            if not got:
+                raise errors.InputError("a weights file became shorter while it was read")
+            done += got
+        return out.view(self.dtype).reshape(last - first, *self.shape[1:])
 
 
 def _open(path: pathlib.Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
     """Every tensor by name, out of one file or of the shards that an index lists."""
-    names = [_WEIGHTS]
-    if not (path / _WEIGHTS).exists() and (path / _INDEX).exists():
-        names = _read_json(path / _INDEX).get("weight_map")
+    names = [WEIGHTS]
+    if not (path / WEIGHTS).exists() and (path / INDEX).exists():
+        names = read_json(path / INDEX).get("weight_map")
         if not isinstance(names, dict):
-            raise errors.InputError(f"{path / _INDEX} has no weight_map; copy it again")
+            raise errors.InputError(f"{path / INDEX} has no weight_map; copy it again")
         names = sorted(set(names.values()))
     tensors = {}
     for name in names:
-        if not (path / name).exists():
+        if pathlib.Path(name).name != name or not (path / name).exists():
             raise errors.InputError(f"{path} has no {name}; only safetensors weights are read")
-        try:
-            file = files.enter_context(safetensors.safe_open(path / name, framework="np"))
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise errors.InputError(f"{path / name} is damaged ({error}); copy it again") from error
-        for key, part in slices.items():
-            if part.get_dtype() not in _DTYPES:
-                raise errors.InputError(
-                    f"{path / name}: {key} is {part.get_dtype()}, only {', '.join(_DTYPES)} work"
-                )
-            shape, dtype = tuple(part.get_shape()), jnp.dtype(_DTYPES[part.get_dtype()])
-            tensors[key] = _Tensor(file, key, shape, dtype)
+        descriptor = os.open(path / name, os.O_RDONLY)
+        files.callback(os.close, descriptor)
+        tensors |= _header(path / name, descriptor)
     return tensors
+
+
+def _header(file: pathlib.Path, descriptor: int) -> dict[str, _Tensor]:
+    """The tensors that a safetensors file says it has, checked against its size."""
+    size = os.fstat(descriptor).st_size
+    start = os.pread(descriptor, 8, 0)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    if length > size - 8:
+        raise errors.InputError(f"{file} is damaged (no header); copy it again")
+    try:
+        header = json.loads(os.pread(descriptor, length, 8))
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        spans = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in entries.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise errors.InputError(f"{file} is damaged (bad header); copy it again") from error
+    end = 8 + length + max((span[3] for span in spans.values()), default=0)
+    if end != size:
+        raise errors.InputError(
+            f"{file} is damaged ({size} bytes, its header says {end}); copy it again"
+        )
+    found = {}
+    for key, (kind, shape, begin, stop) in spans.items():
+        if kind not in _DTYPES:
+            raise errors.InputError(f"{file}: {key} is {kind}, only {', '.join(_DTYPES)} work")
+        dtype = np.dtype(_DTYPES[kind])
+        if stop - begin != math.prod(shape) * dtype.itemsize:
+            raise errors.InputError(f"{file} is damaged ({key} has a wrong size); copy it again")
+        found[key] = _Tensor(descriptor, 8 + length + begin, tuple(shape), dtype)
+    return found
 
 
 def _check_names(
     path: pathlib.Path,
-    tensors: dict[str, _Tensor],
-    shapes: dict[str, tuple[int, ...]],
+    tensors: Mapping[str, _Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     config: model_config.ModelConfig,
 ) -> None:
     """InputError that names missing, extra and misshapen tensors."""
     expected = {}
-    for theirs, ours, transposed in TABLE:
+    for theirs, ours, transposed in table(config):
         if ours in shapes:
-            stacked = "{}" in theirs
-            shape = shapes[ours][1:] if stacked else shapes[ours]
-            for name in _layer_names(theirs, config.num_hidden_layers):
+            shape = shapes[ours][1:] if "{}" in theirs else shapes[ours]
+            for name in layer_names(theirs, config.num_hidden_layers):
                 expected[name] = shape[::-1] if transposed else shape
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     extra = {name for name in tensors if not name.endswith(_DERIVED)} - set(expected) - optional
@@ -188,62 +277,56 @@ def _check_names(
         raise errors.InputError(f"{path}: {'; '.join(problems[:3])}{more}")
 
 
-def _layer_names(theirs: str, layers: int) -> Iterator[str]:
-    """The tensors of one row of the table: one a layer, or the row's own name."""
-    return (theirs.format(n) for n in range(layers)) if "{}" in theirs else iter([theirs])
+def _check_tied(path: pathlib.Path, tensors: Mapping[str, _Tensor]) -> None:
+    head, embed = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    step = max(1, _BLOCK_BYTES // max(1, embed.shape[1] * 4))
+    blocks = [slice(n, n + step) for n in range(0, embed.shape[0], step)]
+    if head.shape == embed.shape and all(
+        np.array_equal(head.read(b), embed.read(b)) for b in blocks
+    ):
+        return
+    raise errors.InputError(
+        f"{path}: lm_head.weight differs from the embedding though tie_word_embeddings is true; "
+        "set it to false in config.json"
+    )
 
 
-def _read(
+def _read_parameter(
     theirs: str,
     transposed: bool,
+    ours: str,
     shape: tuple[int, ...],
-    tensors: dict[str, _Tensor],
+    tensors: Mapping[str, _Tensor],
     dtype: jnp.dtype,
-) -> np.ndarray:
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
     """One parameter of ours, stacked where the row of the table is per layer."""
-    out = np.empty(shape, dtype)
-    parts = out if "{}" in theirs else out[None]
-    for part, name in zip(parts, _layer_names(theirs, len(parts)), strict=True):
-        tensor = tensors[name].read()
-        part[...] = tensor.T if transposed else tensor
-    return out
+    names = list(layer_names(theirs, shape[0]))
+    stacked = "{}" in theirs
+    made: dict[tuple, np.ndarray] = {}  # copies of one part share their memory until they move
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if key not in made:
+            made[key] = out = _aligned([last - first for first, last in key], dtype)
+            inner = index[1:] if stacked else index
+            wanted = inner[::-1] if transposed else inner
+            layers = range(*key[0]) if stacked else range(1)
+            for into, n in zip(out if stacked else out[None], layers, strict=True):
+                tensor = tensors[names[n]].read(*wanted)
+                into[...] = tensor.T if transposed else tensor
+        return made[key]
+
+    if mesh is None:
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    else:
+        where = jax.sharding.NamedSharding(mesh, sharding.spec(ours, shape, mesh))
+    return jax.make_array_from_callback(shape, where, part)
 
 
-def _to_hf(module: decoder.Decoder) -> dict[str, np.ndarray]:
-    """Our parameters under Hugging Face's names."""
-    rows = {ours: (theirs, transposed) for theirs, ours, transposed in TABLE}
-    tensors = {}
-    for keys, leaf in nnx.to_flat_state(nnx.state(module)):
-        ours = ".".join(keys)
-        if ours not in rows:
-            raise ValueError(f"{ours} has no Hugging Face name; call lora.merge before saving")
-        theirs, transposed = rows[ours]
-        value = np.asarray(leaf[...])
-        parts = value if "{}" in theirs else value[None]
-        for part, name in zip(parts, _layer_names(theirs, len(parts)), strict=True):
-            # safetensors writes the bytes of a transposed view in the wrong order.
-            tensors[name] = np.ascontiguousarray(part.T if transposed else part)
-    return tensors
-
-
-def _verify(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    with safetensors.safe_open(file, framework="np") as written:
-        for name, tensor in tensors.items():
-            if written.get_tensor(name).tobytes() != tensor.tobytes():
-                raise OSError(
-                    f"{file}: {name} was not written as it is; is the disk full or failing?"
-                )
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise errors.InputError(
-            f"{file} does not exist; give a Hugging Face model directory"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise errors.InputError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise errors.InputError(f"{file} is not a JSON object")
-    return content
+def _aligned(shape: list[int], dtype: jnp.dtype) -> np.ndarray:
+    """Empty memory that starts where XLA wants it on CPU, so that it is used as it is."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
