@@ -92,9 +92,7 @@ def test_greedy_decoding_token_for_token(module, answers):
 
 
 def test_bfloat16_is_near_float32(module, answers):
-    """8 bits of mantissa, 2^-8 = 0.4 % a rounding: within 6 % rms after 3 layers of large weights."""
-    if "plain" not in answers:
-        pytest.fail("no answers")
+    """8 bits of mantissa, 0.4 % a rounding: within 6 % rms after 3 layers of large weights."""
     half = nnx.merge(*nnx.split(module))
     half.dtype = jnp.bfloat16
     error = forward(half, parity.PLAIN) - answers["plain"]

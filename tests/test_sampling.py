@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from trace_jax import errors, models, sampling
+from trace_jax import errors, models, sampling, sharding
 
 CONFIG = models.ModelConfig(11, 16, 24, 2, 2, 1, 8, 48)
 PROMPTS = [[1, *range(2, 2 + n % 8)] for n in range(13)]
@@ -126,17 +126,55 @@ def test_long_prompts_lose_their_left_end_and_say_so(module):
 
 def test_temperature_and_seed_do_not_compile_again(module):
     generate(module)
-    before = sampling._continue._cache_size()
+    before = sampling.advance._cache_size(), sampling.prefill._cache_size()
     generate(module, temperature=0.3, seed=5)
     generate(module, temperature=0.0)
     generate(nnx.merge(*nnx.split(module)), [[1, 2, 3]] * 13)
-    assert sampling._continue._cache_size() == before
+    assert (sampling.advance._cache_size(), sampling.prefill._cache_size()) == before
 
 
 def test_progress_counts_rows(module):
     calls = []
-    generate(module, PROMPTS[1:], IDS[1:], batch_rows=13, progress=calls.append)
-    assert calls == [13, 11]
+    generate(module, PROMPTS[1:], IDS[1:], batch_rows=8, progress=calls.append)
+    assert sum(calls) == 24 and len(calls) > 3
+
+
+@pytest.mark.parametrize("refills", [1, 2, 4])
+def test_refilled_slots_give_what_a_row_alone_gives(module, refills):
+    """Rows stop at different times; a slot's next row sees nothing of the one before."""
+    alone = [generate(module, [p], [i])[0] for p, i in zip(PROMPTS, IDS, strict=True)]
+    assert len({len(s.tokens) for samples in alone for s in samples}) > 3
+    assert generate(module, batch_rows=4, refills=refills) == alone
+
+
+def test_few_programs_whatever_the_prompts(module):
+    sampling.prefill.clear_cache()
+    sampling.advance.clear_cache()
+    generate(module, [[1] * n for n in (1, 5, 31, 32, 33, 40)], IDS[:6], batch_rows=4)
+    assert sampling.prefill._cache_size() == 2  # prompts of up to 32, and of up to 64 tokens
+    assert sampling.advance._cache_size() == 1
+
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+def test_the_same_tokens_on_every_mesh():
+    config = models.ModelConfig(48, 16, 32, 2, 4, 2, 8, 64)
+    found = []
+    for shape in MESHES:
+        with jax.set_mesh(sharding.make_mesh(*shape)):
+            module = models.init(config, 0)
+            module.head.kernel[...] *= 12.0
+            module = sharding.place_module(module)
+            found.append(generate(module, batch_rows=8))
+    assert len({tuple(s.tokens) for samples in found[0] for s in samples}) > 20
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_slots_that_the_shards_do_not_divide_are_refused(module):
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        with pytest.raises(errors.InputError, match="batch_rows=6 is not divisible by 4 data sh"):
+            generate(sharding.place_module(module), batch_rows=6)
 
 
 def test_no_prompts_no_samples(module):

@@ -89,7 +89,7 @@ def sample(
     graphdef, state = nnx.split(abstract(model))
     with jax.set_mesh(mesh):
         return sampling.lower_advance(
-            graphdef, _placed(state, mesh), rows, prompt_length, max_new_tokens, mesh
+            graphdef, _placed(state, mesh), rows, prompt_length, max_new_tokens
         )
 
 

@@ -215,7 +215,13 @@ def place_rows(tree: Any, mesh: Mesh | None = None, *, leading: int = 1) -> Any:
     return jax.tree.map(place, tree)
 
 
-def of_rows(shape: tuple[int, ...], mesh: Mesh, *, leading: int) -> NamedSharding:
+def of_keys(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where `keys` has a cache [N, B, K, S, C]."""
+    parts = [None, _dividing(shape[1], ROWS, mesh), _dividing(shape[2], "tensor", mesh)]
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def of_rows(shape: tuple[int, ...], mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """Where `place_rows` puts an array of that shape."""
     parts = [None] * leading + [_dividing(shape[leading], ROWS, mesh)]
     return NamedSharding(mesh, PartitionSpec(*parts))
