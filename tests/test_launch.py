@@ -77,7 +77,8 @@ def test_a_run_writes_every_artefact(straight):
         assert (path / name).exists(), name
     assert not list(path.rglob("*.tmp"))
     marks = {stage.name: _json(path / ".stages" / f"{stage.name}.json") for stage in stages.STAGES}
-    assert all(digest for mark in marks.values() for digest in mark["outputs"].values())
+    outputs = [item for mark in marks.values() for item in mark["outputs"].items()]
+    assert [name for name, digest in outputs if not digest] == ["adapter"]  # of LoRA only
 
 
 def test_the_closing_tables_are_on_stdout(straight):

@@ -89,7 +89,7 @@ def model_shape(run: context.Context):
     from trace_jax.models import hf_weights
 
     config = run.config.model
-    base = run.base_directory
+    base = Path(config.path) if config.path else run.file("prepare", "base")
     if (base / "config.json").is_file():
         return hf_weights.read_config(base)
     if config.hf_config:

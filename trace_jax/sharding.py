@@ -178,9 +178,18 @@ def keys(x_NBKSC: jax.Array) -> jax.Array:
     return _constrain(x_NBKSC, *[None] * (x_NBKSC.ndim - 4), ROWS, "tensor")
 
 
-def kernel(x: jax.Array, cut: int) -> jax.Array:
-    """A layer's matrix [in, out] as a product takes it: gathered over fsdp, cut over tensor."""
-    return _constrain(x, *("tensor" if d - 2 == cut else None for d in range(2)))
+def product(x_BLD: jax.Array, kernel: jax.Array, cut: int) -> jax.Array:
+    """x @ kernel. Many tokens gather the kernel over fsdp; one token a row is gathered itself, and
+    the kernel stays where it is stored, as moving that would take most of a decoding step.
+
+    cut: the dimension of the kernel that tensor parallelism cuts, -1 or -2.
+    """
+    inner, outer = (None, "tensor") if cut == -1 else ("tensor", None)
+    if x_BLD.shape[1] > 1:
+        return x_BLD @ _constrain(kernel, inner, outer)
+    stored = "fsdp" if outer is None else (outer, "fsdp")
+    y_BLD = _constrain(x_BLD, "data", None, inner) @ _constrain(kernel, inner, stored)
+    return _constrain(_constrain(y_BLD, "data", None, stored), ROWS, None, outer)
 
 
 def gathered(x: jax.Array) -> jax.Array:

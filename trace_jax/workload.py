@@ -105,7 +105,9 @@ def _assumed_texts(run: context.Context) -> list[tuple[str, str, str]]:
 
 def _lengths(run: context.Context, examples: Sequence[methods.Example]) -> tuple[list[int], bool]:
     """Row positions of every example, and whether the tokenizer counted them."""
-    if (run.base_directory / "tokenizer.json").is_file():
+    path = run.config.model.path
+    base = Path(path) if path else run.file("prepare", "base")
+    if (base / "tokenizer.json").is_file():
         from trace_jax import batches
 
         dropped: list[str] = []

@@ -41,7 +41,7 @@ class Linear(nnx.Module):
         self.cut = cut
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ sharding.kernel(self.kernel[...].astype(x.dtype), self.cut)
+        y = sharding.product(x, self.kernel[...].astype(x.dtype), self.cut)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None, :]
         if self.lora_a is None:

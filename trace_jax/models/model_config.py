@@ -58,6 +58,18 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even one"
             )
 
+    def check_shape(self, planned: Self, where: str) -> None:
+        """Raises InputError where another config says other things of what is computed."""
+        ids = ("bos_token_id", "eos_token_ids", "pad_token_id", "max_position_embeddings")
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(planned)
+        other = [key for key in ours if key not in ids and ours[key] != theirs[key]]
+        if other:
+            key = other[0]
+            raise errors.InputError(
+                f"{where}: {key} is {ours[key]}, model.hf_config of the config says {theirs[key]}; "
+                "give the model that the config is for, or mend the config"
+            )
+
     @property
     def is_gemma(self) -> bool:
         """Gemma 2: norms of 1 + w before and after, scaled embeddings, GELU."""

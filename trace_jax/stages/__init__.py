@@ -58,7 +58,7 @@ STAGES = (
     Stage("evaluate", ("seed", "policy", "judge", "evaluate"),
           ("prepare", "align", "baseline", "train"), ("samples.jsonl", "eval.json"),
           (".responses",)),
-    Stage("export", (), ("prepare", "train"), ("model",)),
+    Stage("export", (), ("prepare", "align", "triage", "train"), ("model", "adapter")),
     Stage("report", (), ("prepare", "align", "triage", "baseline", "correct", "impact", "train",
                          "evaluate", "export"), ("report.html",), on_host=True),
 )  # fmt: skip

@@ -36,6 +36,8 @@ class Context:
             for key in ("model.path", "data.path", "data.prompts_path"):
                 if self.flat_config[key]:
                     found[f"{key}/hash"] = workdir.hash_path(Path(str(self.flat_config[key])))
+        if stage == "export" and (evaluated := self.workdir.finished("evaluate")):
+            found["evaluate/eval.json"] = evaluated["outputs"]["eval.json"]  # for the model card
         if stage == "impact":
             found["impact/examples"] = self.scored_method or "none"
         return found
@@ -72,10 +74,17 @@ class Context:
 
     @property
     def base_directory(self) -> Path:
-        """Hugging Face directory of the deployed model."""
-        return (
-            Path(self.config.model.path) if self.config.model.path else self.file("prepare", "base")
-        )
+        """Hugging Face directory of the deployed model; of a model of the hub, its local copy."""
+        path = self.config.model.path
+        if not path:
+            return self.file("prepare", "base")
+        return Path(path) if Path(path).exists() else self._downloaded
+
+    @functools.cached_property
+    def _downloaded(self) -> Path:
+        from trace_jax.models import hf_weights
+
+        return hf_weights.resolve(self.config.model.path)
 
     def base_identity(self) -> dict[str, object]:
         """What the base model is and how texts meet it; later stages are redone when it changes."""
@@ -138,8 +147,13 @@ class Context:
     def load_model(self, directory: Path):
         """A model in Hugging Face layout, on the mesh, in this run's dtype."""
         from trace_jax import models
+        from trace_jax.models import hf_weights
 
         module = models.load(directory, dtype=self.activation_dtype, mesh=self.mesh)
+        hf_weights.check_tokenizer(module.config, self.tokenizer)
+        planned = self.config.model.hf_config.to_dict()
+        if planned:
+            module.config.check_shape(models.ModelConfig.from_hf(planned), str(directory))
         return self.as_configured(module)
 
     def as_configured(self, module):

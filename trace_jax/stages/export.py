@@ -1,13 +1,55 @@
-"""Stage export: the re-aligned model in Hugging Face layout."""
+"""Stage export: the re-aligned model in Hugging Face layout, and its adapter for PEFT."""
 
-from trace_jax import metrics, models
-from trace_jax.stages import context
+import importlib.metadata
+
+import trace_jax
+from trace_jax import fit, metrics, models, records, workdir
+from trace_jax.models import model_card
+from trace_jax.stages import closing, context
+
+_HYPER_PARAMETERS = (
+    "method", "punish", "total_steps", "examples_per_step", "learning_rate", "beta", "alpha_kl",
+    "adapters",
+)  # fmt: skip
 
 
 def run(run: context.Context) -> dict:
-    """Writes model/: config, weights (adapters merged), tokenizer; transformers loads it."""
+    """Writes model/: weights (adapters merged), tokenizer, README.md; under LoRA adapter/ as well.
+
+    transformers loads model/; PEFT loads adapter/, which names M_ref as its base.
+    """
     target = run.workdir.path / "model"
-    models.save(run.trained, target)
-    run.tokenizer.save_pretrained(target)
+    models.save(run.trained, target, tokenizer=run.tokenizer, card=_card(run))
     metrics.say(f"  {target}")
+    if run.config.train.adapters == "lora":
+        settings, checkpoints = run.settings("train"), run.file("train", "checkpoints")
+        adapted = fit.restore(run.ref, settings, checkpoints, merge=False)
+        base = run.file("align", "ref") if run.config.align.enabled else run.base_directory
+        models.save_adapter(adapted, run.workdir.path / "adapter", base=str(base))
+        metrics.say(f"  {run.workdir.path / 'adapter'} (base: {base})")
     return {}
+
+
+def _card(run: context.Context) -> str:
+    config = run.config
+    records_file = run.file("prepare", "records.jsonl")
+    actions = run.workdir.finished("triage")["summary"]["actions"]
+    found = []
+    if run.workdir.finished("evaluate"):
+        found = closing.figures(records.read_json(run.file("evaluate", "eval.json")))
+    names = ("jax", "flax", "optax", "transformers")
+    return model_card.text(
+        base=str(config.model.path or "trained from scratch"),
+        made={key: config.train[key] for key in _HYPER_PARAMETERS} | {"seed": config.seed},
+        policies={
+            f"{which} ({name})": policy.hash
+            for which, name, policy in (
+                ("old", config.policy.old, run.old_policy),
+                ("new", config.policy.new, run.new_policy),
+            )
+        },
+        data={"records": workdir.hash_path(records_file), "judge": config.judge.name} | actions,
+        metrics=found,
+        versions={"trace_jax": trace_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in names},
+    )
