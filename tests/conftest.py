@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 _DEVICES = "--xla_force_host_platform_device_count=8"
+_DEVICES += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see launch._environment
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 # Compiled programs are kept for the other worker, for subprocesses and for the next run (4x less).
 _ROOT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,8 @@ def run(count: int, folder: Path, *more: str, program=(str(WORKER),)) -> list[st
     """Runs `count` processes of one device each; their stderr."""
     folder.mkdir(exist_ok=True)
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
     where = f"localhost:{free_port()}"

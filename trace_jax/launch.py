@@ -25,6 +25,8 @@ from trace_jax import metrics, plan, processes, stages, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
+_ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler"
+
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 bad input or config (one line on stderr)."""
@@ -199,8 +201,12 @@ def versions() -> dict[str, str]:
 def _environment() -> None:
     """Compiled programs outlive the process: a rerun starts at once. A variable set by hand wins.
 
+    Several devices on CPU wait for each other for ever where collectives may start in any order.
     transformers is here for its tokenizers; that PyTorch is missing is no news to anybody.
     """
+    flags_of_xla = os.environ.get("XLA_FLAGS", "")
+    if "cpu" in os.environ.get("JAX_PLATFORMS", "") and _ORDERED not in flags_of_xla:
+        os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_ORDERED}=false".strip()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "trace_jax" / "xla")
