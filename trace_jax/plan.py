@@ -66,6 +66,7 @@ def _devices(topology: str | None) -> tuple[list, hardware.Chip]:
     # Nothing runs on a device: the compiler needs none, and the one that is here stays free.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two plans may compile at the same time
     import jax
 
     if not is_tpu:
