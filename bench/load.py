@@ -68,9 +68,7 @@ def load(folder: str, coordinator: str, count: int, index: int) -> None:
     before = _peak()
     module = models.load(folder, mesh=mesh)
     jax.block_until_ready(jax.tree.leaves(module))
-    own = sum(
-        shard.data.nbytes for x in jax.tree.leaves(module) for shard in x.addressable_shards
-    )
+    own = sum(shard.data.nbytes for x in jax.tree.leaves(module) for shard in x.addressable_shards)
     print(json.dumps({"peak_bytes": _peak() - before, "own_bytes": own, "before_bytes": before}))
     processes.wait("loaded")
 

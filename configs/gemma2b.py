@@ -3,7 +3,9 @@
 python -m trace_jax.launch --config=configs/gemma2b.py:lora --config.data.path=pairs.jsonl
     --config.policy.old=old.yaml --config.policy.new=new.yaml
 
-@@FIT@@
+Meant for one GPU of 24 GB or a Colab TPU (`:lora`).
+Peak memory by `--plan`: docs/results/plans.json. Really run so far: `:smoke`, on 2 CPU cores; no
+real weights and no accelerator yet.
 """
 
 from trace_jax import backbones

@@ -3,7 +3,9 @@
 python -m trace_jax.launch --config=configs/qwen7b.py:lora --config.data.path=pairs.jsonl
     --config.policy.old=old.yaml --config.policy.new=new.yaml
 
-@@FIT@@
+Runs on 16 chips of v5e and more (`:full`), 8 chips of v5e or one 80 GB GPU (`:lora`).
+Peak memory by `--plan`: docs/results/plans.json. Really run so far: `:smoke`, on 2 CPU cores; no
+real weights and no accelerator yet.
 """
 
 from trace_jax import backbones

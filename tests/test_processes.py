@@ -55,6 +55,15 @@ def weights(folder: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
+def straight_run(config, tmp_path_factory) -> Path:
+    """A finished run of one process."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}", f"--workdir={path}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> dict[int, Path]:
     """Finished runs of one, two and four processes."""
     found = {n: tmp_path_factory.mktemp(f"processes-{n}") for n in (1, 2, 4)}
@@ -92,6 +101,28 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, tmp_path):
     assert rows(tmp_path / "resumed") == rows(straight[2])
     for a, b in zip(weights(straight[2]), weights(tmp_path / "resumed"), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_whole_program_in_two_processes(config, straight_run, tmp_path):
+    """The first process writes every artefact and prints the tables; the second says nothing."""
+    workdir, where = tmp_path / "run", f"localhost:{free_port()}"
+    command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}"]
+    command += [f"--workdir={workdir}", "--config.mesh.fsdp=-1", f"--coordinator={where}"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    started = [
+        subprocess.Popen(
+            [*command, "--processes=2", f"--process={index}"],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    alone = {p.name for p in straight_run.iterdir()}
+    assert {p.name for p in workdir.iterdir()} == alone
+    assert "report.html" in outputs[0][0] and "report.html" not in outputs[1][0]
+    for name in ("records.jsonl", "triage.jsonl", "prompts.jsonl"):
+        assert (workdir / name).read_bytes() == (straight_run / name).read_bytes()
 
 
 def test_flags_of_processes_go_together():

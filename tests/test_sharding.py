@@ -114,7 +114,7 @@ def test_the_state_is_cut_and_logits_are_the_same(config):
     whole = np.asarray(jax.jit(lambda m, t: m(t))(models.init(config, 0), tokens))
     with on("2x2x2"):
         made = sharding.place_module(models.init(config, 0))
-        assert made.layers.gate.kernel[...].sharding.spec == P(None, "fsdp", "tensor")
+        assert made.layers.gate.kernel[...].sharding.spec == P(None, None, ("tensor", "fsdp"))
         assert made.layers.down.kernel[...].sharding.spec == P(None, "tensor", "fsdp")
         assert made.embed[...].sharding.spec == P(("fsdp", "tensor"), None)
         out = jax.jit(lambda m, t: m(t))(made, sharding.place_rows(tokens, leading=0))
@@ -158,6 +158,12 @@ def test_table(path, shape, expected):
 def test_a_mesh_smaller_than_the_devices_takes_the_first():
     assert sharding.make_mesh(1, 2, 2).size == 4
     assert sharding.make_mesh(1, -1, 2).shape["fsdp"] == 4
+
+
+def test_fsdp_takes_what_is_left_up_to_its_limit():
+    assert sharding.make_mesh(1, -1, 1, fsdp_limit=4).devices.shape == (2, 4, 1)
+    assert sharding.make_mesh(1, -1, 2, fsdp_limit=4).devices.shape == (1, 4, 2)
+    assert sharding.make_mesh(2, -1, 1, fsdp_limit=3).devices.shape == (4, 2, 1)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 16, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])

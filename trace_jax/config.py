@@ -69,6 +69,7 @@ def _mesh() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()  # devices along each axis; -1: those that are left
     c.data = 1  # copies of the parameters
     c.fsdp = -1  # parameters and optimizer state cut in parts
+    c.fsdp_limit = 16  # the most that -1 stands for; what is left over goes to data
     c.tensor = 1  # matrices cut by heads and channels
     return c
 
@@ -224,6 +225,7 @@ def _validate_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_mesh(c: ml_collections.ConfigDict) -> None:
+    _positive("mesh.fsdp_limit", c.fsdp_limit)
     for axis, size in c.items():
         if size != -1 and size < 1:
             raise InputError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left")

@@ -50,10 +50,10 @@ def main(argv: list[str]) -> int:
         )
     except InputError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
-        return 2
+        return processes.leave(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return processes.leave(130)
     return 0
 
 

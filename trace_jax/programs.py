@@ -5,6 +5,7 @@ Nothing is allocated: arguments are ShapeDtypeStructs with the shardings they wo
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -94,8 +95,17 @@ def sample(
 
 
 def memory(lowered: jax.stages.Lowered) -> Memory:
-    """Compiles, and reads what the compiler says of one device."""
-    found = lowered.compile().memory_analysis()
+    """Compiles, and reads what the compiler says of one device.
+
+    Where it refuses for lack of memory, the temporaries are what it says it wants; the rest is 0.
+    """
+    try:
+        found = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\)", str(error), re.DOTALL)
+        if wanted is None:
+            raise
+        return Memory(0, 0, 0, int(float(wanted.group(1)) * 2**30))
     return Memory(
         found.argument_size_in_bytes,
         found.output_size_in_bytes,

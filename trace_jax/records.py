@@ -230,6 +230,7 @@ class JsonlAppender:
             self._stream = open(where, "a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise _unwritable(path, error) from error
+        processes.wait(f"{self.path} open")
 
     def __enter__(self) -> Self:
         return self

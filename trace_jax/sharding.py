@@ -35,8 +35,18 @@ _TENSOR = {
 _VOCABULARY = {"embed": 0, "head.kernel": 1}  # the dimension that is the vocabulary
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+def make_mesh(
+    data: int,
+    fsdp: int,
+    tensor: int,
+    *,
+    fsdp_limit: int | None = None,
+    devices: list | None = None,
+) -> Mesh:
     """A mesh over the devices; one axis may be -1, which takes what the others leave.
+
+    fsdp_limit: fsdp=-1 takes at most so many, and data the rest: every part of the vocabulary sees
+    the tokens of all of fsdp, which takes memory that grows with it.
 
     A mesh smaller than the devices uses the first of them, where all belong to one process.
     """
@@ -52,6 +62,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
             "or -1 for one of them"
         )
     shape = [n // used if size == -1 else size for size in shape]
+    if fsdp == -1 and fsdp_limit is not None and shape[1] > fsdp_limit:
+        copies = next(
+            k for k in range(2, n + 1) if shape[1] % k == 0 and shape[1] // k <= fsdp_limit
+        )
+        shape = [shape[0] * copies, shape[1] // copies, shape[2]]
     used = math.prod(shape)
     if used < n and len({device.process_index for device in devices}) > 1:
         raise InputError(
