@@ -52,7 +52,7 @@ def row(key: str, found: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Goes on where an earlier run stopped; --only takes plans again whose name contains it."""
+    """Goes on where an earlier run stopped; --only makes the plans anew whose name contains it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +63,9 @@ def main(argv: list[str]) -> int:
     plans = records.read_json(out)["plans"] if out.exists() else {}
     for name, variant, topology in PLANS:
         key = f"{name}:{variant} on {topology}"
-        if key not in plans or (args.only and args.only in key):
+        if args.only not in key:
+            continue
+        if key not in plans or args.only:
             plans[key] = plan(name, variant, topology) | {"commit": frontier.machine()["commit"]}
             records.write_json(out, {"plans": plans, **frontier.machine()})
         print(row(key, plans[key]), flush=True)

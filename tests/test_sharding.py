@@ -128,19 +128,20 @@ def test_optimizer_moments_lie_like_their_parameters():
         adam = state.opt_state[1]
         for tree in (state.params, adam.mu, adam.nu):
             kernel = tree["layers"]["gate"]["kernel"][...]
-            assert kernel.sharding.spec[1] == "fsdp"
+            assert kernel.sharding.spec[2] == ("tensor", "fsdp")
             assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
 @pytest.mark.parametrize(
     "path, shape, expected",
     [
-        ("layers.q.kernel", (2, 16, 32), P(None, "fsdp", "tensor")),
+        ("layers.q.kernel", (2, 16, 32), P(None, None, ("tensor", "fsdp"))),
         ("layers.o.kernel", (2, 32, 16), P(None, "tensor", "fsdp")),
-        ("layers.q.bias", (2, 32), P(None, "tensor")),
+        ("layers.q.bias", (2, 32), P(None, ("tensor", "fsdp"))),
+        ("layers.k.kernel", (2, 16, 6), P(None, "fsdp", "tensor")),
         ("layers.q.lora_a", (2, 16, 3), P(None, "fsdp", None)),
-        ("layers.down.lora_a", (2, 32, 3), P(None, "tensor", None)),
-        ("opt_state.1.mu.layers.up.kernel", (2, 16, 32), P(None, "fsdp", "tensor")),
+        ("layers.down.lora_a", (2, 32, 3), P(None, ("tensor", "fsdp"), None)),
+        ("opt_state.1.mu.layers.up.kernel", (2, 16, 32), P(None, None, ("tensor", "fsdp"))),
         ("embed", (48, 16), P(("fsdp", "tensor"), None)),
         ("embed", (50, 16), P(("fsdp",), None)),
         ("embed", (51, 16), P(None, "fsdp")),
