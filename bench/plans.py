@@ -1,6 +1,6 @@
 """What fits where: `--plan` of every backbone on TPU slices and one GPU, by the real compilers.
 
-python -m bench.plans [--only gemma9b] [--out FILE]
+python -m bench.plans [--only gemma9b] [--readme] [--out FILE]
 
 Writes docs/results/plans.json and prints the table of the README. Needs libtpu (pip install
 'trace_jax[tpu]'), and no TPU. Each plan is a process of its own, as a user would start it.
@@ -51,24 +51,46 @@ def row(key: str, found: dict) -> str:
     return f"| {key} | {tokens} x 1024 | {peaks} | {limit:.2f} | {verdict} | {seconds:.0f} |"
 
 
+def write_readme(plans: dict[str, dict]) -> None:
+    """The table between the two marks of README.md."""
+    path = Path("README.md")
+    before, rest = path.read_text().split("<!-- plans -->")
+    after = rest.split("<!-- end of plans -->")[1]
+    lines = [
+        "| | tokens a step | train | impact | sample | limit | fits | train compiled in s |",
+        "|---|---|---|---|---|---|---|---|",
+        *(row(key, plans[key]) for key in map(_key, PLANS) if key in plans),
+    ]
+    table = "\n".join(lines)
+    path.write_text(f"{before}<!-- plans -->\n{table}\n<!-- end of plans -->{after}")
+
+
+def _key(of: tuple[str, str, str]) -> str:
+    name, variant, topology = of
+    return f"{name}:{variant} on {topology}"
+
+
 def main(argv: list[str]) -> int:
     """Goes on where an earlier run stopped; --only makes the plans anew whose name contains it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="")
+    parser.add_argument("--readme", action="store_true", help="write the table of README.md")
     parser.add_argument("--out", default="docs/results/plans.json")
     args = parser.parse_args(argv[1:])
     out = Path(args.out)
     plans = records.read_json(out)["plans"] if out.exists() else {}
-    for name, variant, topology in PLANS:
-        key = f"{name}:{variant} on {topology}"
+    for which in PLANS:
+        key = _key(which)
         if args.only not in key:
             continue
         if key not in plans or args.only:
-            plans[key] = plan(name, variant, topology) | {"commit": frontier.machine()["commit"]}
+            plans[key] = plan(*which) | {"commit": frontier.machine()["commit"]}
             records.write_json(out, {"plans": plans, **frontier.machine()})
         print(row(key, plans[key]), flush=True)
+    if args.readme:
+        write_readme(plans)
     return 0 if all(found["fits"] for found in plans.values()) else 1
 
 

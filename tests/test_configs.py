@@ -72,4 +72,4 @@ def test_the_commands_of_the_readme_parse(monkeypatch):
         argv = [module, *arguments]
         values = define[module](argv)
         launch.parse_flags(values, argv)
-        config_lib.validate(values.config)
+        config_lib.validate(values.config, planning="--plan" in arguments)
