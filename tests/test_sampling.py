@@ -175,6 +175,7 @@ def test_slots_that_the_shards_do_not_divide_are_refused(module):
     with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
         with pytest.raises(errors.InputError, match="batch_rows=6 is not divisible by 4 data sh"):
             generate(sharding.place_module(module), batch_rows=6)
+        assert sampling.most_slots(2) == 4  # one a shard
 
 
 def test_no_prompts_no_samples(module):

@@ -89,8 +89,9 @@ def sample(
     """The decoding loop of `sampling.advance` with a full cache."""
     graphdef, state = nnx.split(abstract(model))
     with jax.set_mesh(mesh):
+        slots = sampling.most_slots(rows)
         return sampling.lower_advance(
-            graphdef, _placed(state, mesh), rows, prompt_length, max_new_tokens
+            graphdef, _placed(state, mesh), slots, prompt_length, max_new_tokens
         )
 
 

@@ -97,8 +97,9 @@ def generate(
     results: list[list[Sample | None]] = [[None] * samples for _ in prompts]
     if not rows:
         return results
-    size = _slots(batch_rows, len(rows))
-    group = max(sharding.shards_in_context(), size // refills)
+    shards = sharding.shards_in_context()
+    size = min(most_slots(batch_rows), max(shards, 1 << (len(rows) - 1).bit_length()))
+    group = max(shards, size // refills)
     draw = Draw(
         jnp.asarray(seed, jnp.uint32),
         jnp.asarray(temperature, jnp.float32),
@@ -130,16 +131,19 @@ def generate(
     return results
 
 
-def _slots(batch_rows: int, n_rows: int) -> int:
-    """Slots for `n_rows` rows: a power of two of them at most `batch_rows`, over all shards."""
+def most_slots(batch_rows: int) -> int:
+    """`batch_rows`, or one row a data shard where there are more of those.
+
+    Raises InputError where the shards do not divide it.
+    """
     shards = sharding.shards_in_context()
-    if batch_rows % shards:
-        below, above = batch_rows // shards * shards, -(-batch_rows // shards) * shards
+    if batch_rows > shards and batch_rows % shards:
+        below = batch_rows // shards * shards
         raise errors.InputError(
-            f"batch_rows={batch_rows} is not divisible by {shards} data shards; use "
-            f"{below or above} or {above if below else 2 * above}"
+            f"batch_rows={batch_rows} is not divisible by {shards} data shards; use {below} or "
+            f"{below + shards}"
         )
-    return min(batch_rows, max(shards, 1 << (n_rows - 1).bit_length()))
+    return max(batch_rows, shards)
 
 
 def _as_computed(module: decoder.Decoder) -> decoder.Decoder:
