@@ -88,7 +88,7 @@ class ModelConfig:
     def from_hf(cls, hf: dict[str, Any]) -> Self:
         """From config.json of transformers 4 or 5; InputError names what we cannot run."""
         family, defaults = _family(hf)
-        hf = defaults | {key: value for key, value in hf.items() if value is not None}
+        hf = defaults | {k: v for k, v in hf.items() if v is not None or k in _NULL_IS_NONE}
         _check_values(family, hf)
         rope_theta, rope_scaling = _rope_from_hf(hf)
         heads = hf["num_attention_heads"]
@@ -172,20 +172,41 @@ _ARCHITECTURES = {
 _DEFAULTS = {
     "llama": {},
     "qwen2": {},
-    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256},
+    "gemma2": {
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+    },
 }
+# Of these null says that there is none; elsewhere it says as much as leaving the key out.
+_NULL_IS_NONE = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 # Keys that change the computation in a way we do not offer: the one value that we run.
 _ONLY = {
     "llama": {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"},
     "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
-    "gemma2": {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "attention_bias": False,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "use_bidirectional_attention": False,
+    },
 }
+_WHOLE = (*_REQUIRED, "num_key_value_heads", "head_dim", "sliding_window")
+_REAL = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rms_norm_eps",
+)
 
 
 def _family(hf: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(family, what config.json means where it says nothing)."""
-    family = hf.get("model_type")
-    names = hf.get("architectures") or [_ARCHITECTURES.get(family)]
+    family = str(hf.get("model_type"))
+    names = hf.get("architectures") or _ARCHITECTURES.get(family)
+    names = names if isinstance(names, list) else [names]
     if family not in _ARCHITECTURES or names != [_ARCHITECTURES[family]]:
         raise errors.InputError(
             f"config.json: architecture {', '.join(map(str, names))} (model_type {family}) is not "
@@ -200,45 +221,71 @@ def _check_values(family: str, hf: dict[str, Any]) -> None:
             raise errors.InputError(
                 f"config.json: {key}={hf[key]!r} is not supported, only {only!r} is"
             )
-    for key in _REQUIRED:
-        if not isinstance(hf.get(key), int) or hf[key] < 1:
-            raise errors.InputError(f"config.json: {key}={hf.get(key)!r} is not a positive integer")
-    kinds = hf.get("layer_types")
-    if family == "gemma2" and kinds:
-        alternating = [
-            "full_attention" if i % 2 else "sliding_attention" for i in range(len(kinds))
-        ]
-        if kinds != alternating:
-            raise errors.InputError(
-                "config.json: layer_types that do not alternate sliding_attention, full_attention "
-                "are not supported"
-            )
+    for key in (*_WHOLE, *_REAL):
+        _check_positive(hf, key, whole=key in _WHOLE, required=key in _REQUIRED)
+    if not isinstance(hf.get("tie_word_embeddings", False), bool):
+        raise errors.InputError(
+            f"config.json: tie_word_embeddings={hf['tie_word_embeddings']!r} is not true or false"
+        )
+    kinds = ["full_attention"] * hf["num_hidden_layers"]
+    if family == "gemma2":
+        kinds[::2] = ["sliding_attention"] * len(kinds[::2])
+    if hf.get("layer_types", kinds) != kinds:
+        only = "sliding_attention, full_attention in turn" if family == "gemma2" else kinds[0]
+        raise errors.InputError(
+            f"config.json: layer_types={hf['layer_types']} is not supported, only {only} for "
+            f"{len(kinds)} layers is"
+        )
+
+
+def _check_positive(
+    hf: Mapping[str, Any], key: str, *, whole: bool, required: bool, where: str = ""
+) -> None:
+    """A bool is no number; null stands where a key may be left out."""
+    value = hf.get(key)
+    if value is None and not required:
+        return
+    if type(value) not in ((int,) if whole else (int, float)) or not value > 0:
+        kind = "integer" if whole else "number"
+        raise errors.InputError(f"config.json: {where}{key}={value!r} is not a positive {kind}")
 
 
 def id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
     """Token ids as Hugging Face writes them: nothing, one, or several."""
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    ids = ids if isinstance(ids, list) else [ids]
+    if any(type(i) is not int for i in ids):
+        raise errors.InputError(f"eos_token_id={ids!r} is neither a token id nor a list of them")
+    return tuple(ids)
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """(theta, scaling) from transformers 5's `rope_parameters` or 4's two keys."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise errors.InputError(f"config.json: the RoPE parameters {rope!r} are not an object")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    _check_positive(rope, "rope_theta", whole=False, required=True)
+    theta = rope.pop("rope_theta")
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if kind not in ("default", "llama3"):
         raise errors.InputError(
             f"config.json: RoPE type {kind!r} is not supported, only default and llama3 are"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise errors.InputError(
             "config.json: partial_rotary_factor is not supported, heads are rotated whole"
         )
     if kind == "default":
         return theta, None
     fields = [field.name for field in dataclasses.fields(Llama3Scaling)]
-    missing = [name for name in fields if name not in rope]
-    if missing:
-        raise errors.InputError(f"config.json: llama3 RoPE scaling without {', '.join(missing)}")
+    for name in fields:
+        _check_positive(rope, name, whole=False, required=True, where="llama3 RoPE scaling, ")
+    if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise errors.InputError(
+            f"config.json: llama3 RoPE scaling, high_freq_factor={rope['high_freq_factor']} is not "
+            f"above low_freq_factor={rope['low_freq_factor']}"
+        )
     return theta, Llama3Scaling(**{name: rope[name] for name in fields})
