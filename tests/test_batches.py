@@ -254,3 +254,25 @@ def test_an_example_of_coefficient_zero_is_exactly_absent(texts, loss_and_gradie
     tiny.assert_same(out, loss_and_gradient(masked))
     counted = loss_and_gradient(one_batch(texts[:4]))
     assert float(counted[0]) != float(out[0])
+
+
+@pytest.mark.parametrize(
+    "n_rows, micro_rows, shards, expected",
+    [
+        ((22, 3), 4, 1, [(6, 4), (6, 1)]),  # 30 rows for 25, where 7 micro-batches would take 35
+        ((16, 16), 2, 16, [(1, 16), (1, 16)]),
+        ((20, 14), 2, 16, [(1, 32), (1, 16)]),
+        ((64, 64), 2, 16, [(4, 16), (4, 16)]),
+        ((3,), 4, 1, [(1, 3)]),
+        ((9,), 4, 1, [(3, 3)]),
+        ((1, 1), 1, 8, [(1, 8), (1, 8)]),
+    ],
+)
+def test_plans_of_a_step_share_their_micro_batches(n_rows, micro_rows, shards, expected):
+    plans = [tiny.plan([ROW] * n, row_length=32) for n in n_rows]
+    assert [plan.most_rows for plan in plans] == list(n_rows)
+    batches.share_micro_batches(plans, micro_rows=micro_rows, shards=shards)
+    assert [(p.layout.micro_batches, p.layout.micro_rows) for p in plans] == expected
+
+
+ROW = batches.Encoded(tuple(range(17)), (tuple(range(16)),), (0,))  # fills a row of 32

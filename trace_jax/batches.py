@@ -300,13 +300,19 @@ class PackPlan:
 def share_micro_batches(plans: Sequence[PackPlan], *, micro_rows: int, shards: int) -> None:
     """Lays plans of one step out in as many micro-batches, so that they are computed together.
 
-    Together they have about `micro_rows` rows on each of `shards` data shards, evenly spread.
+    Together they have about `micro_rows` rows on each of `shards` data shards, at most half as many
+    again: within that, the number of micro-batches that needs the fewest rows of padding.
     """
-    n_rows = sum(plan.most_rows for plan in plans)
-    micro_batches = -(-n_rows // (micro_rows * shards))
-    for plan in plans:
-        rows = round_up(-(-plan.most_rows // micro_batches), shards)
-        plan.layout = dataclasses.replace(plan.layout, micro_rows=rows, micro_batches=micro_batches)
+
+    def rows(micro_batches: int) -> list[int]:
+        return [round_up(-(-plan.most_rows // micro_batches), shards) for plan in plans]
+
+    n_rows, limit = sum(plan.most_rows for plan in plans), micro_rows * shards
+    counts = range(max(1, 2 * n_rows // (3 * limit)), -(-n_rows // limit) + 1)
+    fitting = [m for m in counts if 2 * sum(rows(m)) <= 3 * limit] or [counts[-1]]
+    micro_batches = min(fitting, key=lambda m: (m * sum(rows(m)), -m))
+    for plan, n in zip(plans, rows(micro_batches), strict=True):
+        plan.layout = dataclasses.replace(plan.layout, micro_rows=n, micro_batches=micro_batches)
 
 
 class StepSource:
