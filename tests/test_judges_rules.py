@@ -58,16 +58,16 @@ def test_chats_are_judged_as_text():
 
 def test_equal_items_are_judged_once(monkeypatch):
     judged = []
-    one = rules.RulesJudge._verdict
+    one = rules._complies
 
-    def counted(self, *text):
-        judged.append(text)
-        return one(self, *text)
+    def counted(clause, *texts):
+        judged.append(texts[:2])
+        return one(clause, *texts)
 
-    monkeypatch.setattr(rules.RulesJudge, "_verdict", counted)
+    monkeypatch.setattr(rules, "_complies", counted)
     items = [("Lily", "a"), ("Tim", "a"), ("Lily", "a"), ("Lily", [{"role": "r", "content": "a"}])]
     verdicts = judges.make("rules", POLICY).judge(items)
-    assert judged == [("Lily", "a"), ("Tim", "a")]
+    assert judged == [("Lily", "a"), ("Lily", "a"), ("Tim", "a"), ("Tim", "a")]  # two clauses
     assert [v.status for v in verdicts] == ["compliant", "violating", "compliant", "compliant"]
     assert judges.make("rules", POLICY).judge([]) == []
 
@@ -87,9 +87,9 @@ def test_equal_items_are_judged_once(monkeypatch):
 def test_aggregation(clauses, expected, probability):
     for order in (clauses, clauses[::-1]):
         by_name = {str(i): clause for i, clause in enumerate(order)}
-        found = judges.aggregate(by_name, judge="j", raw="r")
+        found = judges.aggregate(by_name, judge="j", rationale="r")
         assert (found.status, found.probability) == (expected, probability)
-        assert (found.clauses, found.judge, found.raw) == (by_name, "j", "r")
+        assert (found.clauses, found.judge, found.rationale) == (by_name, "j", "r")
 
 
 def test_an_unknown_judge_is_an_input_error():

@@ -84,6 +84,90 @@ def test_predicates(rules, response, expected):
     assert holds(rules, response) is expected
 
 
+MAYBE = {"label": "maybe"}  # not among LABELS
+LABELS = {"calm": True, "loud": False, "severity": 2, "kind": "story"}
+
+
+@pytest.mark.parametrize(
+    "rules, expected",
+    [
+        ({"label": "calm"}, True),
+        ({"label": "loud"}, False),
+        (MAYBE, None),
+        ({"label": "severity"}, None),  # a number is neither true nor false
+        ({"label": {"name": "severity", "at_least": 2}}, True),
+        ({"label": {"name": "severity", "at_least": 3}}, False),
+        ({"label": {"name": "severity", "at_least": 1, "at_most": 1}}, False),
+        ({"label": {"name": "kind", "at_least": 1}}, None),
+        ({"label": {"name": "kind", "is": "story"}}, True),
+        ({"label": {"name": "kind", "is": "poem"}}, False),
+        ({"not": MAYBE}, None),
+        ({"all": [YES, MAYBE]}, None),
+        ({"all": [MAYBE, NO]}, False),
+        ({"any": [NO, MAYBE]}, None),
+        ({"any": [MAYBE, YES]}, True),
+        ({"if": {"when": MAYBE, "then": YES}}, True),
+        ({"if": {"when": MAYBE, "then": NO}}, None),
+        ({"if": {"when": YES, "then": MAYBE}}, None),
+        ({"if": {"when": NO, "then": MAYBE}}, True),
+    ],
+)
+def test_labels_that_are_missing_are_unknown(rules, expected):
+    assert predicates.compile_rules(rules, "here")("", "", LABELS) is expected
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (1, "label: must be a mapping with the keys name, is, at_least, at_most"),
+        ({"name": "a", "is": 1, "at_least": 1}, "either 'is', or 'at_least' and 'at_most'"),
+        ({"name": "a", "at_least": "x"}, "at_least: 'x' must be a number"),
+    ],
+)
+def test_a_malformed_label_predicate(body, message):
+    with pytest.raises(InputError, match=message):
+        predicates.compile_rules({"label": body}, "here")
+
+
+def test_what_a_judge_that_reads_is_shown():
+    text = """
+  - id: kind
+    requirement: The story is kind.
+    exceptions: [A villain may be unkind.]
+    omission: An empty story is not kind.
+    when: {words: {in: prompt, any_of: [Lily]}}
+    labels: {label: kind}
+"""
+    clause = policy.parse(GOOD + text).clauses[-1]
+    assert clause.exceptions == ("A villain may be unkind.",)
+    assert clause.omission == "An empty story is not kind."
+    assert clause.applies("Lily", "") and not clause.applies("Tim", "")
+    assert clause.by_labels("Tim", "") is True and clause.by_labels("Lily", "") is None
+    for word in ("The story", "villain", "empty", "id: kind"):
+        other = policy.parse(GOOD + text.replace(word, f"{word}ish")).clauses[-1]
+        assert other.text_hash != clause.text_hash
+    for word in ("Lily", "label: kind"):
+        other = policy.parse(GOOD + text.replace(word, f"{word}ish")).clauses[-1]
+        assert other.text_hash == clause.text_hash and other.hash != clause.hash
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("exceptions: Winter.", "p.yaml:8: clause warm: exceptions must be a list of texts"),
+        ("exceptions: ['']", "clause warm: an exception is empty"),
+        ("exceptions: [1]", "exceptions: 1 is not a text"),
+        ("zero_tolerance: maybe", "zero_tolerance: 'maybe' must be true or false"),
+        ("zero_tolerance: true\n    exceptions: [Winter.]", "contradict each other"),
+        ("omission: no", "omission: False is not a text"),
+        ("labels: {label: {}}", "clause warm: labels: label: key 'name' is missing"),
+    ],
+)
+def test_malformed_words_for_judges(line, message):
+    with pytest.raises(InputError, match=message):
+        policy.parse(GOOD + f"    {line}\n", "p.yaml")
+
+
 def test_regions():
     assert holds(words("cat", region="prompt"), "a dog", "a cat")
     assert not holds(words("cat"), "a dog", "a cat")
@@ -102,8 +186,8 @@ def test_policy_is_read():
         "high",
         "The story must not frighten.",
     )
-    assert fear.predicate("", "all calm") and not fear.predicate("", "a fright")
-    assert (warm.tier, warm.rules, warm.when, warm.predicate) == ("standard", None, None, None)
+    assert fear.by_rules("", "all calm") and not fear.by_rules("", "a fright")
+    assert (warm.tier, warm.rules, warm.when, warm.by_rules) == ("standard", None, None, None)
 
 
 def test_a_clause_asks_for_nothing_where_when_does_not_hold():
@@ -112,11 +196,11 @@ def test_a_clause_asks_for_nothing_where_when_does_not_hold():
     when: {words: {in: response, any_of: [said]}}
     rules: {words: {in: response, any_of: [mum, dad]}}
 """
-    predicate = policy.parse(GOOD + clause).clauses[2].predicate
+    predicate = policy.parse(GOOD + clause).clauses[2].by_rules
     assert predicate("", "Mum said so") and predicate("", "Silence")
     assert not predicate("", "He said so")
     without_rules = policy.parse(GOOD + clause.replace("    rules", "    # rules"))
-    assert without_rules.clauses[2].predicate is None
+    assert without_rules.clauses[2].by_rules is None
 
 
 def rules_line(rules):
@@ -137,7 +221,7 @@ MALFORMED = {
     "name: x\nclauses: [1]": r"p\.yaml:2: must be a mapping with the keys id, requirement",
     "name: 3\n" + GOOD.partition("\n")[2]: "name: 3 is not a text",
     GOOD + "colour: red\n": "unknown key 'colour'; use name, clauses, description",
-    GOOD + "    colour: red\n": r"p\.yaml:8: unknown key 'colour'; use id, requirement, tier, r",
+    GOOD + "    colour: red\n": r"p\.yaml:8: unknown key 'colour'; use id, requirement, tier, e",
     GOOD + "name: x\n": r"p\.yaml:1: key 'name' is given twice",
     GOOD + "    id: x\n": r"p\.yaml:8: key 'id' is given twice",
     GOOD.replace("warm\n", "no_fear\n"): r"p\.yaml:8: two clauses have the id 'no_fear'; rename",
@@ -149,7 +233,7 @@ MALFORMED = {
     GOOD + "    when: {word: 1}\n": r"p\.yaml:8: clause warm: when: unknown predicate 'word'",
     rules_line("&a {not: *a}"): "nested too deeply",
     rules_line("{word: 1}"): r"p\.yaml:4: clause no_fear: unknown predicate 'word'; use one of "
-    "words, regex, length, not, all, any, if",
+    "words, regex, length, label, not, all, any, if",
     rules_line("{not: {all: [{word: 1}]}}"): "clause no_fear: not: all: unknown predicate 'word'",
     rules_line("{not: {}, all: []}"): "a predicate is a mapping with one key",
     rules_line(""): "clause no_fear: a predicate is a mapping with one key",
@@ -217,6 +301,10 @@ def test_diff():
         ("[scared, fright*]", "[scared]", ["no_fear"]),
         ("[scared, fright*]", "[fright*, scared]", ["no_fear"]),
         ("is warm.", "is warm.\n    when: {words: {in: prompt, any_of: [a]}}", ["warm"]),
+        ("is warm.", "is warm.\n    labels: {label: warm}", ["warm"]),
+        ("is warm.", "is warm.\n    exceptions: [Winter.]", ["warm"]),
+        ("is warm.", "is warm.\n    omission: Silence is cold.", ["warm"]),
+        ("is warm.", "is warm.\n    zero_tolerance: true", ["warm"]),
         ("tier: high", "tier: high  # a comment", []),
         ("name: tales", "name: fables", []),
     ],
@@ -243,10 +331,13 @@ def test_the_diff_command(tmp_path, capsys):
         added      more: New.
         removed    gone: Left out.
         changed    no_fear: The story must not frighten.
-                   in tier, rules or when only
+                   in tier only
         changed    warm: The story is warm.
                    now: The story is kind.
         unchanged  same: S.
+
+        stored verdicts of judges that read stay valid for: no_fear, same
+        they are asked anew for: warm, more
         """)
     assert policy.main(["diff", str(old), "nonsense"]) == 2
     assert capsys.readouterr().err.startswith("error: no policy 'nonsense'")
@@ -289,7 +380,7 @@ STORIES = [  # a story, the clauses of stories_old and of stories_new that it vi
 def test_the_stories_policies(story, old, new):
     for name, expected in (("stories_old", old), ("stories_new", new)):
         clauses = policy.load(name).clauses
-        assert [c.id for c in clauses if not c.predicate("One day", story)] == expected
+        assert [c.id for c in clauses if not c.by_rules("One day", story)] == expected
 
 
 def test_the_stories_policies_keep_change_and_add():
@@ -308,5 +399,5 @@ def test_predicates_are_fast():
     started = time.process_time()
     for text in texts:
         for clause in clauses:
-            clause.predicate("", text)
+            clause.by_rules("", text)
     assert len(texts) * len(clauses) / (time.process_time() - started) > 10_000

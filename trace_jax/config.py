@@ -26,8 +26,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.policy = ml_collections.ConfigDict()
     c.policy.old = "synth_old"  # shipped name or YAML file: what M_ref was aligned to
     c.policy.new = "synth_new"  # what the model is re-aligned to
-    c.judge = ml_collections.ConfigDict()
-    c.judge.name = "rules"  # see trace_jax/judges
+    c.judge = _judge()
+    c.asking = _asking()
     c.align = _training()  # DPO on the records as they are: makes M_ref
     c.align.enabled = True  # False: the model at model.path already is M_ref
     c.correct = _correct()
@@ -89,6 +89,50 @@ def _data() -> ml_collections.ConfigDict:
     c.openings = 1200  # self_sampled: train prompts
     c.opening_tokens = (12, 32)  # self_sampled: shortest and longest prompt, tokens
     c.continuations = 4  # self_sampled: responses sampled a prompt
+    return c
+
+
+def _judge() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()  # whatever changes a judge's answers
+    c.name = "rules"  # rules | labels | gemini | local | ensemble; see trace_jax/judges
+    c.gemini = g = ml_collections.ConfigDict()
+    g.model = "gemini-2.5-flash"
+    g.temperature = 0.0
+    g.max_output_tokens = 2048  # of a reply, thinking included
+    g.thinking_tokens = 0  # budget of the model's own thinking; -1: as the model likes
+    g.clauses_per_call = 0  # clauses asked about in one call; 0: all
+    c.local = m = ml_collections.ConfigDict()
+    m.model = ""  # Hugging Face directory or hub id of any supported model
+    m.dtype = "bfloat16"  # float32 | bfloat16
+    m.max_length = 4096  # tokens of a question; the middle of a longer response is left out
+    m.compliant_from = 0.5  # P(compliant) from which the answer is "compliant"
+    m.violating_below = 0.5  # P(compliant) below which it is "violating"; between: abstain
+    m.least_mass = 0.05  # abstain where "Yes" and "No" together are less likely than this
+    c.ensemble = e = ml_collections.ConfigDict()
+    e.members = ("rules", "labels")  # judges that vote, clause by clause
+    e.least_votes = 1  # members that have to decide a clause; with fewer it abstains
+    return c
+
+
+def _asking() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()  # how judges are asked; changes no answer
+    c.store = ""  # file of the judgement store; empty: judgements.sqlite in the workdir
+    c.reask_abstentions = False  # ask again where a judge abstained; errors always are
+    c.vertex_project = ""  # Google Cloud project; empty: Developer API, key in GEMINI_API_KEY
+    c.vertex_location = "global"
+    c.concurrency = 32  # calls in flight
+    c.requests_per_minute = 0.0  # 0: no limit
+    c.timeout_seconds = 60.0  # of one attempt
+    c.tries = 6  # attempts at one question
+    c.budget_usd = 0.0  # the most that all calls in the store may have cost; 0: no limit
+    c.budget_calls = 0  # the most attempts in the store; 0: no limit
+    c.price_input = 0.30  # US dollars for a million tokens of the model
+    c.price_cached = 0.03  # the same of input tokens that the service had in its cache
+    c.price_output = 2.50  # thinking included
+    c.batch = False  # gemini: Batch API, half the price, answers within a day
+    c.batch_discount = 0.5  # share of the price that a batch costs
+    c.batch_wait_minutes = 0.0  # wait so long for a batch; then leave, and pick it up by a rerun
+    c.micro_rows = 4  # local: packed rows computed at once
     return c
 
 

@@ -1,4 +1,4 @@
-"""Policies: clauses in words, each with a predicate that the `rules` judge can decide, in YAML.
+"""Policies: clauses in words, for judges that read, with predicates for those that do not, in YAML.
 
     name: stories_new
     description: what the policy is for
@@ -6,11 +6,17 @@
       - id: no_fear
         tier: high                     # critical | high | standard (the default) | reduced
         requirement: The story must not frighten.
+        exceptions: [A villain may be named.]   # contexts in which the requirement is waived
+        omission: A flat refusal to tell any story violates this clause as well.
+        zero_tolerance: false          # true: no context excuses a violation; no exceptions then
         when: ...                      # optional predicate: the clause is about these cases only
         rules: {not: {words: {in: response, any_of: [scared, afraid, fright*]}}}
+        labels: {not: {label: frightening}}
 
-A clause without `rules` is for judges that read. The predicates are listed in `predicates.py`.
-`python -m trace_jax.policy diff OLD NEW` prints what changed. Standard library and PyYAML only.
+`rules` and `labels` say when a response complies: to the judges of these names. A clause without
+them is for judges that read. The predicates are listed in `predicates.py`, the whole in
+docs/policies.md. `python -m trace_jax.policy diff OLD NEW` prints what changed, and which stored
+verdicts stay valid. Standard library and PyYAML only.
 """
 
 import dataclasses
@@ -34,30 +40,48 @@ from trace_jax.errors import InputError
 TIERS = ("critical", "high", "standard", "reduced")
 
 
+def _compiled() -> Any:
+    return dataclasses.field(default=None, compare=False, repr=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Clause:
     """One requirement.
 
     Attributes:
-      rules: its predicate as written, None where no rule decides it.
+      exceptions: contexts, in words, in which the requirement is waived.
+      omission: in words, what leaves the requirement unmet although nothing forbidden is said.
+      zero_tolerance: no context excuses a violation.
+      rules, labels: predicates as written, None where none decides it.
       when: a predicate as written; where it does not hold, the clause asks for nothing.
-      predicate: `rules` where `when` holds, compiled; None without rules.
+      by_rules, by_labels: `rules` and `labels` where `when` holds, compiled; None without them.
+      applies: `when`, compiled; None where the clause is about every case.
     """
 
     id: str
     tier: str
     requirement: str
-    rules: Mapping[str, Any] | None
+    rules: Mapping[str, Any] | None = None
     when: Mapping[str, Any] | None = None
-    predicate: predicates.Predicate | None = dataclasses.field(
-        default=None, compare=False, repr=False
-    )
+    labels: Mapping[str, Any] | None = None
+    exceptions: tuple[str, ...] = ()
+    omission: str = ""
+    zero_tolerance: bool = False
+    by_rules: predicates.Predicate | None = _compiled()
+    by_labels: predicates.Predicate | None = _compiled()
+    applies: predicates.Predicate | None = _compiled()
 
     @functools.cached_property
     def hash(self) -> str:
         """Over everything that can change a verdict on this clause."""
-        parts = [predicates.LANGUAGE, self.id, self.tier, self.requirement, self.rules, self.when]
-        return _digest(parts)
+        parts = [predicates.LANGUAGE, self.id, self.tier, self.rules, self.when, self.labels]
+        return _digest([*parts, self.text_hash])
+
+    @functools.cached_property
+    def text_hash(self) -> str:
+        """Over what a judge that reads is shown of it; stored verdicts hold as long as this."""
+        words = [self.requirement, *self.exceptions, self.omission]
+        return _digest([self.id, self.zero_tolerance, [" ".join(text.split()) for text in words]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +208,11 @@ def _clause_lines(root: yaml.Node | None) -> list[int]:
     return [node.start_mark.line + 1 for found in lists for node in found.value]
 
 
+_OPTIONAL = ("tier", "exceptions", "omission", "zero_tolerance", "when", "rules", "labels")
+
+
 def _clause(data: Any, where: str) -> Clause:
-    predicates.check_mapping(data, where, ("id", "requirement"), ("tier", "rules", "when"))
+    predicates.check_mapping(data, where, ("id", "requirement"), _OPTIONAL)
     name = predicates.string(data["id"], f"{where}: id")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise InputError(f"{where}: id {name!r} may hold letters, digits, '_', '.' and '-' only")
@@ -193,14 +220,46 @@ def _clause(data: Any, where: str) -> Clause:
     requirement = predicates.string(data["requirement"], f"{where}: requirement").strip()
     if not requirement:
         raise InputError(f"{where}: requirement is empty; say in words what is asked")
-    tier, rules, when = data.get("tier", "standard"), data.get("rules"), data.get("when")
+    tier = data.get("tier", "standard")
     if tier not in TIERS:
         raise InputError(f"{where}: tier {tier!r} is unknown; use one of {', '.join(TIERS)}")
-    predicate = predicates.compile_rules(rules, where) if "rules" in data else None
-    if "when" in data:
-        applies = predicates.compile_rules(when, f"{where}: when")
-        predicate = predicate and predicates.implies(applies, predicate)
-    return Clause(name, tier, requirement, rules, when, predicate)
+    exceptions = _exceptions(data.get("exceptions", []), where)
+    zero_tolerance = data.get("zero_tolerance", False)
+    if not isinstance(zero_tolerance, bool):
+        raise InputError(f"{where}: zero_tolerance: {zero_tolerance!r} must be true or false")
+    if zero_tolerance and exceptions:
+        raise InputError(f"{where}: zero_tolerance and exceptions contradict each other; drop one")
+    compiled = {
+        key: predicates.compile_rules(data[key], where if key == "rules" else f"{where}: {key}")
+        for key in ("rules", "labels", "when")
+        if key in data
+    }
+    applies = compiled.pop("when", None)
+    if applies is not None:
+        compiled = {key: predicates.implies(applies, p) for key, p in compiled.items()}
+    return Clause(
+        name,
+        tier,
+        requirement,
+        rules=data.get("rules"),
+        when=data.get("when"),
+        labels=data.get("labels"),
+        exceptions=exceptions,
+        omission=predicates.string(data.get("omission", ""), f"{where}: omission").strip(),
+        zero_tolerance=zero_tolerance,
+        by_rules=compiled.get("rules"),
+        by_labels=compiled.get("labels"),
+        applies=applies,
+    )
+
+
+def _exceptions(found: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(found, list):
+        raise InputError(f"{where}: exceptions must be a list of texts")
+    texts = tuple(predicates.string(text, f"{where}: exceptions").strip() for text in found)
+    if not all(texts):
+        raise InputError(f"{where}: an exception is empty; say in words when it holds, or drop it")
+    return texts
 
 
 def _digest(value: Any) -> str:
@@ -221,15 +280,39 @@ def diff(old: Policy, new: Policy) -> Diff:
 
 
 def _diff_lines(old: Policy, new: Policy) -> Iterator[str]:
-    before = {clause.id: " ".join(clause.requirement.split()) for clause in old.clauses}
-    after = {clause.id: " ".join(clause.requirement.split()) for clause in new.clauses}
+    before = {clause.id: clause for clause in old.clauses}
+    after = {clause.id: clause for clause in new.clauses}
     for kind, ids in dataclasses.asdict(diff(old, new)).items():
         for i in ids:
-            yield f"{kind:9}  {i}: {before.get(i, after.get(i))}"
-            if kind == "changed" and before[i] == after[i]:
-                yield f"{'':9}  in tier, rules or when only"
-            elif kind == "changed":
-                yield f"{'':9}  now: {after[i]}"
+            yield f"{kind:9}  {i}: {_words_of(before.get(i, after.get(i)))}"
+            if kind == "changed":
+                yield from _changes(before[i], after[i])
+    yield ""
+    valid = [c.id for c in new.clauses if c.text_hash in {b.text_hash for b in old.clauses}]
+    asked = [c.id for c in new.clauses if c.id not in valid]
+    yield f"stored verdicts of judges that read stay valid for: {', '.join(valid) or 'no clause'}"
+    yield f"they are asked anew for: {', '.join(asked) or 'no clause'}"
+
+
+def _words_of(clause: Clause) -> str:
+    """What a judge that reads is shown of a clause, in one line."""
+    parts = [clause.requirement]
+    parts += [f"Except: {text}" for text in clause.exceptions]
+    parts += [f"By omission: {clause.omission}"] if clause.omission else []
+    parts += ["Zero tolerance."] if clause.zero_tolerance else []
+    return " ".join(" ".join(parts).split())
+
+
+def _changes(old: Clause, new: Clause) -> Iterator[str]:
+    if _words_of(old) != _words_of(new):
+        yield f"{'':9}  now: {_words_of(new)}"
+    keys = [key for key in ("tier", "when", "rules", "labels") if _differs(key, old, new)]
+    if keys:
+        yield f"{'':9}  in {', '.join(keys)}" + (" only" if old.text_hash == new.text_hash else "")
+
+
+def _differs(key: str, old: Clause, new: Clause) -> bool:
+    return getattr(old, key) != getattr(new, key)
 
 
 def main(argv: Sequence[str]) -> int:

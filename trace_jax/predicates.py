@@ -1,4 +1,4 @@
-"""Predicates: deterministic rules on the text of a prompt and a response, as policy files have.
+"""Predicates: deterministic rules on prompt, response and annotations, as policy files have them.
 
 A predicate is a mapping with one key:
 
@@ -7,23 +7,35 @@ A predicate is a mapping with one key:
             stands for the rest of a word
     regex:  {in: REGION, pattern: '[?]'}   a Python regular expression is found anywhere
     length: {in: REGION, unit: words | characters, min: 1, max: 80}   both ends included
+    label:  NAME   the data set's own annotation of that name is true; or {name: NAME, is: VALUE},
+            {name: NAME, at_least: 2, at_most: 3} for texts and numbers
     not: P    all: [P, ...]    any: [P, ...]    if: {when: P, then: P}
 
-REGION is prompt, response or ending (the last ENDING_WORDS words of the response).
+REGION is prompt, response or ending (the last ENDING_WORDS words of the response). A `label` that
+is not there is unknown: None. The others follow Kleene's logic, so that what is unknown matters
+only where it would decide.
 """
 
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from trace_jax.errors import InputError
 
-Predicate = Callable[[str, str], bool]  # (prompt, response) -> does it hold?
+Labels = Mapping[str, Any]
+NO_LABELS: Labels = types.MappingProxyType({})
 
 ENDING_WORDS = 20
-LANGUAGE = 1  # part of every policy hash; raise it when a predicate comes to mean something else
+LANGUAGE = 2  # part of every policy hash; raise it when a predicate comes to mean something else
+
+
+class Predicate(Protocol):
+    """Whether something holds of a prompt, a response and their labels; None: not known."""
+
+    def __call__(self, prompt: str, response: str, labels: Labels = NO_LABELS) -> bool | None: ...
 
 
 def compile_rules(rules: Any, where: str) -> Predicate:
@@ -42,18 +54,39 @@ def compile_rules(rules: Any, where: str) -> Predicate:
 
 
 def _all(body: Any, where: str) -> Predicate:
-    parts = _compile_list(body, where)
-    return lambda prompt, response: all(part(prompt, response) for part in parts)
+    return _conjunction(_compile_list(body, where), found_at=False)
 
 
 def _any(body: Any, where: str) -> Predicate:
-    parts = _compile_list(body, where)
-    return lambda prompt, response: any(part(prompt, response) for part in parts)
+    return _conjunction(_compile_list(body, where), found_at=True)
+
+
+def _conjunction(parts: Sequence[Predicate], *, found_at: bool) -> Predicate:
+    """`found_at` as soon as one part is; otherwise None if one is None, else the opposite."""
+
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool | None:
+        value: bool | None = not found_at
+        for part in parts:
+            found = part(prompt, response, labels)
+            if found is found_at:
+                return found_at
+            if found is None:
+                value = None
+        return value
+
+    return holds
 
 
 def _not(body: Any, where: str) -> Predicate:
-    part = compile_rules(body, where)
-    return lambda prompt, response: not part(prompt, response)
+    return _negation(compile_rules(body, where))
+
+
+def _negation(part: Predicate) -> Predicate:
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool | None:
+        found = part(prompt, response, labels)
+        return None if found is None else not found
+
+    return holds
 
 
 def _if(body: Any, where: str) -> Predicate:
@@ -64,7 +97,37 @@ def _if(body: Any, where: str) -> Predicate:
 
 def implies(when: Predicate, then: Predicate) -> Predicate:
     """`then` where `when` holds, true elsewhere."""
-    return lambda prompt, response: not when(prompt, response) or then(prompt, response)
+    return _conjunction([_negation(when), then], found_at=True)
+
+
+def _label(body: Any, where: str) -> Predicate:
+    body = {"name": body} if isinstance(body, str) else body
+    check_mapping(body, where, required=("name",), optional=("is", "at_least", "at_most"))
+    name = string(body["name"], f"{where}: name")
+    wanted = {key: value for key, value in body.items() if key != "name"}
+    if "is" in wanted and len(wanted) > 1:
+        raise InputError(f"{where}: give either 'is', or 'at_least' and 'at_most'")
+    for key in ("at_least", "at_most"):
+        if key in wanted and not _is_number(wanted[key]):
+            raise InputError(f"{where}: {key}: {wanted[key]!r} must be a number")
+
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool | None:
+        value = labels.get(name)
+        if value is None:
+            return None
+        if not wanted:
+            return value if isinstance(value, bool) else None
+        if "is" in wanted:
+            return value == wanted["is"]
+        if not _is_number(value):
+            return None
+        return wanted.get("at_least", value) <= value <= wanted.get("at_most", value)
+
+    return holds
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _words(body: Any, where: str) -> Predicate:
@@ -79,7 +142,7 @@ def _words(body: Any, where: str) -> Predicate:
     single = frozenset(entry for entry in entries if re.fullmatch(r"\w+", entry))
     others = [re.compile(_pattern(entry)).search for entry in sorted(entries - single)]
 
-    def holds(prompt: str, response: str) -> bool:
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool:
         text = region(prompt, response).casefold()
         missing = least - len(single & _word_set(text))
         return missing <= 0 or _reaches(missing, (search(text) for search in others))
@@ -122,7 +185,11 @@ def _regex(body: Any, where: str) -> Predicate:
         raise InputError(
             f"{where}: {pattern!r} is not a valid regular expression ({error}); mend it"
         ) from error
-    return lambda prompt, response: search(region(prompt, response)) is not None
+
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool:
+        return search(region(prompt, response)) is not None
+
+    return holds
 
 
 def _length(body: Any, where: str) -> Predicate:
@@ -137,7 +204,7 @@ def _length(body: Any, where: str) -> Predicate:
     if low > high:
         raise InputError(f"{where}: min={low} is above max={high}; nothing could satisfy it")
 
-    def holds(prompt: str, response: str) -> bool:
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool:
         text = region(prompt, response)
         return low <= (len(text.split()) if unit == "words" else len(text)) <= high
 
@@ -148,6 +215,7 @@ _PREDICATES: dict[str, Callable[[Any, str], Predicate]] = {
     "words": _words,
     "regex": _regex,
     "length": _length,
+    "label": _label,
     "not": _not,
     "all": _all,
     "any": _any,

@@ -5,8 +5,11 @@ workdir must be on a file system that all of them see. Imports jax only once `st
 """
 
 import dataclasses
+import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from trace_jax.errors import InputError
 
@@ -69,6 +72,19 @@ def wait(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` gives on the first process, on every process; it must be JSON."""
+    if _this.count == 1:
+        return make()
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = json.dumps(make()).encode() if is_first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.frombuffer(data.ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def leave(code: int) -> int:

@@ -23,7 +23,8 @@ ACTIONS = ("INVERT", "PUNISH", "RETAIN", "UNRESOLVED")
 class PreferenceRecord:
     """A prompt, a chosen and a rejected response, in their ORIGINAL order.
 
-    `labels` are the dataset's own annotations, None where it has none.
+    `labels` are the dataset's own annotations, {"prompt": {name: value}, "chosen": {...},
+    "rejected": {...}}, None where it has none.
     """
 
     id: str
@@ -31,6 +32,13 @@ class PreferenceRecord:
     chosen: Text
     rejected: Text
     labels: Any = None
+
+    def labels_of(self, side: str) -> Mapping[str, Any]:
+        """Annotations of the prompt and of one response ("chosen" or "rejected"), by name."""
+        if not isinstance(self.labels, Mapping):
+            return {}
+        parts = (self.labels.get(part) for part in ("prompt", side))
+        return {k: v for part in parts if isinstance(part, Mapping) for k, v in part.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The line of records.jsonl; without labels where there are none."""
@@ -58,15 +66,25 @@ class ClauseVerdict:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's answer on one response. `clauses`: clause id -> ClauseVerdict."""
+    """A judge's answer on one response.
+
+    Attributes:
+      clauses: clause id -> ClauseVerdict.
+      rationale: the judge's own words, where it gave any; raw replies stay in the store.
+      template_hash: of the question, for judges that read.
+      date: when the last of its clauses was answered, ISO 8601 in UTC.
+      tokens: input and output tokens of the calls that answered.
+    """
 
     status: str
     probability: float | None
     clauses: Mapping[str, ClauseVerdict]
     rationale: str = ""
-    raw: str = ""
     judge: str = ""
     policy_hash: str = ""
+    template_hash: str = ""
+    date: str = ""
+    tokens: int = 0
 
     @property
     def compliant(self) -> bool | None:

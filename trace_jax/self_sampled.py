@@ -91,19 +91,9 @@ def pairs(
     return list(itertools.islice(out.values(), limit))
 
 
-def order(a: records.Verdict, b: records.Verdict) -> int:
-    """1 if a is better than b, -1 worse, 0 equal: compliant first, then fewer violated clauses."""
-
-    def key(verdict: records.Verdict) -> tuple[bool, int]:
-        violated = sum(c.status == "violating" for c in verdict.clauses.values())
-        return verdict.status == "compliant", -violated
-
-    return (key(a) > key(b)) - (key(a) < key(b))
-
-
 def _pair(prompt: respond.Prompt, a: tuple, b: tuple) -> records.PreferenceRecord | None:
     (text_a, verdict_a), (text_b, verdict_b) = a, b
-    better = order(verdict_a, verdict_b)
+    better = judges.order(verdict_a, verdict_b)
     if better == 0 or not text_a.strip() or not text_b.strip() or text_a == text_b:
         return None
     chosen, rejected = (text_a, text_b) if better > 0 else (text_b, text_a)

@@ -1,35 +1,39 @@
 """The `rules` judge: the policy's own predicates. Deterministic, free, blind to all else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from trace_jax import judges, policy, records
-
-_VERDICTS = {
-    True: records.ClauseVerdict("compliant", 1.0),
-    False: records.ClauseVerdict("violating", 0.0),
-    None: records.ClauseVerdict("abstain", None),
-}
+from trace_jax import judges, policy, predicates, records
 
 
 class RulesJudge:
-    """Judges every clause by its predicate and abstains on clauses without one.
+    """Judges every clause by its predicate `rules`; abstains on clauses without one.
 
-    Equal (prompt, response) are judged once.
+    Equal items are judged once.
     """
+
+    keeps_answers = False
 
     def __init__(self, rules: policy.Policy):
         self.policy = rules
         self.id = f"rules/{rules.name}"
 
-    def judge(self, items: Sequence[judges.Item]) -> list[records.Verdict]:
+    def judge(
+        self, items: Sequence[judges.Item], *, progress: Callable[[int], None] | None = None
+    ) -> list[records.Verdict]:
         """Gives one verdict per item, in order."""
-        texts = [(judges.prompt_text(x), judges.response_text(y)) for x, y in items]
-        verdicts = {text: self._verdict(*text) for text in dict.fromkeys(texts)}
-        return [verdicts[text] for text in texts]
+        found = judges.by_predicates(self.policy, items, _complies, self.id)
+        if progress is not None:
+            progress(len(found))
+        return found
 
-    def _verdict(self, prompt: str, response: str) -> records.Verdict:
-        clauses = {
-            clause.id: _VERDICTS[clause.predicate and clause.predicate(prompt, response)]
-            for clause in self.policy.clauses
-        }
-        return judges.aggregate(clauses, judge=self.id, policy_hash=self.policy.hash)
+    def compare(
+        self, pairs: Sequence[tuple[records.Text, records.Text, records.Text]]
+    ) -> list[str]:
+        """Which of (prompt, a, b) complies better, by their verdicts."""
+        return judges.compare_by_verdicts(self, pairs)
+
+
+def _complies(
+    clause: policy.Clause, prompt: str, response: str, labels: predicates.Labels
+) -> bool | None:
+    return None if clause.by_rules is None else clause.by_rules(prompt, response, labels)

@@ -65,12 +65,34 @@ class Context:
     @functools.cached_property
     def judge(self) -> judges.Judge:
         """The judge of the new policy."""
-        return judges.make(self.config.judge.name, self.new_policy)
+        return self._judge(self.new_policy)
 
     @functools.cached_property
     def old_judge(self) -> judges.Judge:
         """The judge of the old policy."""
-        return judges.make(self.config.judge.name, self.old_policy)
+        return self._judge(self.old_policy)
+
+    def _judge(self, rules: policy.Policy) -> judges.Judge:
+        config = self.config
+        return judges.make(
+            config.judge.name,
+            rules,
+            config.judge.to_dict(),
+            asking=config.asking.to_dict(),
+            store=config.asking.store or self.workdir.path / "judgements.sqlite",
+            load_model=self._load_judge,
+        )
+
+    def _load_judge(self, path: str, dtype: str):
+        """The model that judges, on this run's mesh, and its tokenizer."""
+        from trace_jax import models
+        from trace_jax.models import hf_weights
+
+        directory = Path(path) if Path(path).exists() else hf_weights.resolve(path)
+        tokenizer = self._tokenizer_at(directory)
+        module = models.load(directory, dtype=dtype, mesh=self.mesh)
+        hf_weights.check_tokenizer(module.config, tokenizer)
+        return module, tokenizer
 
     @property
     def base_directory(self) -> Path:
@@ -95,17 +117,16 @@ class Context:
     @functools.cached_property
     def tokenizer(self):
         """The base model's tokenizer."""
+        return self._tokenizer_at(self.base_directory)
+
+    def _tokenizer_at(self, directory: Path):
         import transformers
 
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                self.base_directory, trust_remote_code=False
-            )
+            return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"{self.base_directory}: no tokenizer could be loaded ({first})"
-            ) from error
+            raise InputError(f"{directory}: no tokenizer could be loaded ({first})") from error
 
     @functools.cached_property
     def encoder(self):

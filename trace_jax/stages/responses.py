@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trace_jax import records, respond, self_sampled, triage, workdir
+from trace_jax import judges, records, respond, triage, workdir
 from trace_jax.evaluate import compliance
 from trace_jax.stages import context
 
@@ -113,10 +113,10 @@ def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:
     for prompt_id, rows in by_prompt.items():
         old = run.old_judge.judge([(r["prompt"], r["response"]) for r in rows])
         ranked = [
-            (rows[i], rows[j]) if self_sampled.order(old[i], old[j]) > 0 else (rows[j], rows[i])
+            (rows[i], rows[j]) if judges.order(old[i], old[j]) > 0 else (rows[j], rows[i])
             for i in range(len(rows))
             for j in range(i + 1, len(rows))
-            if self_sampled.order(old[i], old[j])
+            if judges.order(old[i], old[j])
         ]
         if ranked:
             decided = {"compliant": True, "violating": False}

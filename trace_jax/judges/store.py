@@ -1,0 +1,371 @@
+"""The judgement store: every answer of a judge that reads, and every call that was paid for.
+
+One SQLite file, in WAL mode, for any number of processes of one machine. A verdict is kept per
+(reader, clause text, prompt, response); a reader is a judge with model, parameters and template. So
+equal pairs are asked once, and editing a clause asks for that clause alone. The raw reply, tokens
+and price of every attempt stay in `calls`.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trace_jax import policy as policies
+from trace_jax import records
+from trace_jax.errors import InputError
+
+VERSION = 1  # PRAGMA user_version of the schema below
+_MANY = 400  # parameters of one SELECT; SQLite allows at least 999
+_IS_READER = "(judge, model, parameters, template) = (?, ?, ?, ?)"
+_SCHEMA = """
+CREATE TABLE readers(id INTEGER PRIMARY KEY, judge TEXT NOT NULL, model TEXT NOT NULL,
+  parameters TEXT NOT NULL, template TEXT NOT NULL, UNIQUE(judge, model, parameters, template));
+CREATE TABLE clauses(id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
+  requirement TEXT NOT NULL);
+CREATE TABLE items(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, prompt TEXT NOT NULL,
+  response TEXT NOT NULL);
+CREATE TABLE calls(id INTEGER PRIMARY KEY, reader INTEGER NOT NULL, item INTEGER,
+  date TEXT NOT NULL, outcome TEXT NOT NULL, input_tokens INTEGER NOT NULL,
+  cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, price REAL NOT NULL,
+  rationale TEXT NOT NULL, raw TEXT NOT NULL);
+CREATE TABLE verdicts(item INTEGER NOT NULL, reader INTEGER NOT NULL, clause INTEGER NOT NULL,
+  status TEXT NOT NULL, probability REAL, call INTEGER NOT NULL,
+  PRIMARY KEY(item, reader, clause)) WITHOUT ROWID;
+CREATE TABLE comparisons(reader INTEGER NOT NULL, question BLOB NOT NULL, answer TEXT NOT NULL,
+  call INTEGER NOT NULL, PRIMARY KEY(reader, question)) WITHOUT ROWID;
+CREATE TABLE batches(name TEXT PRIMARY KEY, reader INTEGER NOT NULL, date TEXT NOT NULL,
+  questions TEXT NOT NULL);
+"""
+
+
+class Reader(NamedTuple):
+    """Who answered: any change here is another reader, with answers of its own.
+
+    parameters: canonical JSON. template: hash of the question's text without clauses and item.
+    """
+
+    judge: str
+    model: str
+    parameters: str
+    template: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One attempt at a question: what came of it, and what it cost.
+
+    Attributes:
+      outcome: "ok", or what went wrong in a word or two, such as "http 429" or "malformed".
+      cached_tokens: those of the input tokens that the service had in its cache.
+      price: US dollars.
+      rationale: the judge's own words, if it gave any.
+    """
+
+    outcome: str
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    price: float = 0.0
+    rationale: str = ""
+    raw: str = ""
+
+
+class Answer(NamedTuple):
+    """A stored verdict on one clause, with what its call said and took."""
+
+    verdict: records.ClauseVerdict
+    rationale: str
+    date: str
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """Attempts, tokens and US dollars so far."""
+
+    calls: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    price: float
+
+
+def item_hash(prompt: records.Text, response: records.Text) -> bytes:
+    """Of the exact content."""
+    canonical = json.dumps([prompt, response], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+class Store:
+    """An open judgement store; ":memory:" keeps nothing.
+
+    Raises:
+      InputError: the file is no store, of another version, or cannot be written.
+    """
+
+    def __init__(self, path: records.AnyPath):
+        self.path = str(path)
+        with self._mended():
+            self._db = _connect(self.path)
+        self._ids: dict[tuple[str, object], int] = {}  # rows that are there, by table and key
+
+    def close(self) -> None:
+        """Closes the file; the store is done with."""
+        self._db.close()
+
+    def find(
+        self,
+        reader: Reader,
+        clauses: Sequence[policies.Clause],
+        items: Iterable[bytes],
+    ) -> dict[bytes, dict[str, Answer]]:
+        """Stored answers on these clauses: item hash -> clause id -> answer; errors among them."""
+        names = self._clause_names(clauses)
+        row = self._select(f"SELECT id FROM readers WHERE {_IS_READER}", reader)
+        found: dict[bytes, dict[str, Answer]] = {}
+        if not row or not names:
+            return found
+        marks = ",".join("?" * len(names))
+        for part in _parts(list(dict.fromkeys(items)), _MANY):
+            rows = self._select(
+                "SELECT items.hash, clause, status, probability, rationale, date, "
+                "input_tokens + output_tokens FROM items "
+                "JOIN verdicts ON verdicts.item = items.id JOIN calls ON calls.id = call "
+                f"WHERE verdicts.reader = ? AND clause IN ({marks}) "
+                f"AND items.hash IN ({','.join('?' * len(part))})",
+                (row[0][0], *names, *part),
+            )
+            for item, clause, status, probability, *rest in rows:
+                verdict = records.ClauseVerdict(status, probability)
+                found.setdefault(item, {})[names[clause]] = Answer(verdict, *rest)
+        return found
+
+    def add(
+        self,
+        reader: Reader,
+        prompt: records.Text,
+        response: records.Text,
+        call: Call,
+        verdicts: Mapping[policies.Clause, records.ClauseVerdict],
+    ) -> None:
+        """Keeps an attempt and the verdicts it gave, if any; on return nothing can lose them.
+
+        An error never takes the place of an answer.
+        """
+        with self._writing() as db:
+            item = self._item(db, prompt, response)
+            number = self._add_call(db, reader, item, call)
+            db.executemany(
+                "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "status = excluded.status, probability = excluded.probability, call = excluded.call"
+                " WHERE excluded.status != 'error' OR verdicts.status = 'error'",
+                [
+                    (item, self._reader(db, reader), self._clause(db, clause), *_values(v), number)
+                    for clause, v in verdicts.items()
+                ],
+            )
+
+    def find_comparisons(self, reader: Reader, questions: Iterable[bytes]) -> dict[bytes, str]:
+        """Stored answers of `compare`: question hash -> "a", "b", "tie" or "undecided"."""
+        found: dict[bytes, str] = {}
+        for part in _parts(list(dict.fromkeys(questions)), _MANY):
+            found |= self._select(
+                f"SELECT question, answer FROM comparisons JOIN readers ON readers.id = reader "
+                f"WHERE {_IS_READER} AND question IN ({','.join('?' * len(part))})",
+                (*reader, *part),
+            )
+        return found
+
+    def add_comparison(
+        self, reader: Reader, question: bytes, call: Call, answer: str | None
+    ) -> None:
+        """Keeps an attempt at a comparison, and its answer unless that is None."""
+        with self._writing() as db:
+            number = self._add_call(db, reader, None, call)
+            if answer is not None:
+                row = (self._reader(db, reader), question, answer, number)
+                db.execute("INSERT OR REPLACE INTO comparisons VALUES (?, ?, ?, ?)", row)
+
+    def spent(self) -> Spent:
+        """What all attempts in this store took."""
+        columns = "input_tokens), SUM(cached_tokens), SUM(output_tokens), SUM(price"
+        ((n, *sums),) = self._select(f"SELECT COUNT(*), SUM({columns}) FROM calls")
+        return Spent(n, *(value or 0 for value in sums))
+
+    def add_batch(self, reader: Reader, name: str, questions: str) -> None:
+        """Remembers a batch that a service works on; questions: what it was asked, as JSON."""
+        with self._writing() as db:
+            row = (name, self._reader(db, reader), _now(), questions)
+            db.execute("INSERT INTO batches VALUES (?, ?, ?, ?)", row)
+
+    def batches(self, reader: Reader) -> dict[str, str]:
+        """Batches of this reader that are still out: name -> questions, oldest first."""
+        return dict(
+            self._select(
+                "SELECT name, questions FROM batches JOIN readers ON readers.id = reader "
+                f"WHERE {_IS_READER} ORDER BY date, name",
+                reader,
+            )
+        )
+
+    def forget_batch(self, name: str) -> None:
+        """Its answers are in the store, or will never come."""
+        with self._writing() as db:
+            db.execute("DELETE FROM batches WHERE name = ?", (name,))
+
+    def export(self, path: records.AnyPath) -> int:
+        """Writes all verdicts with what was asked and replied as Parquet; returns how many rows."""
+        import pyarrow
+        from pyarrow import parquet
+
+        names, cursor = self._export_rows()
+        kinds = {"probability": pyarrow.float64(), "price": pyarrow.float64()}
+        whole = ("input_tokens", "cached_tokens", "output_tokens")
+        kinds |= dict.fromkeys(whole, pyarrow.int64())
+        schema = pyarrow.schema([(n, kinds.get(n, pyarrow.string())) for n in names])
+        total = 0
+        try:
+            with parquet.ParquetWriter(path, schema) as writer:
+                while rows := cursor.fetchmany(10_000):
+                    columns = zip(zip(*rows, strict=True), schema, strict=True)
+                    arrays = [pyarrow.array(column, field.type) for column, field in columns]
+                    writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+                    total += len(rows)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error}); use another file") from error
+        return total
+
+    def _export_rows(self) -> tuple[list[str], sqlite3.Cursor]:
+        cursor = self._db.execute(
+            "SELECT judge, model, parameters, template, name AS clause, requirement, prompt, "
+            "response, status, probability, rationale, raw, outcome, calls.date, input_tokens, "
+            "cached_tokens, output_tokens, price FROM verdicts "
+            "JOIN readers ON readers.id = verdicts.reader JOIN clauses ON clauses.id = clause "
+            "JOIN items ON items.id = verdicts.item JOIN calls ON calls.id = call "
+            "ORDER BY verdicts.item, verdicts.reader, clause"
+        )
+        return [column[0] for column in cursor.description], cursor
+
+    def _clause_names(self, clauses: Sequence[policies.Clause]) -> dict[int, str]:
+        by_hash = {clause.text_hash: clause.id for clause in clauses}
+        marks = ",".join("?" * len(by_hash))
+        rows = self._select(f"SELECT id, hash FROM clauses WHERE hash IN ({marks})", tuple(by_hash))
+        return {number: by_hash[digest] for number, digest in rows}
+
+    def _add_call(
+        self, db: sqlite3.Connection, reader: Reader, item: int | None, call: Call
+    ) -> int:
+        row = (self._reader(db, reader), item, _now(), *dataclasses.astuple(call))
+        marks = ",".join("?" * len(row))
+        cursor = db.execute(
+            "INSERT INTO calls(reader, item, date, outcome, input_tokens, cached_tokens, "
+            f"output_tokens, price, rationale, raw) VALUES ({marks})",
+            row,
+        )
+        return cursor.lastrowid
+
+    def _item(self, db: sqlite3.Connection, prompt: records.Text, response: records.Text) -> int:
+        digest = item_hash(prompt, response)
+        texts = (json.dumps(text, ensure_ascii=True) for text in (prompt, response))
+        return self._row(db, "items", "hash", (digest,), "hash, prompt, response", (digest, *texts))
+
+    def _reader(self, db: sqlite3.Connection, reader: Reader) -> int:
+        columns = "judge, model, parameters, template"
+        return self._row(db, "readers", f"({columns})", tuple(reader), columns, tuple(reader))
+
+    def _clause(self, db: sqlite3.Connection, clause: policies.Clause) -> int:
+        row = (clause.text_hash, clause.id, clause.requirement)
+        return self._row(db, "clauses", "hash", row[:1], "hash, name, requirement", row)
+
+    def _row(
+        self, db: sqlite3.Connection, table: str, key: str, at: tuple, columns: str, values: tuple
+    ) -> int:
+        """The id of the row, which is made where it is not there."""
+        if (table, at) in self._ids:
+            return self._ids[table, at]
+        marks = ",".join("?" * len(values))
+        db.execute(f"INSERT OR IGNORE INTO {table}({columns}) VALUES ({marks})", values)
+        where = f"{key} = ({','.join('?' * len(at))})"
+        ((found,),) = db.execute(f"SELECT id FROM {table} WHERE {where}", at).fetchall()
+        if table != "items":  # of those there may be millions
+            self._ids[table, at] = found
+        return found
+
+    def _select(self, query: str, values: Sequence = ()) -> list[tuple]:
+        with self._mended():
+            return self._db.execute(query, tuple(values)).fetchall()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing."""
+        with self._mended():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                self._ids.clear()
+                raise
+            self._db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _mended(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InputError(
+                f"{self.path}: the judgement store cannot be used ({error}); free space, close "
+                "what holds it, or give another file with --config.asking.store=FILE"
+            ) from error
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    if path != ":memory:":
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # Answers may arrive in a thread of their own; one at a time.
+    db = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut the last seconds
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if not tables and not version:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+        elif version != VERSION:
+            raise _other_version(path, version)
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        db.close()
+        raise
+    return db
+
+
+def _other_version(path: str, version: int) -> InputError:
+    kind = "a newer trace_jax" if version > VERSION else "another program or an older trace_jax"
+    return InputError(
+        f"{path}: written by {kind} (schema {version}, this one is {VERSION}); use that version to "
+        "export it, or give another file with --config.asking.store=FILE"
+    )
+
+
+def _values(verdict: records.ClauseVerdict) -> tuple[str, float | None]:
+    return verdict.status, verdict.probability
+
+
+def _parts(values: list, size: int) -> Iterator[list]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
