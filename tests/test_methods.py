@@ -1,5 +1,7 @@
 """The coefficient table: every method, action and supplement, written out."""
 
+import dataclasses
+
 import pytest
 
 from trace_jax import methods, records
@@ -32,7 +34,7 @@ def table(method, corrections=None, weights=None, punish="correction") -> dict[s
         method,
         RECORDS,
         corrections=corrections or {},
-        weights=weights,
+        weights=weights and {(i, i): w for i, w in weights.items()},
         alpha_kl=0.5,
         punish=punish,
     )
@@ -110,6 +112,40 @@ def test_examples_keep_the_order_of_the_records():
 @pytest.mark.parametrize("method", ["trace", "trace_no_kl", "trace_no_impact"])
 def test_unresolved_records_train_nothing(method):
     assert "UNRESOLVED" not in table(method, {"UNRESOLVED": "yc"}, {"UNRESOLVED": 9.0})
+
+
+def soft(**masses: float) -> records.TriagedRecord:
+    full = {name: masses.get(name, 0.0) for name in ACTIONS}
+    record = records.PreferenceRecord("soft", "x", "yw", "yl")
+    return records.TriagedRecord(record, verdict(False), verdict(True), "INVERT", masses=full)
+
+
+def soft_examples(item, weights=None, **more):
+    return methods.examples(
+        "trace", [item], corrections={}, weights=weights, alpha_kl=0.5, **more
+    )  # fmt: skip
+
+
+def test_soft_triage_gives_every_action_its_share():
+    item = soft(INVERT=0.5, PUNISH=0.25, RETAIN=0.125, UNRESOLVED=0.125)
+    weights = {("soft", "INVERT"): 2.0, ("soft", "PUNISH"): 3.0}
+    found = soft_examples(item, weights)
+    assert [(e.action, e.y0, e.y1) for e in found] == [
+        ("INVERT", "yl", "yw"), ("PUNISH", "yw", "yl"), ("RETAIN", "yw", None)
+    ]  # fmt: skip
+    assert [(e.pref, e.npo0, e.npo1, e.kl) for e in found] == [
+        (1.0, 0, 0, 0), (0, 0.75, 0.75, 0), (0, 0, 0, 0.0625)
+    ]  # fmt: skip
+    scored = soft_examples(item, with_masses=False)
+    assert [(e.pref, e.npo0, e.kl) for e in scored] == [(1, 0, 0), (0, 1, 0), (0, 0, 0.5)]
+
+
+def test_soft_triage_of_certain_verdicts_is_hard_triage():
+    hard = methods.examples(
+        "trace", [triaged("INVERT")], corrections={}, weights=None, alpha_kl=0.5
+    )
+    (found,) = soft_examples(soft(INVERT=1.0))
+    assert dataclasses.replace(found, record_id="INVERT") == hard[0]
 
 
 def test_an_example_whose_coefficients_are_all_zero_is_left_out():

@@ -26,13 +26,14 @@ class Watched:
     """The rules judge; says how many items it was asked about."""
 
     id = "watched"
+    keeps_answers = False
 
     def __init__(self):
         self.judge_rules, self.n_items = judges.make("rules", POLICY), 0
 
-    def judge(self, items):
+    def judge(self, items, *, progress=None):
         self.n_items += len(items)
-        return self.judge_rules.judge(items)
+        return self.judge_rules.judge(items, progress=progress)
 
 
 DECISIONS = {
@@ -72,7 +73,7 @@ def test_both_responses_are_judged(tmp_path):
     assert counts.actions == {"INVERT": 1, "PUNISH": 1, "RETAIN": 2, "UNRESOLVED": 0}
     assert counts.violations == {"calm": 4, "short": 1}
     assert str(counts) == "INVERT 1, PUNISH 1, RETAIN 2, UNRESOLVED 0"
-    assert sum(steps) == len(RECORDS)
+    assert sum(steps) == 2 * len(RECORDS)
     assert "labels" not in json.loads(path.read_text().splitlines()[2])
 
 
@@ -90,7 +91,7 @@ def test_a_partial_file_is_continued_byte_for_byte(tmp_path, monkeypatch, batch)
             triage.run(RECORDS, watched, path, progress=steps.append)
             assert path.read_bytes() == whole.read_bytes()
             assert watched.n_items == 2 * (len(RECORDS) - n_whole)
-            assert (steps[0], sum(steps)) == (n_whole, len(RECORDS))
+            assert (steps[0], sum(steps)) == (2 * n_whole, 2 * len(RECORDS))
 
 
 def test_each_batch_is_written_before_the_next_is_judged(tmp_path, monkeypatch):
@@ -98,7 +99,7 @@ def test_each_batch_is_written_before_the_next_is_judged(tmp_path, monkeypatch):
     path = tmp_path / "triage.jsonl"
 
     class Dies(Watched):
-        def judge(self, items):
+        def judge(self, items, *, progress=None):
             if self.n_items:
                 raise KeyboardInterrupt
             return super().judge(items)
@@ -121,6 +122,100 @@ def test_an_undecided_record_is_unresolved(tmp_path):
     counts = triage.run(RECORDS, judge, path)
     assert counts.actions["UNRESOLVED"] == len(RECORDS)
     assert counts.violations == {"a": 0}
+
+
+def probability(p, status=None):
+    return records.Verdict(status or ("compliant" if p >= 0.5 else "violating"), p, {})
+
+
+ABSTAINED = records.Verdict("abstain", None, {"a": records.ClauseVerdict("abstain", None)})
+HALF = records.Verdict("abstain", 0.5, {"a": records.ClauseVerdict("abstain", 0.5)})
+ERROR = records.Verdict("error", 0.9, {"a": records.ClauseVerdict("error", None)})
+SURE = records.Verdict("violating", None, {"a": records.ClauseVerdict("violating", None)})
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, expected",
+    [
+        (probability(0.0), probability(1.0), (1, 0, 0, 0)),
+        (probability(0.0), probability(0.0), (0, 1, 0, 0)),
+        (probability(1.0), probability(0.0), (0, 0, 1, 0)),
+        (probability(1.0), probability(1.0), (0, 0, 1, 0)),
+        (probability(0.2), probability(0.7), (0.56, 0.24, 0.2, 0)),
+        (SURE, probability(0.7), (0.7, 0.3, 0, 0)),
+        (HALF, probability(1.0), (0.5, 0, 0.5, 0)),
+        (probability(0.2), ABSTAINED, (0, 0, 0.2, 0.8)),
+        (probability(1.0), ERROR, (0, 0, 1, 0)),
+        (ABSTAINED, probability(1.0), (0, 0, 0, 1)),
+        (ERROR, probability(1.0), (0, 0, 0, 1)),
+    ],
+)
+def test_masses(chosen, rejected, expected):
+    found = triage.masses(chosen, rejected)
+    assert tuple(found) == records.ACTIONS
+    assert tuple(found.values()) == pytest.approx(expected)
+
+
+def test_masses_are_the_hard_table_for_verdicts_without_doubt():
+    for w in (0.0, 1.0):
+        for y in (0.0, 1.0):
+            hard = triage.action(w == 1, y == 1)
+            assert triage.masses(probability(w), probability(y))[hard] == 1.0
+
+
+@pytest.mark.parametrize(
+    "verdict, expected",
+    [
+        (probability(0.9), True),
+        (probability(0.8), True),
+        (probability(0.79), None),
+        (probability(0.3), None),
+        (probability(0.29), False),
+        (HALF, None),
+        (ABSTAINED, None),
+        (ERROR, None),
+        (SURE, False),
+    ],
+)
+def test_thresholds(verdict, expected):
+    by_p = triage.Settings(decide_by="probability", compliant_from=0.8, violating_below=0.3)
+    assert triage.compliant(verdict, by_p) is expected
+    assert triage.compliant(verdict, triage.Settings()) is verdict.compliant
+
+
+def test_soft_triage_writes_masses(tmp_path):
+    path = tmp_path / "triage.jsonl"
+    triage.run(RECORDS, Watched(), path, triage.Settings(soft=True))
+    assert json.loads(path.read_text().splitlines()[0])["masses"] == {
+        "INVERT": 1.0, "PUNISH": 0.0, "RETAIN": 0.0, "UNRESOLVED": 0.0,
+    }  # fmt: skip
+    assert triage.read(path)[0].masses["INVERT"] == 1.0
+
+
+def test_a_judge_that_keeps_its_answers_is_asked_for_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(triage, "_BATCH", 1)
+    asked = []
+
+    class Keeps(Watched):
+        keeps_answers = True
+
+        def judge(self, items, *, progress=None):
+            asked.append(len(items))
+            return super().judge(items, progress=progress)
+
+    triage.run(RECORDS, Keeps(), tmp_path / "a.jsonl")
+    assert asked == [2 * len(RECORDS)]
+
+
+def test_the_judge_gets_the_labels_of_prompt_and_response(tmp_path):
+    labels = {"prompt": {"unsafe": False}, "chosen": {"rude": True}, "rejected": {"rude": False}}
+    by_label = policy.parse("""\
+name: p
+clauses: [{id: a, requirement: A, labels: {any: [{label: unsafe}, {not: {label: rude}}]}}]
+""")
+    found = [records.PreferenceRecord("a", "x", "rude", "calm", labels)]
+    triaged = triage.triage(found, judges.make("labels", by_label))
+    assert triaged[0].action == "INVERT"
 
 
 def test_triage_starts_without_jax_in_under_a_second():

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
-from trace_jax import methods
+from trace_jax import judges, methods
 from trace_jax.errors import InputError
 
 SOURCES = ("jsonl", "synth", "self_sampled")
@@ -28,6 +28,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.policy.new = "synth_new"  # what the model is re-aligned to
     c.judge = _judge()
     c.asking = _asking()
+    c.triage = _triage()
     c.align = _training()  # DPO on the records as they are: makes M_ref
     c.align.enabled = True  # False: the model at model.path already is M_ref
     c.correct = _correct()
@@ -136,6 +137,19 @@ def _asking() -> ml_collections.ConfigDict:
     return c
 
 
+def _triage() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.decide_by = "status"  # the judge's own | probability: by the two thresholds below
+    c.compliant_from = 0.5  # P(compliant) from which a response counts as compliant
+    c.violating_below = 0.5  # P(compliant) below which it counts as violating; between: UNRESOLVED
+    c.soft = False  # a record trains every action, each by its probability
+    c.overrides = ""  # JSONL of what people say of records, see trace_jax/overrides.py
+    c.noise = 0.0  # share of records whose verdicts are corrupted on purpose: robustness studies
+    c.noise_seed = 42
+    c.coverage_least = 20  # warn of clauses that fewer conflicts touch
+    return c
+
+
 def _training() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.total_steps = 200
@@ -230,6 +244,8 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
     _one_of("impact.weights", config.impact.weights, ("impact", "uniform"))
     _one_of("impact.path", config.impact.path, ("jvp", "jvp_losses", "vmap_grad"))
     _one_of("impact.normalisation", config.impact.normalisation, ("mean_one", "sum_to_one"))
+    _one_of("judge.name", config.judge.name, judges.NAMES)
+    _validate_triage(config.triage)
     for name in ("align", "train", "model.scratch.training"):
         _validate_training(name, _section(config, name))
     for split in config.evaluate.splits:
@@ -266,6 +282,19 @@ def _validate_model(config: ml_collections.ConfigDict) -> None:
             f"model.path={path}: no config.json there; give a directory in Hugging Face layout, or "
             "a model of the hub as organisation/name"
         )
+
+
+def _validate_triage(c: ml_collections.ConfigDict) -> None:
+    _one_of("triage.decide_by", c.decide_by, ("status", "probability"))
+    if not 0 <= c.violating_below <= c.compliant_from <= 1:
+        raise InputError(
+            f"triage.violating_below={c.violating_below} and triage.compliant_from="
+            f"{c.compliant_from} must lie in 0..1, the first not above the second"
+        )
+    if not 0 <= c.noise <= 1:
+        raise InputError(f"triage.noise={c.noise} is a share of the records, 0 to 1")
+    if c.overrides and not Path(c.overrides).is_file():
+        raise InputError(f"triage.overrides={c.overrides}: no such file")
 
 
 def _validate_mesh(c: ml_collections.ConfigDict) -> None:

@@ -41,13 +41,17 @@ def examples(
     triaged: Iterable[records.TriagedRecord],
     *,
     corrections: Mapping[str, records.Text],
-    weights: Mapping[str, float] | None,
+    weights: Mapping[tuple[str, str], float] | None,
     alpha_kl: float,
     punish: str = "correction",
+    with_masses: bool = True,
 ) -> list[Example]:
     """Examples of `method`, in record order; UNRESOLVED records give none but for dpo and sft.
 
-    corrections: record id -> y_c. weights: record id -> impact weight; None means 1 everywhere.
+    A record with masses (soft triage) gives examples of every action that has one, times the mass
+    unless with_masses is off.
+
+    corrections: record id -> y_c. weights: (record id, action) -> impact weight; None means 1.
     punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"
     is always dual NPO.
     """
@@ -58,21 +62,41 @@ def examples(
     use_weights = weights is not None and method in WEIGHTED
     out = []
     for item in triaged:
-        weight = weights[item.record.id] if use_weights and item.record.id in weights else 1.0
-        if item.action != "UNRESOLVED" or method in ("dpo", "sft"):
-            out += _of_record(method, item, weight, corrections, alpha_kl, punish)
+        for action, mass in _masses(method, item).items():
+            key = (item.record.id, action)
+            weight = weights[key] if use_weights and key in weights else 1.0
+            found = _of_record(method, item, action, weight, corrections, alpha_kl, punish)
+            out += [_times(e, mass) for e in found] if with_masses else found
     return [e for e in out if e.pref or e.npo0 or e.npo1 or e.kl or e.nll]
+
+
+def _masses(method: str, item: records.TriagedRecord) -> dict[str, float]:
+    """Actions a record is used for, each with its share of it."""
+    if method in ("dpo", "sft"):
+        return {item.action: 1.0}
+    masses = {item.action: 1.0} if item.masses is None else item.masses
+    if method not in TRIAGED:  # uses every record that triage resolved, whatever the action
+        masses = {item.action: 1.0}
+    return {action: m for action, m in masses.items() if m > 0 and action != "UNRESOLVED"}
+
+
+def _times(e: Example, mass: float) -> Example:
+    if mass == 1.0:
+        return e
+    names = ("pref", "npo0", "npo1", "kl", "nll")
+    return dataclasses.replace(e, **{name: mass * getattr(e, name) for name in names})
 
 
 def _of_record(
     method: str,
     item: records.TriagedRecord,
+    action: str,
     weight: float,
     corrections: Mapping[str, records.Text],
     alpha_kl: float,
     punish: str,
 ) -> list[Example]:
-    record, action = item.record, item.action
+    record = item.record
     y_w, y_l = record.chosen, record.rejected
 
     def example(y0: records.Text, y1: records.Text | None = None, **coefficients: float) -> Example:

@@ -91,6 +91,25 @@ class Verdict:
         """True, False, or None where nothing was decided."""
         return {"compliant": True, "violating": False}.get(self.status)
 
+    @property
+    def p_compliant(self) -> float | None:
+        """P(compliant): the judge's where it gave one, else 1 or 0; None where it is not known.
+
+        After an abstention it is known only if every clause has one; after an error it never is.
+        """
+        if self.status == "abstain":
+            given = [clause.probability for clause in self.clauses.values()]
+            return min(given) if given and None not in given else None
+        if self.compliant is None or self.probability is not None:
+            return None if self.status == "error" else self.probability
+        return float(self.compliant)
+
+    def replaced(self, status: str | None) -> Self:
+        """This verdict with another status, for sure; itself for None."""
+        if status is None:
+            return self
+        return dataclasses.replace(self, status=status, probability=float(status == "compliant"))
+
     def to_json(self) -> dict[str, Any]:
         """What triage.jsonl keeps of it."""
         clauses = {name: dataclasses.asdict(clause) for name, clause in self.clauses.items()}
@@ -105,15 +124,27 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TriagedRecord:
-    """A record, the new policy's verdicts on both responses, and the action they give."""
+    """A record, the new policy's verdicts on both responses, and the action they give.
+
+    Attributes:
+      masses: probability of each action, for soft triage.
+      override: what people said of it. noise: how its verdicts were corrupted on purpose.
+    """
 
     record: PreferenceRecord
     chosen_verdict: Verdict
     rejected_verdict: Verdict
     action: str
+    masses: Mapping[str, float] | None = None
+    override: Mapping[str, str] | None = None
+    noise: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The line of triage.jsonl."""
+        """The line of triage.jsonl; without masses, override and noise where there are none."""
+        more = {key: getattr(self, key) for key in ("masses", "override", "noise")}
+        return self._row() | {key: value for key, value in more.items() if value is not None}
+
+    def _row(self) -> dict[str, Any]:
         return {
             "id": self.record.id,
             "prompt": self.record.prompt,
@@ -128,7 +159,19 @@ class TriagedRecord:
     def from_json(cls, row: Mapping[str, Any]) -> Self:
         """Reads back `to_json`."""
         verdicts = (Verdict.from_json(row[f"{side}_verdict"]) for side in ("chosen", "rejected"))
-        return cls(PreferenceRecord.from_json(row), *verdicts, row["action"])
+        more = (row.get(key) for key in ("masses", "override", "noise"))
+        return cls(PreferenceRecord.from_json(row), *verdicts, row["action"], *more)
+
+
+def verdicts_of(action: str, chosen: Verdict, rejected: Verdict) -> tuple[Verdict, Verdict]:
+    """The verdicts, changed as little as the action needs."""
+    if action == "RETAIN":
+        return chosen.replaced("compliant"), rejected
+    if action == "UNRESOLVED":
+        return chosen, rejected
+    return chosen.replaced("violating"), rejected.replaced(
+        "compliant" if action == "INVERT" else "violating"
+    )
 
 
 def content_id(*parts: Text) -> str:

@@ -25,7 +25,9 @@ def judged_rows(
 ) -> list[dict]:
     """Sample rows of one model and mode; `mean_logprobs` in the order of prompts, then samples."""
     items = [
-        (p["prompt"], r) for p, of_prompt in zip(prompts, responses, strict=True) for r in of_prompt
+        judges.Item(p["prompt"], r, p.get("labels", {}))
+        for p, of_prompt in zip(prompts, responses, strict=True)
+        for r in of_prompt
     ]
     verdicts, old_verdicts = iter(judge.judge(items)), iter(old_judge.judge(items))
     logp = iter(mean_logprobs)

@@ -42,7 +42,8 @@ STAGES = (
           on_host=True),
     Stage("align", ("seed", "align", "data.max_length", "data.append_stop"), ("prepare",),
           ("ref",), ("ref_checkpoints",)),
-    Stage("triage", ("policy.new", "judge"), ("prepare",), ("triage.jsonl",), on_host=True),
+    Stage("triage", ("policy.new", "judge", "triage"), ("prepare",),
+          ("triage.jsonl", "coverage.json"), on_host=True),
     Stage("baseline", ("seed", "policy", "judge", "evaluate"), ("prepare", "align"),
           ("baseline.jsonl", "guard.json", "perplexity.json"), (".responses",)),
     Stage("correct", ("seed", "correct", "policy.new", "judge"),
@@ -146,6 +147,10 @@ def _what_to_do(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
     finished, started = run.workdir.finished(stage.name), run.workdir.started(stage.name)
     if finished is not None:
         if redo and (finished["inputs"] != wanted or run.workdir.touched(stage.name)):
+            return "redo"
+        if redo and finished["summary"].get("judge_errors"):
+            return "redo"  # what the judge could not answer is asked again
+        if redo and run.config.asking.reask_abstentions and finished["summary"].get("abstentions"):
             return "redo"
         if finished["inputs"] != wanted:
             raise _changed(stage, run, finished["inputs"], wanted)

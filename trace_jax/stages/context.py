@@ -30,6 +30,12 @@ class Context:
         found = {}
         if stage in ("triage", "baseline", "correct", "evaluate"):
             found["policy.new/hash"] = self.new_policy.hash
+            judging = self.config.judge.local.model
+            if self.config.judge.name != "rules" and judging and Path(judging).exists():
+                found["judge.local.model/hash"] = workdir.hash_path(Path(judging))
+        if stage == "triage" and self.config.triage.overrides:
+            overrides = Path(self.config.triage.overrides)
+            found["triage.overrides/hash"] = workdir.hash_path(overrides)
         if stage in ("prepare", "baseline", "evaluate"):
             found["policy.old/hash"] = self.old_policy.hash
         if stage == "prepare":

@@ -1,6 +1,6 @@
 """Stage correct: y_c for PUNISH records, written by the model, kept when the judge agrees."""
 
-from trace_jax import metrics, records, respond, workdir
+from trace_jax import judges, metrics, records, respond, workdir
 from trace_jax.evaluate import guard
 from trace_jax.stages import context
 
@@ -75,7 +75,10 @@ def _first_accepted(
         for p, of_prompt in zip(prompts, samples, strict=True)
         for s in of_prompt
     ]
-    verdicts = run.judge.judge([(prompt, s) for _, prompt, s in items])
+    labels = {
+        records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged
+    }
+    verdicts = run.judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
     compliant = [item for item, v in zip(items, verdicts, strict=True) if v.compliant]
     if run.config.correct.guard and compliant:
         compliant = _plausible(run, compliant)

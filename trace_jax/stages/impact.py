@@ -28,6 +28,7 @@ def run(run: context.Context) -> dict:
         weights=None,
         alpha_kl=0.0,
         punish=run.config.train.punish,
+        with_masses=False,  # the score of a loss does not depend on how often it counts
     )
     if method is None:
         return _uniform(run, examples)

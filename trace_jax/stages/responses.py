@@ -109,9 +109,12 @@ def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:
     for row in base_rows:
         if row["mode"] == "sample":
             by_prompt.setdefault(row["id"], []).append(row)
+    labels = {p["id"]: p.get("labels", {}) for p in run.prompts}
     found = {}
     for prompt_id, rows in by_prompt.items():
-        old = run.old_judge.judge([(r["prompt"], r["response"]) for r in rows])
+        old = run.old_judge.judge(
+            [judges.Item(r["prompt"], r["response"], labels[prompt_id]) for r in rows]
+        )
         ranked = [
             (rows[i], rows[j]) if judges.order(old[i], old[j]) > 0 else (rows[j], rows[i])
             for i in range(len(rows))

@@ -12,7 +12,7 @@ def run(run: context.Context) -> dict:
         config.method,
         run.triaged,
         corrections=run.corrections,
-        weights={row["id"]: row["weight"] for row in rows},
+        weights={(row["id"], row["action"]): row["weight"] for row in rows},
         alpha_kl=config.alpha_kl,
         punish=config.punish,
     )

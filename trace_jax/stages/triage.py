@@ -1,20 +1,70 @@
 """Stage triage: the judge's verdicts on both responses of every record, and the action."""
 
-from trace_jax import metrics, records, triage
+import dataclasses
+from collections.abc import Sequence
+
+from trace_jax import coverage, metrics, noise, overrides, records, triage
 from trace_jax.stages import context
 
 
 def run(run: context.Context) -> dict:
-    """Writes triage.jsonl, in record order; a partial file is continued by id.
+    """Writes triage.jsonl, in record order, and coverage.json; a partial file is continued by id.
 
-    Needs no accelerator and no jax.
+    Needs no accelerator and no jax, unless the judge does.
     """
+    path, config = run.workdir.path / "triage.jsonl", run.config.triage
     found = [
         records.PreferenceRecord.from_json(row)
         for _, row in records.read_jsonl(run.file("prepare", "records.jsonl"))
     ]
-    with run.progress(len(found), "triage") as bar:
-        triage.run(found, run.judge, run.workdir.path / "triage.jsonl", progress=bar.advance)
-    counts = triage.summary(triage.read(run.workdir.path / "triage.jsonl"))
-    metrics.say(f"  {counts}")
-    return {"actions": counts.actions}
+    settings = _settings(run, [r.id for r in found])
+    with run.progress(2 * len(found), f"triage by {run.judge.id}") as bar:
+        counts = triage.run(found, run.judge, path, settings, progress=bar.advance)
+    clauses = coverage.of(run.new_policy, triage.read(path), least=config.coverage_least)
+    records.write_json(
+        run.workdir.path / "coverage.json", [dataclasses.asdict(clause) for clause in clauses]
+    )
+    _tell(run, counts, clauses, settings)
+    summary = {"actions": counts.actions, "judge_errors": counts.errors}
+    summary |= {"abstentions": counts.abstentions, "overridden": len(settings.by_hand)}
+    return summary | {"corrupted": len(settings.corruptions)}
+
+
+def _settings(run: context.Context, ids: Sequence[str]) -> triage.Settings:
+    config = run.config.triage
+    by_hand = overrides.read(config.overrides, ids) if config.overrides else {}
+    return triage.Settings(
+        decide_by=config.decide_by,
+        compliant_from=config.compliant_from,
+        violating_below=config.violating_below,
+        soft=config.soft,
+        by_hand=by_hand,
+        corruptions=noise.plan(ids, share=config.noise, seed=config.noise_seed),
+    )
+
+
+def _tell(
+    run: context.Context,
+    counts: triage.Summary,
+    clauses: Sequence[coverage.Clause],
+    settings: triage.Settings,
+) -> None:
+    total = sum(counts.actions.values())
+    unresolved = counts.actions["UNRESOLVED"]
+    metrics.say(f"  {counts} ({unresolved / total:.0%} UNRESOLVED)")
+    if settings.by_hand:
+        metrics.say(f"  {len(settings.by_hand)} records decided by people")
+    if settings.corruptions:
+        metrics.say(f"  {len(settings.corruptions)} records corrupted on purpose (triage.noise)")
+    if counts.errors:
+        metrics.say(
+            f"  warning: no verdict on {counts.errors} responses after every try; run again with "
+            "--redo to ask them again"
+        )
+    if unresolved:
+        metrics.say(
+            f"  {unresolved} records train nothing: python -m trace_jax.shortlist "
+            f"{run.workdir.path} lists those most worth a look by people"
+        )
+    for line in coverage.warnings(clauses, least=run.config.triage.coverage_least):
+        metrics.say(f"  warning: {line}")

@@ -1,0 +1,98 @@
+"""The short list for people: records whose label would move the update most.
+
+    python -m trace_jax.shortlist WORKDIR [--n=50] [--out=FILE]
+
+A record's value is the judge's uncertainty about its action, 0 to 1, times the size of its impact
+score; records without one (UNRESOLVED, RETAIN) take the median. Fill in "verdict" and give the file
+back with --config.triage.overrides=FILE (overrides.py says what may stand there).
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax import records, triage
+from trace_jax.errors import InputError
+
+
+def uncertainty(item: records.TriagedRecord) -> float:
+    """0 where one action has all the probability, 1 where three share it or nothing is known."""
+    if item.override is not None:
+        return 0.0
+    masses = triage.masses(item.chosen_verdict, item.rejected_verdict)
+    resolved = max(masses[action] for action in ("INVERT", "PUNISH", "RETAIN"))
+    return min(1.0, 1.5 * (1.0 - resolved))
+
+
+def rank(
+    triaged: Sequence[records.TriagedRecord], scores: Mapping[str, float], n: int
+) -> list[dict[str, Any]]:
+    """The n records of highest value, as lines for people to fill in.
+
+    scores: record id -> impact score; without any, uncertainty alone ranks. Where the judge is sure
+    of everything (rules are), the size of the score ranks.
+    """
+    sizes = {name: abs(score) for name, score in scores.items()}
+    typical = statistics.median(sizes.values()) if sizes else 1.0
+    found = []
+    for item in triaged:
+        if item.override is not None:
+            continue
+        size = sizes.get(item.record.id, typical)
+        found.append((uncertainty(item) * size, size, item))
+    found.sort(key=lambda entry: entry[:2], reverse=True)
+    return [_line(item, value, scores.get(item.record.id)) for value, _, item in found[:n]]
+
+
+def _line(item: records.TriagedRecord, value: float, score: float | None) -> dict[str, Any]:
+    masses = triage.masses(item.chosen_verdict, item.rejected_verdict)
+    return {
+        "id": item.record.id,
+        "verdict": None,
+        "by": None,
+        "prompt": item.record.prompt,
+        "chosen_text": item.record.chosen,
+        "rejected_text": item.record.rejected,
+        "action": item.action,
+        "probabilities": {name: round(mass, 4) for name, mass in masses.items()},
+        "score": score,
+        "value": value,
+    }
+
+
+def of_workdir(workdir: Path, n: int) -> list[dict[str, Any]]:
+    """The short list of a run: after triage, better after impact."""
+    if not (workdir / "triage.jsonl").exists():
+        raise InputError(f"{workdir}: no triage.jsonl there; run stage triage first")
+    impact = workdir / "impact.jsonl"
+    rows = (row for _, row in records.read_jsonl(impact)) if impact.exists() else ()
+    scores: dict[str, float] = {}
+    for row in rows:
+        if row["score"] is not None and abs(row["score"]) >= abs(scores.get(row["id"], 0.0)):
+            scores[row["id"]] = row["score"]
+    return rank(triage.read(workdir / "triage.jsonl"), scores, n)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trace_jax.shortlist", description=__doc__)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--n", type=int, default=50, help="records to list")
+    parser.add_argument("--out", type=Path, help="file; default WORKDIR/shortlist.jsonl")
+    values = parser.parse_args(argv)
+    try:
+        rows = of_workdir(values.workdir, values.n)
+        out = values.out or values.workdir / "shortlist.jsonl"
+        records.write_jsonl(out, rows)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(rows)} records: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
