@@ -71,6 +71,9 @@ class Clause:
     by_labels: predicates.Predicate | None = _compiled()
     applies: predicates.Predicate | None = _compiled()
 
+    def __hash__(self) -> int:
+        return hash(self.hash)  # predicates as written are mappings, which have none
+
     @functools.cached_property
     def hash(self) -> str:
         """Over everything that can change a verdict on this clause."""

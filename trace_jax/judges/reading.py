@@ -217,7 +217,7 @@ class ReadingJudge:
             policy_hash=self.policy.hash,
             template_hash=template.HASH,
             date=max((answer.date for answer in given), default=""),
-            tokens=max((answer.tokens for answer in given), default=0),
+            tokens=sum({answer.call: answer.tokens for answer in given}.values()),
         )
         return dataclasses.asdict(verdict)
 

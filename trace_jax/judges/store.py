@@ -83,6 +83,7 @@ class Answer(NamedTuple):
     rationale: str
     date: str
     tokens: int
+    call: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Store:
         for part in _parts(list(dict.fromkeys(items)), _MANY):
             rows = self._select(
                 "SELECT items.hash, clause, status, probability, rationale, date, "
-                "input_tokens + output_tokens FROM items "
+                "input_tokens + output_tokens, call FROM items "
                 "JOIN verdicts ON verdicts.item = items.id JOIN calls ON calls.id = call "
                 f"WHERE verdicts.reader = ? AND clause IN ({marks}) "
                 f"AND items.hash IN ({','.join('?' * len(part))})",
