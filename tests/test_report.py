@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import re
@@ -5,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from trace_jax import charts, metrics, records, report
+from trace_jax import charts, coverage, metrics, policy, records, report, triage
 
 ATTACK = (
     "<script>alert(1)</script> {{ 7 * 7 }} {% raw %} <img src=x onerror=alert(2)> \" ' & \ud800"
@@ -47,10 +48,12 @@ def _triage_rows(rng):
             "action": str(action),
             "chosen_verdict": {
                 "status": chosen,
+                "probability": None,
                 "clauses": _clauses(joy="compliant", speech=chosen, animal="compliant"),
             },
             "rejected_verdict": {
                 "status": rejected,
+                "probability": None,
                 "clauses": _clauses(joy=rejected, speech=rejected, animal="abstain"),
             },
         }
@@ -148,6 +151,9 @@ def workdir(tmp_path):
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     _write_jsonl(tmp_path / "triage.jsonl", _triage_rows(rng))
+    triaged = triage.read(tmp_path / "triage.jsonl")
+    covered = coverage.of(policy.load(tmp_path / "tales_new.yaml"), triaged, least=5)
+    records.write_json(tmp_path / "coverage.json", [dataclasses.asdict(c) for c in covered])
     _write_jsonl(tmp_path / "impact.jsonl", _impact_rows(rng))
     _write_jsonl(tmp_path / "samples.jsonl", _sample_rows())
     with metrics.MetricsWriter(tmp_path / "metrics.jsonl", resume_after=0) as writer:
@@ -269,6 +275,22 @@ def test_triage_counts(workdir):
     assert clauses["joy"]["conflicts"] == counts["PUNISH"]
     assert clauses["joy"]["rejected"] == 600 - counts["INVERT"] and clauses["joy"]["chosen"] == 0
     assert clauses["animal"]["rare"] and not clauses["joy"]["rare"]
+    assert clauses["animal"]["undecided"] == 600
+
+
+def test_what_people_and_studies_did_is_told(workdir):
+    rows = [row for _, row in records.read_jsonl(workdir / "triage.jsonl")]
+    rows[0]["override"], rows[1]["noise"] = {"action": "PUNISH", "by": "Ada"}, "swap"
+    rows[2] |= {"id": "torn", "prompt": "<b>Torn</b>"}
+    rows[2]["chosen_verdict"] |= {"status": "violating", "probability": 0.4}
+    _write_jsonl(workdir / "triage.jsonl", rows)
+    found = report.collect(workdir)["triage"]
+    assert (found["overridden"], found["corrupted"]) == (1, 1)
+    assert [row["id"] for row in found["doubtful"]] == ["torn"]
+    report.write(workdir / "r.html", report.collect(workdir))
+    page = (workdir / "r.html").read_text()
+    assert "1 pairs were decided by people" in page and "1 verdicts were corrupted" in page
+    assert "&lt;b&gt;Torn&lt;/b&gt;" in page
 
 
 def test_evaluation_compares_the_three_models(workdir):

@@ -15,12 +15,12 @@ from typing import Any
 
 import jinja2
 
-from trace_jax import charts, metrics, policy, records
+from trace_jax import charts, metrics, policy, records, shortlist
 
 CONFLICTS = ("INVERT", "PUNISH")
 MODELS = {"base": "base model", "ref": "M_ref (old policy)", "trained": "re-aligned model"}
 SAMPLES_SHOWN = 12
-FEW_CONFLICTS = 0.01  # a clause that fewer of the conflicts touch is marked in the coverage table
+DOUBTFUL_SHOWN = 6
 _RATES = ("compliance_guarded", "compliance", "compliance_greedy")
 _EVALUATION_TABLES = (
     ("Guarded compliance by action", "compliance_guarded", "by_action"),
@@ -65,8 +65,8 @@ def collect(workdir: Path) -> dict[str, Any]:
       title: str. config, versions: the JSON files, {} where missing.
       policy: {"old", "new", "clauses": [{"id", "change", "before", "after"}]}; change is unchanged,
       added, removed or changed.
-      triage: {"n", "n_conflicts", "actions": [{"action", "n", "share"}], "clauses": [{"id",
-        "chosen", "rejected", "conflicts", "rare"}]}: responses that violate each clause.
+      triage: {"n", "n_conflicts", "actions": [{"action", "n", "share"}], "clauses": rows of
+        coverage.json, "overridden", "corrupted", "doubtful": rows of the short list}.
       impact: impact_summary.json with "charts": [chart].
       training: [chart]; a chart is {"title", "names", "svg"}.
       evaluation: {"rows": [{"model", "rates": [rate], "perplexity"}], "tables": [{"title",
@@ -83,7 +83,7 @@ def collect(workdir: Path) -> dict[str, Any]:
         "config": config,
         "versions": _read_json(workdir / "versions.json") or {},
         "policy": changes,
-        "triage": _triage(_read_jsonl(workdir / "triage.jsonl")),
+        "triage": _triage(workdir),
         "impact": _impact(
             _read_json(workdir / "impact_summary.json"), _read_jsonl(workdir / "impact.jsonl")
         ),
@@ -110,7 +110,8 @@ def _policy(config: Row) -> Row | None:
     return {"old": old.name, "new": new.name, "clauses": clauses}
 
 
-def _triage(rows: Sequence[Row] | None) -> Row | None:
+def _triage(workdir: Path) -> Row | None:
+    rows = _read_jsonl(workdir / "triage.jsonl")
     if not rows:
         return None
     actions = Counter(row["action"] for row in rows)
@@ -118,37 +119,16 @@ def _triage(rows: Sequence[Row] | None) -> Row | None:
         {"action": action, "n": actions[action], "share": actions[action] / len(rows)}
         for action in records.ACTIONS
     ]
+    doubtful = [row for row in shortlist.of_workdir(workdir, DOUBTFUL_SHOWN) if row["value"] > 0]
     return {
         "n": len(rows),
         "n_conflicts": sum(actions[action] for action in CONFLICTS),
         "actions": counted,
-        "clauses": _coverage(rows),
+        "clauses": _read_json(workdir / "coverage.json") or [],
+        "overridden": sum("override" in row for row in rows),
+        "corrupted": sum("noise" in row for row in rows),
+        "doubtful": doubtful,
     }
-
-
-def _coverage(rows: Sequence[Row]) -> list[Row]:
-    """How often each clause is violated, and how many conflicts it touches."""
-    counts: dict[str, Counter] = {}
-    n_conflicts = sum(row["action"] in CONFLICTS for row in rows)
-    for row in rows:
-        touched = set()
-        for side in ("chosen", "rejected"):
-            for clause_id, clause in row[f"{side}_verdict"]["clauses"].items():
-                count = counts.setdefault(clause_id, Counter())
-                if clause["status"] == "violating":
-                    count[side] += 1
-                    touched.add(clause_id)
-        if row["action"] in CONFLICTS:
-            for clause_id in touched:
-                counts[clause_id]["conflicts"] += 1
-    return [
-        {
-            "id": clause_id,
-            **{key: count[key] for key in ("chosen", "rejected", "conflicts")},
-            "rare": count["conflicts"] < max(1, FEW_CONFLICTS * n_conflicts),
-        }
-        for clause_id, count in counts.items()
-    ]
 
 
 def _impact(summary: Row | None, rows: Sequence[Row] | None) -> Row | None:
