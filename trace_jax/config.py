@@ -61,7 +61,8 @@ def _model() -> ml_collections.ConfigDict:
     s.heads = 6
     s.kv_heads = 3
     s.context = 128  # tokens
-    s.documents = 12_000  # texts it is trained on
+    s.documents = 12_000  # synth: texts it is trained on; otherwise those of the records
+    s.tokenizer = ""  # folder or tokenizer.json; empty: SynthValueBench's own
     s.training = _training()
     return c
 
@@ -82,6 +83,7 @@ def _data() -> ml_collections.ConfigDict:
     c.prompts_path = ""  # jsonl: held-out prompts; empty: taken out of the records' prompts
     c.max_length = 512  # tokens of a prompt and one response
     c.too_long = "error"  # a response that does not fit: error | drop (counted and named)
+    c.as_chat = False  # prompts that are plain text become a user's turn under the chat template
     c.append_stop = True  # put the first stop id behind every response
     c.row_length = 0  # tokens of a packed row; 0: the longest example, rounded up to 64
     c.pairs = 2000  # synth, self_sampled: most pairs
@@ -272,10 +274,15 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
 
 def _validate_model(config: ml_collections.ConfigDict) -> None:
     path = config.model.path
-    if config.data.source != "synth" and not path:
+    tokenizer = config.model.scratch.tokenizer
+    from_records = config.data.source == "jsonl" and tokenizer
+    if config.data.source != "synth" and not path and not from_records:
         raise InputError(
-            "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout"
+            "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout (or "
+            "model.scratch.tokenizer, to train a small one on the text of the records)"
         )
+    if tokenizer and not path and not Path(tokenizer).exists():
+        raise InputError(f"model.scratch.tokenizer={tokenizer}: no such file or folder")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
     if path and not on_hub and not (Path(path) / "config.json").is_file():
         raise InputError(

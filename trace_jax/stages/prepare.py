@@ -5,7 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from trace_jax import metrics, processes, records, respond, self_sampled, sources, synth, workdir
+from trace_jax import (
+    metrics,
+    processes,
+    records,
+    respond,
+    scratch,
+    self_sampled,
+    sources,
+    synth,
+    workdir,
+)
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -13,19 +23,27 @@ from trace_jax.stages import context
 def run(run: context.Context) -> dict:
     """Writes base.json, records.jsonl, prompts.jsonl; trains `base/` where model.path is empty."""
     source = run.config.data.source
-    if not run.config.model.path:
-        with run.devices():
-            _train_from_scratch(run)
     found, prompts = {"jsonl": _from_jsonl, "synth": _from_synth, "self_sampled": _self_sampled}[
         source
     ](run)
     _check(found, prompts, run)
+    if run.config.data.as_chat:
+        found = [dataclasses.replace(r, prompt=_chat(r.prompt)) for r in found]
+        prompts = [row | {"prompt": _chat(row["prompt"])} for row in prompts]
+    if not run.config.model.path:
+        with run.devices():
+            _train_from_scratch(run, found)
     records.write_json(run.workdir.path / "base.json", run.base_identity())
     records.write_jsonl(run.workdir.path / "prompts.jsonl", prompts)
     records.write_jsonl(run.workdir.path / "records.jsonl", [r.to_json() for r in found])
     by_split = {s: sum(p["split"] == s for p in prompts) for s in ("validation", "test")}
     metrics.say(f"  {len(found)} records; held-out prompts: {by_split}")
     return {"records": len(found), **by_split}
+
+
+def _chat(prompt: records.Text) -> records.Text:
+    """A plain prompt as what a user said."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _check(found: list, prompts: list[dict], run: context.Context) -> None:
@@ -152,21 +170,15 @@ def _continuations(run: context.Context, prompts: list) -> list[list[str]]:
     return responses
 
 
-def _train_from_scratch(run: context.Context) -> None:
-    """Trains a small decoder on the synthetic corpus and saves it with its tokenizer as `base/`."""
+def _train_from_scratch(run: context.Context, found: list[records.PreferenceRecord]) -> None:
+    """Trains a small decoder and saves it with its tokenizer as `base/`."""
     target = run.workdir.path / "base"
     if (target / "model.safetensors").exists():
         return
-    import transformers
-
-    from trace_jax import batches, fit, methods, models, sharding
+    from trace_jax import batches, fit, models, sharding
 
     shape, seed = run.config.model.scratch, run.config.seed
-    building = run.workdir.path / "base_tokenizer"
-    if processes.is_first():
-        synth.tokenizer(building)
-    processes.wait("base tokenizer")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(building)
+    tokenizer = _scratch_tokenizer(run)
     config = models.scratch(
         shape.to_dict(),
         len(tokenizer),
@@ -174,22 +186,47 @@ def _train_from_scratch(run: context.Context) -> None:
         eos_token_ids=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
     )
-    documents = synth.corpus(seed, shape.documents)
-    examples = [
-        methods.Example(f"document-{i}", "", "", p + r, nll=1.0)
-        for i, (p, r) in enumerate(documents)
-    ]
     encoder = batches.Encoder(tokenizer, max_length=shape.context, end_id=tokenizer.eos_token_id)
+    dropped: list[str] = []
     fitted = fit.fit(
         sharding.place_module(run.as_configured(models.init(config, seed))),
-        examples,
+        _documents(run, found, encoder),
         run.settings("model.scratch.training"),
         encoder=encoder,
         directory=run.workdir.path / "base_checkpoints",
         metrics_path=run.workdir.path / "base_checkpoints" / "metrics.jsonl",
-        on_drop=None,
+        on_drop=run.on_drop(dropped),
         progress=run.progress,
     )
     metrics.say(f"  trained a model of {fit.n_parameters(fitted.module):,} parameters from scratch")
     models.save(fitted.module, target, tokenizer=tokenizer)
-    workdir.remove(building)
+    workdir.remove(run.workdir.path / "base_tokenizer")
+
+
+def _scratch_tokenizer(run: context.Context):
+    import transformers
+
+    building, source = run.workdir.path / "base_tokenizer", run.config.model.scratch.tokenizer
+    if processes.is_first():
+        if source:
+            scratch.save_tokenizer(Path(source), building)
+        else:
+            synth.tokenizer(building)
+    processes.wait("base tokenizer")
+    return transformers.AutoTokenizer.from_pretrained(building)
+
+
+def _documents(run: context.Context, found: list, encoder) -> list:
+    """Texts to train on: whole documents, prompts as well as responses."""
+    from trace_jax import methods
+
+    if run.config.data.source == "synth":
+        pairs = synth.corpus(run.config.seed, run.config.model.scratch.documents)
+    else:
+        pairs = [
+            (encoder.prompt_text(x), y if isinstance(y, str) else y[-1]["content"])
+            for x, y in scratch.texts(found)
+        ]
+    return [
+        methods.Example(f"document-{i}", "", "", p + r, nll=1.0) for i, (p, r) in enumerate(pairs)
+    ]
