@@ -1,5 +1,16 @@
 """What a method is: a table of coefficients over the examples a triaged record gives.
 
+| method | INVERT | PUNISH | RETAIN |
+|---|---|---|---|
+| trace | (y_l, y_w) pref = w | (y_c, y_w) pref = w, or (y_w, y_l) npo0 = npo1 = w | (y_w) kl |
+| trace_no_kl, trace_no_impact, trace_invert_only | the same without kl; w = 1; without PUNISH |
+| trace_no_triage | (y_w) npo0 = w | the same | the same |
+| dpo, which makes M_ref | (y_w, y_l) pref = 1 | the same | the same |
+| dpo_gold | (y_l, y_w) pref = 1 | (y_c, y_w) pref = 1, else left out | (y_w, y_l) pref = 1 |
+| naive_oracle_dpo | pref = 1, the response that alone complies first; else the data's order |
+| npo | (y_w) npo0 = 1 | the same | left out |
+| sft | nll = 1 on every response that complies, and on y_c |
+
 An example is a prompt, a response y0, optionally a second response y1, and five coefficients:
 
     loss = pref * L_pref(r0 - r1) + npo0 * L_npo(r0) + npo1 * L_npo(r1)
@@ -14,10 +25,22 @@ from collections.abc import Iterable, Mapping
 from trace_jax import records
 from trace_jax.errors import InputError
 
-METHODS = ("trace", "trace_no_triage", "trace_no_kl", "trace_no_impact", "dpo", "sft")
+METHODS = (
+    "trace",
+    "trace_no_triage",
+    "trace_no_kl",
+    "trace_no_impact",
+    "trace_invert_only",
+    "dpo",
+    "dpo_gold",
+    "naive_oracle_dpo",
+    "npo",
+    "sft",
+)
 CONFLICTS = ("INVERT", "PUNISH")
-TRIAGED = ("trace", "trace_no_kl", "trace_no_impact")
-WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage")  # methods that use impact weights
+WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage", "trace_invert_only")  # by impact
+SOFT = ("trace", "trace_no_kl", "trace_no_impact", "trace_invert_only", "dpo_gold", "npo")
+UNTRIAGED = ("dpo", "sft")  # they use UNRESOLVED records as well
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,11 +95,10 @@ def examples(
 
 def _masses(method: str, item: records.TriagedRecord) -> dict[str, float]:
     """Actions a record is used for, each with its share of it."""
-    if method in ("dpo", "sft"):
+    if method in UNTRIAGED:
         return {item.action: 1.0}
-    masses = {item.action: 1.0} if item.masses is None else item.masses
-    if method not in TRIAGED:  # uses every record that triage resolved, whatever the action
-        masses = {item.action: 1.0}
+    soft = item.masses is not None and method in SOFT
+    masses = item.masses if soft else {item.action: 1.0}
     return {action: m for action, m in masses.items() if m > 0 and action != "UNRESOLVED"}
 
 
@@ -102,19 +124,42 @@ def _of_record(
     def example(y0: records.Text, y1: records.Text | None = None, **coefficients: float) -> Example:
         return Example(record.id, action, record.prompt, y0, y1, **coefficients)
 
-    if method == "dpo":
-        return [example(y_w, y_l, pref=1.0)]
-    if method == "sft":
-        return _compliant_text(item, corrections, example)
-    if method == "trace_no_triage":
-        return [example(y_w, npo0=weight)]
-    if action == "INVERT":
-        return [example(y_l, y_w, pref=weight)]
-    if action == "PUNISH":
-        if punish == "correction" and record.id in corrections:
-            return [example(corrections[record.id], y_w, pref=weight)]
-        return [example(y_w, y_l, npo0=weight, npo1=weight)]
-    return [] if method == "trace_no_kl" else [example(y_w, kl=alpha_kl)]
+    def pair(better: records.Text, worse: records.Text, weight: float = 1.0) -> list[Example]:
+        return [example(better, worse, pref=weight)]
+
+    corrected = record.id in corrections
+    match method, action:
+        case "dpo", _:
+            return pair(y_w, y_l)
+        case "sft", _:
+            return _compliant_text(item, corrections, example)
+        case "naive_oracle_dpo", _:
+            turned = judged_better(item) == "rejected"
+            return pair(y_l, y_w) if turned else pair(y_w, y_l)
+        case "dpo_gold", "PUNISH":
+            return pair(corrections[record.id], y_w) if corrected else []
+        case "dpo_gold", _:
+            return pair(y_l, y_w) if action == "INVERT" else pair(y_w, y_l)
+        case "npo", _:
+            return [example(y_w, npo0=1.0)] if action in CONFLICTS else []
+        case "trace_no_triage", _:
+            return [example(y_w, npo0=weight)]
+        case _, "INVERT":
+            return pair(y_l, y_w, weight)
+        case ("trace_invert_only", "PUNISH") | ("trace_no_kl", "RETAIN"):
+            return []
+        case _, "PUNISH" if corrected and punish == "correction":
+            return pair(corrections[record.id], y_w, weight)
+        case _, "PUNISH":
+            return [example(y_w, y_l, npo0=weight, npo1=weight)]
+    return [example(y_w, kl=alpha_kl)]
+
+
+def judged_better(item: records.TriagedRecord) -> str | None:
+    """ "chosen" or "rejected", whichever alone complies; None where the verdicts agree."""
+    sides = {"chosen": item.chosen_verdict, "rejected": item.rejected_verdict}
+    compliant = [side for side, verdict in sides.items() if verdict.compliant]
+    return compliant[0] if len(compliant) == 1 else None
 
 
 def _compliant_text(
