@@ -35,7 +35,7 @@ setuptools.setup(
         "datasets>=4.0",
         "etils[epath]>=1.12",
         "flax>=0.12.8",
-        "google-genai>=1.30",
+        "google-genai>=3.0",
         "grain>=0.2.12",
         "jax>=0.10.2",
         "jinja2>=3.1",

@@ -127,6 +127,7 @@ def _asking() -> ml_collections.ConfigDict:
     c.requests_per_minute = 0.0  # 0: no limit
     c.timeout_seconds = 60.0  # of one attempt
     c.tries = 6  # attempts at one question
+    c.backoff_seconds = 1.0  # before the second attempt at most so long, then twice that, ..., 60
     c.budget_usd = 0.0  # the most that all calls in the store may have cost; 0: no limit
     c.budget_calls = 0  # the most attempts in the store; 0: no limit
     c.price_input = 0.30  # US dollars for a million tokens of the model
