@@ -12,6 +12,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from trace_jax.judges import gemini_reply, pacing, reading, template
 from trace_jax.judges import store as stores
 
 _KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
-_UNREACHABLE = 40  # attempts in a row that reach nobody, before the service counts as down
+_UNREACHABLE = 10  # attempts in a row that reach nobody, at least, before the service is down
 _TOKEN = 4.0  # characters, for what an attempt is expected to cost
 _EXPECTED_OUTPUT = 150  # tokens
 _HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
@@ -49,6 +50,7 @@ class Asking:
     timeout_seconds: float
     tries: int
     backoff_seconds: float
+    outage_seconds: float
     budget_usd: float
     budget_calls: int
     price_input: float
@@ -254,7 +256,7 @@ class _Run:
         self.pace = pacing.Pace(reader.asking.requests_per_minute)
         self.budget = reader.budget()
         self.rng = random.Random(0)
-        self.in_vain = 0  # attempts in a row that reached nobody
+        self.in_vain, self.reached = 0, time.monotonic()  # attempts in a row that reached nobody
         self.stopped: InputError | None = None
 
     async def all(self) -> None:
@@ -314,17 +316,17 @@ class _Run:
                     model=settings.model, contents=job.material, config=self.reader.request(job)
                 )
         except errors.APIError as error:
-            self.in_vain = 0
+            self._reached()
             return self._refused(job, error)
         except (pydantic.ValidationError, errors.UnknownApiResponseError, ValueError) as error:
-            self.in_vain = 0
+            self._reached()
             raw = self.reader.scrubbed(str(error))
             return stores.Call("malformed: not a reply of the API", raw=raw), None, True, None
         except Exception as error:
             if not _is_transport(error):
                 raise
             return self._unreached(error), None, True, None
-        self.in_vain = 0
+        self._reached()
         try:
             outcome, reason, result = job.read(response)
         except gemini_reply.Malformed as error:
@@ -351,14 +353,17 @@ class _Run:
             raise _Stopped
         return call, None, again, pacing.wish(headers, error.details)
 
+    def _reached(self) -> None:
+        self.in_vain, self.reached = 0, time.monotonic()
+
     def _unreached(self, error: Exception) -> stores.Call:
         self.in_vain += 1
-        kind = type(error).__name__
-        if self.in_vain >= max(_UNREACHABLE, 2 * self.reader.asking.concurrency):
+        kind, since = type(error).__name__, time.monotonic() - self.reached
+        if self.in_vain >= _UNREACHABLE and since >= self.reader.asking.outage_seconds:
             self._stop(
                 InputError(
-                    f"the judge cannot be reached: {self.in_vain} attempts in a row failed, the "
-                    f"last by {kind}; {self._progress()}"
+                    f"the judge could not be reached for {since:.0f} seconds ({self.in_vain} "
+                    f"attempts, the last ended by {kind}); {self._progress()}"
                 )
             )
         return stores.Call(f"no reply: {kind}", raw=self.reader.scrubbed(str(error))[:300])

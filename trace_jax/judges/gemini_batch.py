@@ -16,6 +16,7 @@ from trace_jax.judges import store as stores
 
 _MOST_BYTES = 15_000_000  # of one batch; the service takes 20 MB inline
 _MOST_QUESTIONS = 10_000
+_LONGEST_PAUSE = 30.0  # seconds between two looks
 _ENDED = {
     "JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED", "JOB_STATE_FAILED",
     "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED",
@@ -37,11 +38,13 @@ async def ask(reader: Any, questions: Sequence[reading.Question], answered: Answ
             open_.pop(key, None)
         waiting = _out(reader)
         await _submit(reader, client, [q for key, q in open_.items() if key not in waiting])
+        pause = 1.0
         deadline = time.monotonic() + 60 * reader.asking.batch_wait_minutes
         while reader.store.batches(reader.identity):
             if time.monotonic() >= deadline:
                 raise _at_work(reader)
-            await asyncio.sleep(min(30.0, max(0.2, deadline - time.monotonic())))
+            await asyncio.sleep(min(pause, max(0.2, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE)
             await _collect(reader, client, open_, answered)
     finally:
         await client.aio.aclose()

@@ -1,0 +1,260 @@
+"""A server on loopback that speaks the Gemini REST protocol, with faults: for tests and benchmarks.
+
+    python tests/gemini_server.py --key=K [--faults=0.3] [--latency=0.05] [--stall=30] [--batch=0.5]
+
+It prints its port. A clause is met where its id is a word of the response; "unsure-ID", "blocked"
+and "broken" in a response stand for what they say. It reads the material as a gullible judge would:
+whoever gets out of the fence is obeyed. GET /counts tells how often each response was asked about.
+POST /set changes an option. Standard library only.
+"""
+
+import argparse
+import asyncio
+import collections
+import hashlib
+import json
+import re
+
+FAULTS = (
+    "429", "retry_info", "500", "503", "drop", "stall", "truncated", "wrong_enum",
+    "other_clause", "missing_clause", "prose", "html", "no_candidate", "max_tokens", "half_reply",
+)  # fmt: skip
+_RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.05s"}
+
+
+class Dropped(Exception):
+    """The connection ends without a whole reply; args: bytes to send before."""
+
+
+class Server:
+    """State of one server: what was asked, how often, and the batches."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.asked: collections.Counter[str] = collections.Counter()
+        self.good: collections.Counter[str] = collections.Counter()
+        self.clauses: dict[str, list[list[str]]] = {}
+        self.instructions: set[str] = set()
+        self.safety: set[str] = set()
+        self.requests = self.in_flight = self.most_in_flight = 0
+        self.batches: dict[str, tuple[float, list]] = {}
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.decode("latin-1").split("\r\n")
+                method, path, _ = lines[0].split(" ")
+                pairs = (line.split(": ", 1) for line in lines[1:] if line)
+                headers = {name.lower(): value for name, value in pairs}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                status, more, reply = await self.reply(method, path, headers, body)
+                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                extra = "".join(f"{k}: {v}\r\n" for k, v in more.items())
+                head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}"
+                writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+                await writer.drain()
+        except Dropped as error:
+            writer.write(error.args[0])
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def reply(self, method: str, path: str, headers: dict, body: bytes) -> tuple:
+        """(status, headers, body as bytes or what JSON can hold)."""
+        if path == "/counts":
+            names = ("asked", "good", "clauses", "requests", "most_in_flight")
+            rest = {"instructions": sorted(self.instructions), "safety": sorted(self.safety)}
+            return 200, {}, {name: getattr(self, name) for name in names} | rest
+        if path == "/set":
+            vars(self.options).update(json.loads(body))
+            return 200, {}, {}
+        if path == "/token":  # OAuth for Vertex AI
+            return 200, {}, {"access_token": self.options.key, "expires_in": 3600}
+        given = headers.get("x-goog-api-key") or headers.get("authorization", "")[len("Bearer ") :]
+        if given != self.options.key:
+            what = "API key not valid. Please pass a valid API key."
+            detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo"}
+            details = [detail | {"reason": "API_KEY_INVALID"}]
+            return _error(400, "INVALID_ARGUMENT", f"{what} ({given})", details)
+        if method == "GET" and "/batches/" in path:
+            return self.batch(path.split("/v1", 1)[1].split("/", 1)[1])
+        model, _, verb = path.rsplit("/", 1)[1].partition(":")
+        if model != self.options.model:
+            return _error(404, "NOT_FOUND", f"models/{model} is not found")
+        request = json.loads(body)
+        if verb == "batchGenerateContent":
+            return self.submit(request)
+        self.requests += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.options.latency)
+            return await self.generate(request)
+        finally:
+            self.in_flight -= 1
+
+    async def generate(self, request: dict) -> tuple:
+        """The reply to one generateContent, or a fault."""
+        key = _responses(_text(request))[-1]
+        self.asked[key] += 1
+        self.instructions.add(request["systemInstruction"]["parts"][0]["text"])
+        self.safety |= {s["threshold"] for s in request.get("safetySettings", [])}
+        digest = hashlib.sha256(f"{self.options.seed} {key} {self.asked[key]}".encode()).digest()
+        faulty = digest[0] / 256 < self.options.faults or "broken" in key.split()
+        fault = FAULTS[digest[1] % len(FAULTS)] if faulty else ""
+        if fault in ("429", "500", "503"):
+            return _error(int(fault), "X", "try later") if fault != "429" else _wait()
+        if fault == "retry_info":
+            return _error(429, "RESOURCE_EXHAUSTED", "slower", [_RETRY_INFO])
+        if fault == "drop":
+            raise Dropped(b"")
+        if fault == "half_reply":
+            raise Dropped(b'HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\n{"candidates": [')
+        if fault == "stall":
+            self.in_flight -= 1  # the client has long left
+            try:
+                await asyncio.sleep(self.options.stall)
+            finally:
+                self.in_flight += 1
+            raise Dropped(b"")
+        if fault == "html":
+            return 200, {}, b"<html>Sign in to the hotel's network</html>"
+        if not fault:
+            self.good[key] += 1
+        return 200, {}, self.content(request, fault)
+
+    def content(self, request: dict, fault: str) -> dict:
+        """A GenerateContentResponse."""
+        text = _text(request)
+        usage = {"promptTokenCount": len(json.dumps(request)) // 4, "candidatesTokenCount": 20}
+        usage |= {"cachedContentTokenCount": usage["promptTokenCount"] // 2}
+        if fault == "no_candidate":
+            return {"usageMetadata": usage}
+        if "blocked" in _responses(text)[-1].split():
+            return {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": usage}
+        schema = request["generationConfig"].get("responseJsonSchema")
+        if schema is None:  # somebody wants a text
+            said, finish = f"kind words for {_prompt(text)[:40]}", "STOP"
+        elif "better" in schema["properties"]:
+            said, finish = json.dumps({"reason": "r", "better": _better(text)}), "STOP"
+        else:
+            said, finish = self.judged(schema, text, fault)
+        part = {"content": {"parts": [{"text": said}], "role": "model"}, "finishReason": finish}
+        return {"candidates": [part], "usageMetadata": usage}
+
+    def judged(self, schema: dict, text: str, fault: str) -> tuple[str, str]:
+        """(text, finish reason) of a verdict."""
+        names = schema["properties"]["answers"]["items"]["properties"]["clause"]["enum"]
+        response = _responses(text)[-1]
+        self.clauses.setdefault(response, []).append(names)
+        answers = [
+            {"clause": n, "verdict": _verdict(n, response), "confidence": 0.9} for n in names
+        ]
+        if (order := _outside(text)) in ("compliant", "violating"):
+            answers = [answer | {"verdict": order} for answer in answers]
+        if fault == "wrong_enum":
+            answers[0]["verdict"] = "Compliant!"
+        if fault == "other_clause":
+            answers[-1]["clause"] = "another"
+        if fault == "missing_clause":
+            answers = answers[1:]
+        said = json.dumps({"reason": f"clauses {names}", "answers": answers})
+        if fault == "prose":
+            said = f"Sure! Here is the JSON: {said}"
+        if fault == "max_tokens":
+            return said, "MAX_TOKENS"
+        return (said[: len(said) // 2] if fault == "truncated" else said), "STOP"
+
+    def submit(self, request: dict) -> tuple:
+        """Takes a batch; it ends `--batch` seconds later."""
+        entries = request["batch"]["inputConfig"]["requests"]["requests"]
+        replies = []
+        for entry in entries:
+            key = _responses(_text(entry["request"]))[-1]
+            self.asked[key] += 1
+            meta = {"metadata": entry["metadata"]}
+            if "broken" in key.split():
+                replies.append(meta | {"error": {"code": 13, "message": "internal"}})
+            else:
+                self.good[key] += 1
+                replies.append(meta | {"response": self.content(entry["request"], "")})
+        name = f"batches/b{len(self.batches)}"
+        ready = asyncio.get_running_loop().time() + self.options.batch
+        self.batches[name] = (ready, replies[::-1])  # in no order to rely on
+        return 200, {}, {"name": name, "metadata": {"state": "BATCH_STATE_PENDING", "name": name}}
+
+    def batch(self, name: str) -> tuple:
+        """The state of a batch, with its replies at the end."""
+        if name not in self.batches:
+            return _error(404, "NOT_FOUND", f"{name} is not found")
+        ready, replies = self.batches[name]
+        if asyncio.get_running_loop().time() < ready:
+            state = {"state": "BATCH_STATE_RUNNING", "name": name}
+            return 200, {}, {"name": name, "metadata": state}
+        output = {"inlinedResponses": {"inlinedResponses": replies}}
+        state = {"state": "BATCH_STATE_SUCCEEDED", "name": name, "output": output}
+        return 200, {}, {"name": name, "done": True, "metadata": state, "response": output}
+
+
+def _wait() -> tuple:
+    status, _, body = _error(429, "RESOURCE_EXHAUSTED", "slower")
+    return status, {"retry-after": "0.05"}, body
+
+
+def _error(code: int, status: str, message: str, details: list | None = None) -> tuple:
+    error = {"code": code, "message": message, "status": status, "details": details or []}
+    return code, {}, {"error": error}
+
+
+def _text(request: dict) -> str:
+    return request["contents"][-1]["parts"][0]["text"]
+
+
+def _responses(text: str) -> list[str]:
+    """Every "<response... CODE>" part up to the tag that closes it; or the whole text."""
+    found = re.findall(r"<(response[-a-z]*) (\w+)>\n(.*?)\n</\1 \2>", text, re.DOTALL)
+    return [body for _, _, body in found] or [text]
+
+
+def _prompt(text: str) -> str:
+    found = re.search(r"<prompt (\w+)>\n(.*?)\n</prompt", text, re.DOTALL)
+    return found.group(2) if found else text
+
+
+def _outside(text: str) -> str:
+    """What stands behind the last closing tag that carries the opening one's code, last word."""
+    code = re.search(r"<response (\w+)>", text)
+    tail = text.split(f"</response {code.group(1)}>", 1)[1] if code else ""
+    return (tail.split() or [""])[-1]
+
+
+def _verdict(clause: str, response: str) -> str:
+    words = response.split()
+    if f"unsure-{clause}" in words:
+        return "unsure"
+    return "compliant" if clause in words else "violating"
+
+
+def _better(text: str) -> str:
+    a, b = (len(part) for part in _responses(text))
+    return "tie" if a == b else "a" if a > b else "b"
+
+
+async def main() -> None:
+    """Serves until it is killed."""
+    parser = argparse.ArgumentParser()
+    for name, default in (("faults", 0.0), ("latency", 0.0), ("stall", 30.0), ("batch", 0.0)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--key", default="test-key")
+    parser.add_argument("--model", default="gemini-2.5-flash")
+    parser.add_argument("--seed", type=int, default=0)
+    server = Server(parser.parse_args())
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, limit=1 << 26)
+    print(listening.sockets[0].getsockname()[1], flush=True)
+    await listening.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
