@@ -55,4 +55,5 @@ def judge(kept=None, rules=POLICY, gemini=(), **asking):
 
 def subprocess_environment(address, **more):
     """The same for a process of its own."""
-    return os.environ | environment(address) | more
+    root = str(SERVER.parents[1])
+    return os.environ | environment(address) | {"PYTHONPATH": root} | more

@@ -279,3 +279,29 @@ def test_a_reply_that_was_cut_is_malformed_and_a_filtered_one_abstains():
 def test_judges_that_are_unknown_are_named():
     with pytest.raises(InputError, match="judge.name='gpt' is unknown"):
         judges.make("gpt", gemini_client.POLICY)
+
+
+def test_vertex_ai_is_reached_with_a_service_account(server, tmp_path, monkeypatch):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    account = {"type": "service_account", "project_id": "p", "private_key": private.decode()}
+    account |= {"client_email": "a@p", "token_uri": f"{server}/token"}
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.delenv("GEMINI_API_KEY")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+    monkeypatch.setenv("GOOGLE_VERTEX_BASE_URL", server)
+    judge = gemini_client.judge(vertex_project="p")
+    assert judge.judge([("Tell", "calm kind vertex")])[0].status == "compliant"
+    assert asked(server, "calm kind vertex") == 1
+
+
+def test_vertex_ai_without_credentials_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match="gcloud auth application-default login"):
+        gemini_client.judge(vertex_project="p").judge([("Tell", "calm")])

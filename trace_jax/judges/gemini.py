@@ -187,10 +187,7 @@ class GeminiReader:
                 http_options=options,
             )
         except (google.auth.exceptions.GoogleAuthError, ValueError) as error:
-            raise InputError(
-                f"Vertex AI: no credentials ({_first_line(error)}); run gcloud auth "
-                "application-default login, or unset asking.vertex_project and set GEMINI_API_KEY"
-            ) from error
+            raise _no_credentials(error) from error
 
     def request(self, job: Job) -> Any:
         """GenerateContentConfig of a job; harmful text has to be judged, so no filter is on."""
@@ -323,6 +320,9 @@ class _Run:
             raw = self.reader.scrubbed(str(error))
             return stores.Call("malformed: not a reply of the API", raw=raw), None, True, None
         except Exception as error:
+            if _is_of(error, "google.auth") and type(error).__name__ != "TransportError":
+                self._stop(_no_credentials(error))
+                raise _Stopped from error
             if not _is_transport(error):
                 raise
             return self._unreached(error), None, True, None
@@ -404,8 +404,19 @@ def _wrong_key(code: int, said: str, asking: Asking) -> InputError:
 
 def _is_transport(error: Exception) -> bool:
     """Whether it means that no reply came: timeouts, dropped connections, names not found."""
-    libraries = {"httpx", "httpx2", "httpcore", "httpcore2"}
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
+    libraries = ("httpx", "httpx2", "httpcore", "httpcore2", "google.auth")
+    return isinstance(error, OSError) or any(_is_of(error, library) for library in libraries)
+
+
+def _is_of(error: Exception, library: str) -> bool:
+    return f"{type(error).__module__}.".startswith(f"{library}.")
+
+
+def _no_credentials(error: Exception) -> InputError:
+    return InputError(
+        f"Vertex AI: no credentials ({_first_line(error)}); run gcloud auth application-default "
+        "login, or unset asking.vertex_project and set GEMINI_API_KEY"
+    )
 
 
 def _first_line(error: Exception) -> str:
