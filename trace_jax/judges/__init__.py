@@ -110,7 +110,9 @@ def _reader(name: str, settings: Mapping[str, Any], asking: Mapping[str, Any], k
         )
     from trace_jax.judges import local
 
-    return local.LocalReader(local.Settings(**settings["local"]), load_model)
+    return local.LocalReader(
+        local.Settings(**settings["local"]), load_model, micro_rows=asking["micro_rows"]
+    )
 
 
 def aggregate(clauses: Mapping[str, records.ClauseVerdict], **provenance: Any) -> records.Verdict:

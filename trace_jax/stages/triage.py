@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from trace_jax import coverage, metrics, noise, overrides, records, triage
+from trace_jax.judges import ensemble
 from trace_jax.stages import context
 
 
@@ -27,6 +28,11 @@ def run(run: context.Context) -> dict:
     _tell(run, counts, clauses, settings)
     summary = {"actions": counts.actions, "judge_errors": counts.errors}
     summary |= {"abstentions": counts.abstentions, "overridden": len(settings.by_hand)}
+    if isinstance(run.judge, ensemble.EnsembleJudge):
+        summary["agreement"] = run.judge.agreement()  # of what this run judged
+        for name, alpha in summary["agreement"].items():
+            said = "not defined" if alpha is None else f"{alpha:.2f}"
+            metrics.say(f"  agreement of the judges on {name}: Krippendorff's alpha {said}")
     return summary | {"corrupted": len(settings.corruptions)}
 
 
