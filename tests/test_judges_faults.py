@@ -17,6 +17,7 @@ from trace_jax import records, triage
 WORKER = Path(__file__).with_name("triage_worker.py")
 N = 1000
 KILLS = 10
+TIMEOUT = "5.0"  # seconds; a good reply that a busy machine reads later would be asked for again
 KINDS = {  # words of a response -> the status that the server's truth gives it
     "calm kind": "compliant",
     "kind": "violating",
@@ -49,7 +50,7 @@ def written(tmp_path_factory):
 
 
 def start(written, server, folder):
-    arguments = [written[0], folder / "s.sqlite", folder / "triage.jsonl", "1.0"]
+    arguments = [written[0], folder / "s.sqlite", folder / "triage.jsonl", TIMEOUT]
     environment = gemini_client.subprocess_environment(server)
     return subprocess.Popen([sys.executable, WORKER, *arguments], env=environment)
 

@@ -103,10 +103,10 @@ def make(
 
 def _reader(name: str, settings: Mapping[str, Any], asking: Mapping[str, Any], kept, load_model):
     if name == "gemini":
-        from trace_jax.judges import gemini
+        from trace_jax.judges import gemini, gemini_job
 
         return gemini.GeminiReader(
-            gemini.Settings(**settings["gemini"]), gemini.Asking.of(asking), kept
+            gemini_job.Settings(**settings["gemini"]), gemini_job.Asking.of(asking), kept
         )
     from trace_jax.judges import local
 

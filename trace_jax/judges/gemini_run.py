@@ -1,0 +1,196 @@
+"""One run over questions to Gemini: attempts at a pace, within a budget, until there is a result.
+
+Errors of the service are sorted here: asked again, given up, or the reason to stop everything.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trace_jax.errors import InputError
+from trace_jax.judges import gemini_reply, pacing
+from trace_jax.judges import store as stores
+from trace_jax.judges.gemini_job import KEYS, Asking, Job
+
+if TYPE_CHECKING:
+    from trace_jax.judges.gemini import GeminiReader
+
+_UNREACHABLE = 10  # attempts in a row that reach nobody, at least, before the service is down
+
+
+class _Stopped(Exception):
+    """No more attempts; what was found stays."""
+
+
+class Run:
+    """One run over jobs: workers that share a pace, a budget and a reason to stop."""
+
+    def __init__(self, reader: "GeminiReader", jobs: Sequence[Job]):
+        self.reader, self.total, self.done = reader, len(jobs), 0
+        self.jobs: Iterator[Job] = iter(jobs)
+        self.client = reader.client()
+        self.pace = pacing.Pace(reader.asking.requests_per_minute)
+        self.budget = reader.budget()
+        self.rng = random.Random(0)
+        self.in_vain, self.reached = 0, time.monotonic()  # attempts in a row that reached nobody
+        self.stopped: InputError | None = None
+
+    async def all(self) -> None:
+        n = min(self.reader.asking.concurrency, self.total)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(n):
+                group.create_task(self._work())
+        if self.stopped is not None:
+            raise self.stopped
+
+    async def close(self) -> None:
+        await self.client.aio.aclose()
+
+    async def _work(self) -> None:
+        for job in self.jobs:
+            try:
+                await self._answer(job)
+            except _Stopped:
+                return
+            self.done += 1
+
+    async def _answer(self, job: Job) -> None:
+        """Attempts until there is a result; the last failure gives the failed one."""
+        for attempt in range(1, self.reader.asking.tries + 1):
+            await self.pace.turn()
+            call, result, again, wish = await self._attempt(job)
+            last = result is None and (not again or attempt == self.reader.asking.tries)
+            job.attempted(call, job.failed if last else result)
+            if result is not None or last:
+                return
+            await asyncio.sleep(
+                pacing.delay(attempt, wish, self.reader.asking.backoff_seconds, self.rng)
+            )
+
+    async def _attempt(self, job: Job) -> tuple[stores.Call, Any, bool, float | None]:
+        """(call, result or None, whether to try again, seconds that the service asks to wait)."""
+        expected = self.reader.expected_price(job)
+        if self.stopped is None and not self.budget.reserve(expected):
+            self._stop(self._out_of_budget())
+        if self.stopped is not None:
+            raise _Stopped
+        call = stores.Call("cancelled")
+        try:
+            call, result, again, wish = await self._send(job)
+            return call, result, again, wish
+        finally:
+            self.budget.settle(expected, call.price)
+
+    async def _send(self, job: Job) -> tuple[stores.Call, Any, bool, float | None]:
+        import pydantic
+        from google.genai import errors
+
+        asking, settings = self.reader.asking, self.reader.settings
+        try:
+            async with asyncio.timeout(asking.timeout_seconds):
+                response = await self.client.aio.models.generate_content(
+                    model=settings.model, contents=job.material, config=self.reader.request(job)
+                )
+        except errors.APIError as error:
+            self._reached()
+            return self._refused(job, error)
+        except (pydantic.ValidationError, errors.UnknownApiResponseError, ValueError) as error:
+            self._reached()
+            raw = self.reader.scrubbed(str(error))
+            return stores.Call("malformed: not a reply of the API", raw=raw), None, True, None
+        except Exception as error:
+            if _is_of(error, "google.auth") and type(error).__name__ != "TransportError":
+                self._stop(no_credentials(error))
+                raise _Stopped from error
+            if not _is_transport(error):
+                raise
+            return self._unreached(error), None, True, None
+        self._reached()
+        try:
+            outcome, reason, result = job.read(response)
+        except gemini_reply.Malformed as error:
+            call = self.reader.call(response, f"malformed: {error}", "")
+            return call, None, True, None
+        return self.reader.call(response, outcome, reason), result, False, None
+
+    def _refused(self, job: Job, error: Any) -> tuple[stores.Call, Any, bool, float | None]:
+        said = self.reader.scrubbed(f"{error.status}: {error.message}"[:300])
+        if error.code in (401, 403) or "API_KEY_INVALID" in json.dumps(error.details, default=str):
+            self._stop(_wrong_key(error.code, said, self.reader.asking))
+        if error.code == 404:
+            self._stop(
+                InputError(
+                    f"judge.gemini.model={self.reader.settings.model!r}: the service does not know "
+                    f"it ({said}); give another model"
+                )
+            )
+        call = stores.Call(f"http {error.code}", raw=said)
+        again = error.code in (408, 409, 429) or error.code >= 500
+        headers = getattr(error.response, "headers", None) or {}
+        if self.stopped is not None:
+            job.attempted(call, None)
+            raise _Stopped
+        return call, None, again, pacing.wish(headers, error.details)
+
+    def _reached(self) -> None:
+        self.in_vain, self.reached = 0, time.monotonic()
+
+    def _unreached(self, error: Exception) -> stores.Call:
+        self.in_vain += 1
+        kind, since = type(error).__name__, time.monotonic() - self.reached
+        if self.in_vain >= _UNREACHABLE and since >= self.reader.asking.outage_seconds:
+            self._stop(
+                InputError(
+                    f"the judge could not be reached for {since:.0f} seconds ({self.in_vain} "
+                    f"attempts, the last ended by {kind}); {self._progress()}"
+                )
+            )
+        return stores.Call(f"no reply: {kind}", raw=self.reader.scrubbed(str(error))[:300])
+
+    def _stop(self, error: InputError) -> None:
+        if self.stopped is None:
+            self.stopped = error
+
+    def _out_of_budget(self) -> InputError:
+        asking = self.reader.asking
+        limits = f"asking.budget_usd={asking.budget_usd}, asking.budget_calls={asking.budget_calls}"
+        return InputError(
+            f"the judge's budget is spent ({self.budget.calls} calls, {self.budget.price:.4f} US "
+            f"dollars in all; {limits}); raise it and {self._progress()}"
+        )
+
+    def _progress(self) -> str:
+        return (
+            f"run the same command to go on: {self.done} of {self.total} questions of this run are "
+            "answered and kept"
+        )
+
+
+def _wrong_key(code: int, said: str, asking: Asking) -> InputError:
+    what = "these credentials" if asking.vertex_project else f"the key in {' or '.join(KEYS)}"
+    return InputError(f"the judge's service refuses {what} (HTTP {code}, {said}); mend that first")
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether it means that no reply came: timeouts, dropped connections, names not found."""
+    libraries = ("httpx", "httpx2", "httpcore", "httpcore2", "google.auth")
+    return isinstance(error, OSError) or any(_is_of(error, library) for library in libraries)
+
+
+def _is_of(error: Exception, library: str) -> bool:
+    return f"{type(error).__module__}.".startswith(f"{library}.")
+
+
+def no_credentials(error: Exception) -> InputError:
+    """What to do where Vertex AI's client has none."""
+    return InputError(
+        f"Vertex AI: no credentials ({_first_line(error)}); run gcloud auth application-default "
+        "login, or unset asking.vertex_project and set GEMINI_API_KEY"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
