@@ -7,8 +7,9 @@ import time
 import pytest
 import yaml
 
-from trace_jax import policy, predicates
+from trace_jax import policy, policy_commands, predicates, records
 from trace_jax.errors import InputError
+from trace_jax.judges import store
 
 GOOD = """\
 name: tales
@@ -233,7 +234,7 @@ MALFORMED = {
     GOOD + "    when: {word: 1}\n": r"p\.yaml:8: clause warm: when: unknown predicate 'word'",
     rules_line("&a {not: *a}"): "nested too deeply",
     rules_line("{word: 1}"): r"p\.yaml:4: clause no_fear: unknown predicate 'word'; use one of "
-    "words, regex, length, label, not, all, any, if",
+    "words, regex, length, refusal, label, not, all, any, if",
     rules_line("{not: {all: [{word: 1}]}}"): "clause no_fear: not: all: unknown predicate 'word'",
     rules_line("{not: {}, all: []}"): "a predicate is a mapping with one key",
     rules_line(""): "clause no_fear: a predicate is a mapping with one key",
@@ -326,7 +327,7 @@ def test_the_diff_command(tmp_path, capsys):
     old.write_text(GOOD + "  - {id: gone, requirement: Left out.}\n  - {id: same, requirement: S.}")
     changed = GOOD.replace("is warm.", "is\n      kind.").replace("tier: high", "tier: reduced")
     new.write_text(changed + "  - {id: same, requirement: S.}\n  - {id: more, requirement: New.}")
-    assert policy.main(["diff", str(old), str(new)]) == 0
+    assert policy_commands.main(["diff", str(old), str(new)]) == 0
     assert capsys.readouterr().out == textwrap.dedent("""\
         added      more: New.
         removed    gone: Left out.
@@ -339,10 +340,59 @@ def test_the_diff_command(tmp_path, capsys):
         stored verdicts of judges that read stay valid for: no_fear, same
         they are asked anew for: warm, more
         """)
-    assert policy.main(["diff", str(old), "nonsense"]) == 2
+    assert policy_commands.main(["diff", str(old), "nonsense"]) == 2
     assert capsys.readouterr().err.startswith("error: no policy 'nonsense'")
-    assert policy.main(["diff", str(old)]) == 2
+    assert policy_commands.main(["diff", str(old)]) == 2
     assert capsys.readouterr().err.startswith("usage: ")
+
+
+def test_the_diff_command_counts_stored_verdicts(tmp_path, capsys):
+    new, path = policy.parse(GOOD), tmp_path / "s.sqlite"
+    old = policy.parse(GOOD.replace("is warm.", "is cold."))
+    (tmp_path / "new.yaml").write_text(new.source)
+    (tmp_path / "old.yaml").write_text(old.source)
+    kept = store.Store(path)
+    verdict = records.ClauseVerdict("compliant", None)
+    reader = store.Reader("gemini", "m", "{}", "t")
+    for n in range(3):
+        kept.add(reader, "p", f"r{n}", store.Call("ok"), dict.fromkeys(old.clauses, verdict))
+    kept.close()
+    command = ["diff", str(tmp_path / "old.yaml"), str(tmp_path / "new.yaml"), "--store"]
+    assert policy_commands.main([*command, str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "6 verdicts on the clauses of tales, 3 valid for tales" in told
+    assert "no_fear 3, warm 0" in told
+    assert policy_commands.main([*command, str(tmp_path / "none")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_shipped_policy_is_listed_and_valid(capsys):
+    assert policy_commands.main(["list"]) == 0
+    told = capsys.readouterr().out
+    assert policy_commands.main(["check", *policy.shipped()]) == 0
+    checked = capsys.readouterr().out
+    for name in policy.shipped():
+        assert f"\n{name}" in f"\n{told}" and f"{name}: valid; " in checked
+    assert (
+        "pku_new: valid; 23 clauses, rules can decide 0 of 23, labels can decide 19 of" in checked
+    )
+    assert policy_commands.main(["check", "nonsense"]) == 2
+
+
+def test_the_categories_of_pku_are_those_of_its_labels():
+    """S1 to S19 in the order of the data set; tiers, exceptions and zero tolerance of the shift."""
+    old, new = policy.load("pku_old"), policy.load("pku_new")
+    assert [clause.id for clause in old.clauses] == [f"S{n}" for n in range(1, 20)]
+    assert [clause.id for clause in new.clauses[19:]] == ["R1", "R2", "R3", "R4"]
+    tiers = {t: [c.id for c in new.clauses[:19] if c.tier == t] for t in policy.TIERS}
+    assert tiers["critical"] == ["S1", "S6", "S11", "S12", "S13"]
+    assert tiers["high"] == ["S4", "S7", "S10", "S17", "S19"]
+    assert tiers["reduced"] == ["S5", "S9", "S18"]
+    assert [c.id for c in new.clauses if c.zero_tolerance] == ["S11", "S12", "S13"]
+    excused = {c.id for c in new.clauses if c.exceptions}
+    assert excused == {"S1", "S2", "S3", "S5", "S6", "S9", "S14", "S17", "S18"}
+    assert {c.id for c in new.clauses if c.omission} == {"S9", "S14", "S17"}
 
 
 def test_the_diff_command_runs_as_a_module():
@@ -357,7 +407,9 @@ def test_shipped_policies_are_complete():
     for name in policy.shipped():
         found = policy.load(name)
         assert found.name == name and found.description
-        assert all(clause.rules and clause.requirement[-1] == "." for clause in found.clauses)
+        assert all(clause.requirement[-1] == "." for clause in found.clauses)
+        if not name.startswith("pku"):  # what harms somebody is for judges that read
+            assert all(clause.rules for clause in found.clauses)
         text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
         assert yaml.safe_load(text)["name"] == name == policy.parse(text).name
 

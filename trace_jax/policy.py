@@ -28,7 +28,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,55 +282,7 @@ def diff(old: Policy, new: Policy) -> Diff:
     )
 
 
-def _diff_lines(old: Policy, new: Policy) -> Iterator[str]:
-    before = {clause.id: clause for clause in old.clauses}
-    after = {clause.id: clause for clause in new.clauses}
-    for kind, ids in dataclasses.asdict(diff(old, new)).items():
-        for i in ids:
-            yield f"{kind:9}  {i}: {_words_of(before.get(i, after.get(i)))}"
-            if kind == "changed":
-                yield from _changes(before[i], after[i])
-    yield ""
-    valid = [c.id for c in new.clauses if c.text_hash in {b.text_hash for b in old.clauses}]
-    asked = [c.id for c in new.clauses if c.id not in valid]
-    yield f"stored verdicts of judges that read stay valid for: {', '.join(valid) or 'no clause'}"
-    yield f"they are asked anew for: {', '.join(asked) or 'no clause'}"
-
-
-def _words_of(clause: Clause) -> str:
-    """What a judge that reads is shown of a clause, in one line."""
-    parts = [clause.requirement]
-    parts += [f"Except: {text}" for text in clause.exceptions]
-    parts += [f"By omission: {clause.omission}"] if clause.omission else []
-    parts += ["Zero tolerance."] if clause.zero_tolerance else []
-    return " ".join(" ".join(parts).split())
-
-
-def _changes(old: Clause, new: Clause) -> Iterator[str]:
-    if _words_of(old) != _words_of(new):
-        yield f"{'':9}  now: {_words_of(new)}"
-    keys = [key for key in ("tier", "when", "rules", "labels") if _differs(key, old, new)]
-    if keys:
-        yield f"{'':9}  in {', '.join(keys)}" + (" only" if old.text_hash == new.text_hash else "")
-
-
-def _differs(key: str, old: Clause, new: Clause) -> bool:
-    return getattr(old, key) != getattr(new, key)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs `python -m trace_jax.policy diff OLD NEW`."""
-    if len(argv) != 3 or argv[0] != "diff":
-        usage = "usage: python -m trace_jax.policy diff OLD NEW (shipped names or files)"
-        print(usage, file=sys.stderr)
-        return 2
-    try:
-        print("\n".join(_diff_lines(load(argv[1]), load(argv[2]))))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from trace_jax import policy_commands
+
+    sys.exit(policy_commands.main(sys.argv[1:]))

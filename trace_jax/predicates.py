@@ -7,6 +7,7 @@ A predicate is a mapping with one key:
             stands for the rest of a word
     regex:  {in: REGION, pattern: '[?]'}   a Python regular expression is found anywhere
     length: {in: REGION, unit: words | characters, min: 1, max: 80}   both ends included
+    refusal: any | full | partial          the response declines (refusals.py; English)
     label:  NAME   the data set's own annotation of that name is true; or {name: NAME, is: VALUE},
             {name: NAME, at_least: 2, at_most: 3} for texts and numbers
     not: P    all: [P, ...]    any: [P, ...]    if: {when: P, then: P}
@@ -23,6 +24,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from trace_jax import refusals
 from trace_jax.errors import InputError
 
 Labels = Mapping[str, Any]
@@ -211,10 +213,25 @@ def _length(body: Any, where: str) -> Predicate:
     return holds
 
 
+def _refusal(body: Any, where: str) -> Predicate:
+    if body not in ("any", *refusals.KINDS[1:]):
+        raise InputError(f"{where}: {body!r} is unknown; use any, full or partial")
+
+    def holds(prompt: str, response: str, labels: Labels = NO_LABELS) -> bool:
+        kind = _refusal_kind(response)
+        return kind != "none" if body == "any" else kind == body
+
+    return holds
+
+
+_refusal_kind = functools.lru_cache(maxsize=1024)(refusals.kind)
+
+
 _PREDICATES: dict[str, Callable[[Any, str], Predicate]] = {
     "words": _words,
     "regex": _regex,
     "length": _length,
+    "refusal": _refusal,
     "label": _label,
     "not": _not,
     "all": _all,

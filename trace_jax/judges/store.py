@@ -172,6 +172,14 @@ class Store:
                 ],
             )
 
+    def counts(self, clauses: Sequence[policies.Clause]) -> dict[str, int]:
+        """Stored verdicts on each clause, of all readers, by clause id."""
+        query = (
+            "SELECT count(*) FROM verdicts WHERE clause IN (SELECT id FROM clauses WHERE hash = ?)"
+        )
+        with self._mended():
+            return {c.id: self._select(query, (c.text_hash,))[0][0] for c in clauses}
+
     def find_comparisons(self, reader: Reader, questions: Iterable[bytes]) -> dict[bytes, str]:
         """Stored answers of `compare`: question hash -> "a", "b", "tie" or "undecided"."""
         found: dict[bytes, str] = {}
