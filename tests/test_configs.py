@@ -27,7 +27,7 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
     if c.data.source != "synth":
         (tmp_path / "config.json").write_text("{}")
         c.model.path = str(tmp_path)
-    if c.data.source == "jsonl":
+    if c.data.source == "file" and not c.data.path:
         (tmp_path / "pairs.jsonl").touch()
         c.data.path = str(tmp_path / "pairs.jsonl")
     config_lib.validate(c)

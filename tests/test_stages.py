@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from trace_jax import config as config_lib
-from trace_jax import launch, respond, stages, workdir
+from trace_jax import launch, records, respond, stages, workdir
+from trace_jax.errors import InputError
 from trace_jax.stages import correct, prepare, responses
 
 
@@ -81,7 +82,20 @@ def test_no_record_trains_on_a_held_out_prompt(tmp_path, from_file):
     c.data.path = str(data)
     c.data.prompts_path = str(prompts) if from_file else ""
     c.data.validation_prompts, c.data.test_prompts = 1, 2
-    found, held_out = prepare._from_jsonl(SimpleNamespace(config=c))
+    found, held_out = prepare._from_file(SimpleNamespace(config=c))
     assert not {r.prompt for r in found} & {p["prompt"] for p in held_out}
     assert [p["split"] for p in held_out] == ["test", "test", "validation"]
     assert len(found) == (14 if from_file else 12)
+
+
+def test_chats_and_plain_texts_do_not_mix():
+    chat = [{"role": "user", "content": "So?"}]
+    found = [
+        records.PreferenceRecord("one", "Plain?", "a", "b"),
+        records.PreferenceRecord("two", chat, "a", "b"),
+    ]
+    with pytest.raises(InputError, match=r"chats \(record two\) and some are plain texts \(one\)"):
+        prepare._check_one_kind(found, [])
+    with pytest.raises(InputError, match=r"chats \(record p\) and some are plain texts \(one\)"):
+        prepare._check_one_kind(found[:1], [{"id": "p", "prompt": chat}])
+    prepare._check_one_kind(found[:1], [{"id": "p", "prompt": "Plain?"}])

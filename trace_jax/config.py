@@ -8,8 +8,10 @@ from ml_collections import config_dict
 
 from trace_jax import judges, methods
 from trace_jax.errors import InputError
+from trace_jax.sources import files, forms
 
-SOURCES = ("jsonl", "synth", "self_sampled")
+FROM_FILE = ("file", "jsonl")  # two names of one source
+SOURCES = (*FROM_FILE, "synth", "self_sampled")
 ADAPTERS = ("none", "lora")
 
 
@@ -78,9 +80,14 @@ def _mesh() -> ml_collections.ConfigDict:
 
 def _data() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.source = "jsonl"  # jsonl | synth (SynthValueBench) | self_sampled (ordered by policy.old)
-    c.path = ""  # jsonl: records with prompt, chosen, rejected
-    c.prompts_path = ""  # jsonl: held-out prompts; empty: taken out of the records' prompts
+    c.source = "file"  # file | synth (SynthValueBench) | self_sampled (ordered by policy.old)
+    c.path = ""  # file: JSONL, CSV, Parquet, folder, pattern or hub data set; see docs/data.md
+    c.form = "auto"  # file: pairs | hh | pku | xstest; auto goes by the columns
+    c.columns = ""  # file: ours=theirs, as in prompt=question,chosen=good,rejected=bad
+    c.split = "train"  # file: of data sets with several
+    c.limit = 0  # file: most records, drawn at random over the whole file; 0: all
+    c.malformed = "error"  # file: a malformed row: error | drop (counted)
+    c.prompts_path = ""  # file: held-out prompts; empty: taken out of the records' prompts
     c.max_length = 512  # tokens of a prompt and one response
     c.too_long = "error"  # a response that does not fit: error | drop (counted and named)
     c.as_chat = False  # prompts that are plain text become a user's turn under the chat template
@@ -236,6 +243,9 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
     planning: data and model need not be here yet.
     """
     _one_of("data.source", config.data.source, SOURCES)
+    _one_of("data.form", config.data.form, forms.NAMES)
+    _one_of("data.malformed", config.data.malformed, ("error", "drop"))
+    forms.columns_of(config.data.columns)
     _one_of("data.too_long", config.data.too_long, ("error", "drop"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _one_of("model.scratch.family", config.model.scratch.family, ("llama", "qwen2", "gemma2"))
@@ -264,12 +274,12 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
             )
     if planning:
         return
-    if config.data.source == "jsonl" and not config.data.path:
+    if config.data.source in FROM_FILE and not config.data.path:
         raise InputError(
-            "data.source='jsonl' needs --config.data.path=FILE with prompt, chosen, rejected on "
-            "each line"
+            "data.source='file' needs --config.data.path=FILE with prompt, chosen, rejected on "
+            "each line (JSONL, CSV, Parquet), or a data set; see docs/data.md"
         )
-    if config.data.source == "jsonl" and not Path(config.data.path).is_file():
+    if config.data.source in FROM_FILE and not files.exists(config.data.path):
         raise InputError(f"data.path={config.data.path}: no such file")
     _validate_model(config)
 
@@ -277,7 +287,7 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
 def _validate_model(config: ml_collections.ConfigDict) -> None:
     path = config.model.path
     tokenizer = config.model.scratch.tokenizer
-    from_records = config.data.source == "jsonl" and tokenizer
+    from_records = config.data.source in FROM_FILE and tokenizer
     if config.data.source != "synth" and not path and not from_records:
         raise InputError(
             "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout (or "

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -191,13 +192,18 @@ def read_jsonl(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     try:
         with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put
-                if line.strip():
-                    yield number, _parse(line, f"{path}:{number}")
+            yield from parse_jsonl(stream, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def parse_jsonl(stream: Iterable[bytes], path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_jsonl` of an open stream; `path` names it in errors."""
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put
+        if line.strip():
+            yield number, _parse(line, f"{path}:{number}")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -255,7 +261,8 @@ def _atomic(path: AnyPath) -> Iterator[TextIO]:
     """A file beside `path` that takes its place once it is written without an exception."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+        opened = gzip.open if str(path).endswith(".gz") else open
+        with opened(temporary, "wt", encoding="utf-8", newline="\n") as stream:
             yield stream
         os.replace(temporary, path)
     except OSError as error:

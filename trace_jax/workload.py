@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trace_jax import config as configs
 from trace_jax import methods, records, sources, synth, triage
 from trace_jax.errors import InputError
 from trace_jax.stages import context
@@ -82,8 +83,8 @@ def _records(run: context.Context) -> list[records.PreferenceRecord]:
     data, path = run.config.data, run.file("prepare", "records.jsonl")
     if path.exists():
         return [records.PreferenceRecord.from_json(row) for _, row in records.read_jsonl(path)]
-    if data.source == "jsonl" and data.path and Path(data.path).is_file():
-        return sources.read_records(data.path)[0]
+    if data.source in configs.FROM_FILE and data.path and Path(data.path).exists():
+        return sources.read_records(data.path, sources.Reading.of(data, run.config.seed))[0]
     if data.source == "synth":
         rows = synth.pairs(run.config.seed, data.pairs)
         texts = [(p["prompt"], p["chosen"], p["rejected"]) for p in rows]

@@ -9,6 +9,7 @@ import ml_collections
 from trace_jax import config as config_lib
 from trace_jax import judges, methods, metrics, policy, processes, records, triage, workdir
 from trace_jax.errors import InputError
+from trace_jax.sources import files
 
 
 class Context:
@@ -41,7 +42,7 @@ class Context:
         if stage == "prepare":
             for key in ("model.path", "data.path", "data.prompts_path"):
                 if self.flat_config[key]:
-                    found[f"{key}/hash"] = workdir.hash_path(Path(str(self.flat_config[key])))
+                    found[f"{key}/hash"] = files.digest(str(self.flat_config[key]))
         if stage == "export" and (evaluated := self.workdir.finished("evaluate")):
             found["evaluate/eval.json"] = evaluated["outputs"]["eval.json"]  # for the model card
         if stage == "impact":

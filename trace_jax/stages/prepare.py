@@ -1,7 +1,10 @@
 """Stage prepare: the base model, the preference records and the held-out prompts."""
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +25,12 @@ from trace_jax.stages import context
 
 def run(run: context.Context) -> dict:
     """Writes base.json, records.jsonl, prompts.jsonl; trains `base/` where model.path is empty."""
-    source = run.config.data.source
-    found, prompts = {"jsonl": _from_jsonl, "synth": _from_synth, "self_sampled": _self_sampled}[
-        source
-    ](run)
+    found, prompts = _SOURCES[run.config.data.source](run)
     _check(found, prompts, run)
     if run.config.data.as_chat:
         found = [dataclasses.replace(r, prompt=_chat(r.prompt)) for r in found]
         prompts = [row | {"prompt": _chat(row["prompt"])} for row in prompts]
+    _check_one_kind(found, prompts)
     if not run.config.model.path:
         with run.devices():
             _train_from_scratch(run, found)
@@ -57,22 +58,40 @@ def _check(found: list, prompts: list[dict], run: context.Context) -> None:
             )
 
 
-def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
+def _check_one_kind(found: list, prompts: list[dict]) -> None:
+    """A model that sees both chats and bare texts learns two formats."""
+    kinds = {}
+    for name, prompt in itertools.chain(
+        ((r.id, r.prompt) for r in found), ((p["id"], p["prompt"]) for p in prompts)
+    ):
+        kinds.setdefault(isinstance(prompt, str), name)
+    if len(kinds) > 1:
+        raise InputError(
+            f"some prompts are chats (record {kinds[False]}) and some are plain texts "
+            f"({kinds[True]}); mend the data, or set data.as_chat=true to make all of them chats"
+        )
+
+
+def _from_file(run: context.Context) -> tuple[list, list[dict]]:
     data = run.config.data
-    found, counts = sources.read_records(Path(data.path))
+    reading = sources.Reading.of(data, run.config.seed)
+    found, counts = sources.read_records(data.path, reading)
     metrics.say(f"  {data.path}: {counts}")
     rng = np.random.default_rng([run.config.seed, 0x5711])
     if data.prompts_path:
         held_out = [
-            {"id": p.id, "prompt": p.prompt} for p in sources.read_prompts(Path(data.prompts_path))
+            _held_out(p.id, p.prompt, p.labels)
+            for p in sources.read_prompts(data.prompts_path, reading)
         ]
         held_out = [held_out[i] for i in rng.permutation(len(held_out))]
     else:
-        by_prompt = {records.content_id(r.prompt): r.prompt for r in found}
+        by_prompt = {records.content_id(r.prompt): r for r in found}
         ids = list(by_prompt)
         wanted = min(data.validation_prompts + data.test_prompts, len(ids) // 3)
         taken = [ids[i] for i in rng.permutation(len(ids))[:wanted]]
-        held_out = [{"id": i, "prompt": by_prompt[i]} for i in taken]
+        held_out = [
+            _held_out(i, by_prompt[i].prompt, by_prompt[i].labels_of("prompt")) for i in taken
+        ]
     secret = {records.content_id(p["prompt"]) for p in held_out}
     kept = [r for r in found if records.content_id(r.prompt) not in secret]
     if len(kept) < len(found):
@@ -82,6 +101,11 @@ def _from_jsonl(run: context.Context) -> tuple[list, list[dict]]:
         data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
     )
     return kept, _with_splits(held_out[:total], n_test)
+
+
+def _held_out(name: str, prompt: records.Text, labels: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"id": name, "prompt": prompt}
+    return row | {"labels": dict(labels)} if labels else row
 
 
 def _with_splits(held_out: list[dict], n_test: int) -> list[dict]:
@@ -230,3 +254,11 @@ def _documents(run: context.Context, found: list, encoder) -> list:
     return [
         methods.Example(f"document-{i}", "", "", p + r, nll=1.0) for i, (p, r) in enumerate(pairs)
     ]
+
+
+_SOURCES = {
+    "file": _from_file,
+    "jsonl": _from_file,
+    "synth": _from_synth,
+    "self_sampled": _self_sampled,
+}
