@@ -28,7 +28,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["trace_jax", "trace_jax.*"]),
-    package_data={"trace_jax": ["policies/*.yaml", "templates/*.j2"]},
+    package_data={"trace_jax": ["policies/*.yaml", "templates/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

@@ -96,7 +96,9 @@ def test_data_files_are_packaged():
     patterns = _setup_arguments()["package_data"]["trace_jax"]
     packaged = {path for pattern in patterns for path in (ROOT / "trace_jax").glob(pattern)}
     data = {
-        p for p in _tracked() if p.suffix in (".yaml", ".j2") and ROOT / "trace_jax" in p.parents
+        p
+        for p in _tracked()
+        if p.suffix in (".yaml", ".j2", ".css") and ROOT / "trace_jax" in p.parents
     }
     assert data and data == packaged
 

@@ -37,8 +37,8 @@ _TRAINING_CHARTS = (
 Row = dict[str, Any]
 
 
-def write(path: Path, context: Mapping[str, Any]) -> None:
-    """Renders the context (see `collect`) into one HTML file."""
+def write(path: Path, context: Mapping[str, Any], template: str = "report.html.j2") -> None:
+    """Renders the context (see `collect`; of another template: its own) into one HTML file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("trace_jax"),
         autoescape=True,
@@ -53,7 +53,7 @@ def write(path: Path, context: Mapping[str, Any]) -> None:
         "plain": _plain,
         "pretty": _pretty,
     }
-    page = environment.get_template("report.html.j2").render(context, models=MODELS)
+    page = environment.get_template(template).render(context, models=MODELS)
     # Models may write lone surrogates, which are no UTF-8.
     Path(path).write_bytes(page.encode("utf-8", errors="replace"))
 

@@ -90,11 +90,11 @@ class Answer(NamedTuple):
 class Spent:
     """Attempts, tokens and US dollars so far."""
 
-    calls: int
-    input_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    price: float
+    calls: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    price: float = 0.0
 
 
 def item_hash(prompt: records.Text, response: records.Text) -> bytes:

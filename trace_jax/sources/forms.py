@@ -115,7 +115,7 @@ def columns_of(text: str) -> dict[str, str]:
     return found
 
 
-def text(row: Row, key: str, where: str) -> records.Text:
+def text(row: Row, key: str, where: str, *, may_be_empty: bool = False) -> records.Text:
     """A text or list of chat messages that is not empty."""
     if key not in row:
         raise InputError(f"{where}: {key!r} is missing; add it or delete the line")
@@ -129,7 +129,7 @@ def text(row: Row, key: str, where: str) -> records.Text:
         raise InputError(
             f"{where}: {key!r} must be a text or a list of chat messages with role and content"
         )
-    if not last.strip():
+    if not last.strip() and not may_be_empty:
         raise InputError(f"{where}: {key!r} is empty; fix or delete the line")
     return value
 

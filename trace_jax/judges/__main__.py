@@ -1,0 +1,190 @@
+"""`python -m trace_jax.judges`: measure judges, judge files, and look into the judgement store."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax import judges, records
+from trace_jax import policy as policies
+from trace_jax.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command; 2 where its input is wrong."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argparse: --help, or a wrong argument
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("stopped; answers that were paid for are in the store", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from trace_jax.judges import human_labels
+
+    parser = argparse.ArgumentParser(prog="python -m trace_jax.judges", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    calibrate = commands.add_parser("calibrate", help="measure a judge against human labels")
+    _add_judge(calibrate)
+    calibrate.add_argument("--data", required=True, help="prompt, response and people's labels")
+    calibrate.add_argument("--form", choices=human_labels.FORMS, default="auto")
+    calibrate.add_argument("--out", type=Path, required=True, help="JSON; a page goes beside it")
+    calibrate.set_defaults(run=_calibrate)
+    judge = commands.add_parser("judge", help="verdicts on a file of prompt, response")
+    _add_judge(judge)
+    judge.add_argument("--data", required=True, help="rows with prompt and response")
+    judge.add_argument("--out", type=Path, required=True, help="JSONL of verdicts")
+    judge.set_defaults(run=_judge)
+    export = commands.add_parser("export", help="all stored verdicts as Parquet")
+    export.add_argument("--store", type=Path, required=True)
+    export.add_argument("--out", type=Path, required=True)
+    export.set_defaults(run=_export)
+    spent = commands.add_parser("spent", help="calls, tokens and price of a judgement store")
+    spent.add_argument("--store", type=Path, required=True)
+    spent.set_defaults(run=_spent)
+    return parser
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--judge", default="rules", help=", ".join(judges.NAMES))
+    parser.add_argument("--policy", required=True, help="a shipped name or a file")
+    parser.add_argument("--store", type=Path, help="judgement store; none: answers are not kept")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="a key of judge.* or asking.*, as judge.local.model=DIR or asking.concurrency=64",
+    )  # fmt: skip
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out.parent}: cannot be made ({error.strerror})") from error
+
+
+def _made(arguments: argparse.Namespace) -> tuple[judges.Judge, policies.Policy, Path | None]:
+    """The judge, its policy, and the store that counts its calls."""
+    policy = policies.load(arguments.policy)
+    _make_folder(arguments.out)
+    settings = _settings(arguments.set)
+    store = arguments.store
+    if store is None and arguments.judge not in ("rules", "labels"):
+        store = arguments.out.with_suffix(".sqlite")
+    found = judges.make(
+        arguments.judge,
+        policy,
+        settings.judge.to_dict(),
+        asking=settings.asking.to_dict(),
+        store=store,
+    )
+    return found, policy, store
+
+
+def _settings(given: Sequence[str]) -> Any:
+    import yaml
+    from ml_collections import config_dict
+
+    from trace_jax import config
+
+    found = config.base_config()
+    for text in given:
+        key, equals, value = text.partition("=")
+        section = key.partition(".")[0]
+        if not equals or section not in ("judge", "asking"):
+            raise InputError(f"--set {text!r}: give judge.KEY=VALUE or asking.KEY=VALUE")
+        try:
+            before = found
+            for part in key.split("."):
+                before = before[part]
+            after = value if isinstance(before, str) else yaml.safe_load(value)
+            if isinstance(before, float) and isinstance(after, int):
+                after = float(after)
+            if isinstance(before, tuple):
+                after = tuple(after if isinstance(after, list) else value.split(","))
+            found.update_from_flattened_dict({key: after})
+        except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise InputError(f"--set {text!r}: no such key, or not a value for it") from error
+        except config_dict.RequiredValueError as error:
+            raise InputError(f"--set {text!r}: {error}") from error
+    return found
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from trace_jax.judges import calibrate, human_labels, store
+
+    policy = policies.load(arguments.policy)
+    found = human_labels.read(arguments.data, policy, arguments.form)
+    judge, policy, kept = _made(arguments)
+    result = calibrate.calibrate(
+        judge,
+        policy,
+        found,
+        data=arguments.data,
+        kept=None if kept is None else store.Store(kept),
+        out=arguments.out,
+    )
+    print("\n".join(calibrate.lines(result)))
+    print(f"{arguments.out}, {arguments.out.with_suffix('.html')}")
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    from trace_jax import metrics
+    from trace_jax.sources import files, forms
+
+    rows = [
+        (
+            row.get("id", n),
+            forms.text(row, "prompt", where),
+            forms.text(row, "response", where, may_be_empty=True),
+            row,
+        )
+        for n, (where, row) in enumerate(files.rows(arguments.data), start=1)
+    ]
+    if not rows:
+        raise InputError(f"{arguments.data}: no rows; they need prompt and response")
+    judge, _, _ = _made(arguments)
+    items = [judges.Item(x, y, row.get("labels") or {}) for _, x, y, row in rows]
+    with metrics.progress(len(items), f"judged by {judge.id}") as bar:
+        verdicts = judge.judge(items, progress=bar.advance)
+    records.write_jsonl(
+        arguments.out,
+        (
+            {"id": name, "prompt": x, "response": y, **v.to_json(), "rationale": v.rationale}
+            for (name, x, y, _), v in zip(rows, verdicts, strict=True)
+        ),
+    )
+    counts = {s: sum(v.status == s for v in verdicts) for s in records.STATUSES}
+    print(", ".join(f"{status} {n}" for status, n in counts.items()) + f": {arguments.out}")
+
+
+def _opened(path: Path) -> Any:
+    from trace_jax.judges import store
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the judgement store of a run")
+    return store.Store(path)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    n = _opened(arguments.store).export(arguments.out)
+    print(f"{n} verdicts: {arguments.out}")
+
+
+def _spent(arguments: argparse.Namespace) -> None:
+    spent = _opened(arguments.store).spent()
+    print(
+        f"{spent.calls} calls, {spent.input_tokens} input tokens ({spent.cached_tokens} cached), "
+        f"{spent.output_tokens} output tokens, {spent.price:.4f} US dollars"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
