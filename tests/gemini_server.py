@@ -213,9 +213,9 @@ def _text(request: dict) -> str:
 
 
 def _responses(text: str) -> list[str]:
-    """Every "<response... CODE>" part up to the tag that closes it; or the whole text."""
+    """Every "<response... CODE>" part up to the tag that closes it; or the prompt, or all of it."""
     found = re.findall(r"<(response[-a-z]*) (\w+)>\n(.*?)\n</\1 \2>", text, re.DOTALL)
-    return [body for _, _, body in found] or [text]
+    return [body for _, _, body in found] or [_prompt(text)]
 
 
 def _prompt(text: str) -> str:

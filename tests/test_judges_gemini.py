@@ -131,7 +131,7 @@ def test_a_wrong_key_stops_at_once(server, monkeypatch):
 
 
 def test_no_key_and_an_unknown_model_are_said(server, monkeypatch):
-    with pytest.raises(InputError, match=r"judge.gemini.model='gemini-9': .* give another model"):
+    with pytest.raises(InputError, match=r"model 'gemini-9': .* give another model"):
         gemini_client.judge(gemini={"model": "gemini-9"}).judge([("Tell", "calm m")])
     monkeypatch.delenv("GEMINI_API_KEY")
     with pytest.raises(InputError, match="export GEMINI_API_KEY"):

@@ -61,10 +61,10 @@ def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, 
 
     _forget(run, "correct")
     rounds = "--config.correct.samples_per_round=2"
-    monkeypatch.setattr(correct, "_first_accepted", lambda *a: accept(*a, most=1))
+    monkeypatch.setattr(correct, "_accepted", lambda *a: accept(*a, most=1))
     assert _main(config, run, "correct", rounds) == 130
     assert len((run / "corrections_found.jsonl").read_text().splitlines()) == 1
-    monkeypatch.setattr(correct, "_first_accepted", lambda *a: accept(*a, most=10**6))
+    monkeypatch.setattr(correct, "_accepted", lambda *a: accept(*a, most=10**6))
     assert _main(config, run, "correct", rounds) == 0
     first, _, again = searched
     assert again == first[1:]  # the prompt that had its correction is not searched again

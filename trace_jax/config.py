@@ -193,10 +193,15 @@ def _training() -> ml_collections.ConfigDict:
 
 def _correct() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.source = "self"  # self: rejection sampling, kept when the judge finds it compliant | none
+    c.source = "self"  # who writes: self | local | gemini | none; the judge keeps what complies
     c.writer = "base"  # self: which model writes: base | ref
-    c.tries = 64  # most samples a prompt
+    c.local_model = ""  # local: Hugging Face directory or hub id of any supported model
+    c.local_dtype = "bfloat16"  # float32 | bfloat16
+    c.instruct = True  # local: told the new policy; False: given the prompt alone
+    c.gemini_model = "gemini-2.5-flash"  # asked as section `asking` says, out of the same budget
+    c.tries = 64  # most samples a prompt; gemini: 4 are plenty
     c.samples_per_round = 8  # samples of every open prompt between two judgements
+    c.pick = "first"  # of a round's compliant samples: first | best (highest P(compliant))
     c.max_new_tokens = 80
     c.temperature = 1.0
     c.guard = True  # keep only text that also passes the degeneracy guard
@@ -253,7 +258,11 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
     _validate_mesh(config.mesh)
     _one_of("train.method", config.train.method, methods.METHODS)
     _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
-    _one_of("correct.source", config.correct.source, ("self", "none"))
+    _one_of("correct.source", config.correct.source, ("self", "local", "gemini", "none"))
+    _one_of("correct.pick", config.correct.pick, ("first", "best"))
+    _one_of("correct.local_dtype", config.correct.local_dtype, ("float32", "bfloat16"))
+    if config.correct.source == "local" and not config.correct.local_model:
+        raise InputError("correct.source='local' needs --config.correct.local_model=DIRECTORY")
     _one_of("correct.writer", config.correct.writer, ("base", "ref"))
     _one_of("impact.weights", config.impact.weights, ("impact", "uniform"))
     _one_of("impact.path", config.impact.path, ("jvp", "jvp_losses", "vmap_grad"))

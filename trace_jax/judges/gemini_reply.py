@@ -56,10 +56,10 @@ def verdicts(
     Raises:
       Malformed: not exactly one well-formed answer for every clause that was asked.
     """
-    blocked = _blocked(response)
-    if blocked:
+    withheld = blocked(response)
+    if withheld:
         abstains = records.ClauseVerdict("abstain", None)
-        return blocked, "", dict.fromkeys(clauses, abstains)
+        return withheld, "", dict.fromkeys(clauses, abstains)
     reply = _reply(response)
     answers = reply.get("answers")
     if not isinstance(answers, list):
@@ -77,9 +77,9 @@ def verdicts(
 
 def better(response: Any) -> tuple[str, str, str]:
     """(outcome, reason, one of judges.CHOICES) of a reply to a comparison."""
-    blocked = _blocked(response)
-    if blocked:
-        return blocked, "", "undecided"
+    withheld = blocked(response)
+    if withheld:
+        return withheld, "", "undecided"
     reply = _reply(response)
     if not isinstance(reply.get("better"), str) or reply["better"] not in _BETTER:
         raise Malformed("neither a, b, tie nor unsure")
@@ -103,7 +103,8 @@ def text(response: Any) -> str:
     return "".join(part.text or "" for part in parts if not part.thought)
 
 
-def _blocked(response: Any) -> str:
+def blocked(response: Any) -> str:
+    """Why the service withholds a reply for good; "" where it does not."""
     feedback = response.prompt_feedback
     if feedback is not None and feedback.block_reason is not None:
         return f"blocked: {_name(feedback.block_reason)}"
@@ -112,14 +113,23 @@ def _blocked(response: Any) -> str:
     return f"blocked: {finish}" if finish in _BLOCKED else ""
 
 
-def _reply(response: Any) -> Mapping[str, Any]:
+def finished_text(response: Any) -> str:
+    """The text of a reply that came to its end.
+
+    Raises:
+      Malformed: it did not.
+    """
     if not response.candidates:
         raise Malformed("no candidate")
     finish = _name(response.candidates[0].finish_reason)
     if finish != "STOP":
         raise Malformed(f"finished by {finish or 'nothing'}")
+    return text(response)
+
+
+def _reply(response: Any) -> Mapping[str, Any]:
     try:
-        reply = json.loads(text(response))
+        reply = json.loads(finished_text(response))
     except (ValueError, RecursionError) as error:
         raise Malformed("not JSON") from error
     if not isinstance(reply, dict):

@@ -16,7 +16,7 @@ from trace_jax.judges import store as stores
 from trace_jax.judges.gemini_job import KEYS, Asking, Job
 
 if TYPE_CHECKING:
-    from trace_jax.judges.gemini import GeminiReader
+    from trace_jax.judges.gemini_service import Service
 
 _UNREACHABLE = 10  # attempts in a row that reach nobody, at least, before the service is down
 
@@ -28,7 +28,7 @@ class _Stopped(Exception):
 class Run:
     """One run over jobs: workers that share a pace, a budget and a reason to stop."""
 
-    def __init__(self, reader: "GeminiReader", jobs: Sequence[Job]):
+    def __init__(self, reader: "Service", jobs: Sequence[Job]):
         self.reader, self.total, self.done = reader, len(jobs), 0
         self.jobs: Iterator[Job] = iter(jobs)
         self.client = reader.client()
@@ -123,7 +123,7 @@ class Run:
         if error.code == 404:
             self._stop(
                 InputError(
-                    f"judge.gemini.model={self.reader.settings.model!r}: the service does not know "
+                    f"model {self.reader.settings.model!r}: the service does not know "
                     f"it ({said}); give another model"
                 )
             )

@@ -201,10 +201,19 @@ class Store:
                 row = (self._reader(db, reader), question, answer, number)
                 db.execute("INSERT OR REPLACE INTO comparisons VALUES (?, ?, ?, ?)", row)
 
-    def spent(self) -> Spent:
-        """What all attempts in this store took."""
+    def add_call(self, reader: Reader, call: Call) -> None:
+        """Keeps an attempt that was no judgement, for what it took."""
+        with self._writing() as db:
+            self._add_call(db, reader, None, call)
+
+    def spent(self, reader: Reader | None = None) -> Spent:
+        """What all attempts in this store took, or those of one reader."""
         columns = "input_tokens), SUM(cached_tokens), SUM(output_tokens), SUM(price"
-        ((n, *sums),) = self._select(f"SELECT COUNT(*), SUM({columns}) FROM calls")
+        query, values = f"SELECT COUNT(*), SUM({columns}) FROM calls", ()
+        if reader is not None:
+            query += f" WHERE reader IN (SELECT id FROM readers WHERE {_IS_READER})"
+            values = reader
+        ((n, *sums),) = self._select(query, values)
         return Spent(n, *(value or 0 for value in sums))
 
     def add_batch(self, reader: Reader, name: str, questions: str) -> None:

@@ -43,7 +43,12 @@ The policy has these clauses:
 
 def instruction(clauses: Sequence[policies.Clause]) -> str:
     """The judge's instruction with these clauses: depends on nothing else."""
-    return _RULES + "\n".join(f"\nClause {c.id}: {_clause(c)}" for c in clauses)
+    return _RULES + clauses_of(clauses)
+
+
+def clauses_of(clauses: Sequence[policies.Clause]) -> str:
+    """The clauses in words, without their tiers."""
+    return "\n".join(f"\nClause {c.id}: {_clause(c)}" for c in clauses)
 
 
 def comparison_instruction(clauses: Sequence[policies.Clause]) -> str:
@@ -53,12 +58,12 @@ def comparison_instruction(clauses: Sequence[policies.Clause]) -> str:
 
 def material(prompt: records.Text, response: records.Text) -> str:
     """What is judged, fenced."""
-    return _fenced({"prompt": prompt, "response": response})
+    return fenced({"prompt": prompt, "response": response})
 
 
 def comparison_material(prompt: records.Text, a: records.Text, b: records.Text) -> str:
     """What is compared, fenced."""
-    return _fenced({"prompt": prompt, "response-a": a, "response-b": b})
+    return fenced({"prompt": prompt, "response-a": a, "response-b": b})
 
 
 def _clause(clause: policies.Clause) -> str:
@@ -76,7 +81,8 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _fenced(parts: dict[str, records.Text]) -> str:
+def fenced(parts: dict[str, records.Text]) -> str:
+    """Texts between tags that they cannot close: each carries a digest of them all."""
     canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     code = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:24]
     return "\n\n".join(_part(name, text, code) for name, text in parts.items())

@@ -25,6 +25,10 @@ class Context:
     def load_judges(self) -> None:
         """Loads both policies and their judges now, so that what is wrong there shows at once."""
         _ = self.judge, self.old_judge
+        if self.config.correct.source == "gemini":
+            from trace_jax.judges import gemini_service
+
+            gemini_service.check_access(self.config.asking.vertex_project)
 
     def content_hashes(self, stage: str) -> dict[str, str]:
         """Hashes of what config keys only name: policies, the model's and the data's files."""
@@ -37,6 +41,9 @@ class Context:
         if stage == "triage" and self.config.triage.overrides:
             overrides = Path(self.config.triage.overrides)
             found["triage.overrides/hash"] = workdir.hash_path(overrides)
+        if stage == "correct" and self.config.correct.local_model:
+            writer = Path(self.config.correct.local_model)
+            found["correct.local_model/hash"] = workdir.hash_path(writer)
         if stage in ("prepare", "baseline", "evaluate"):
             found["policy.old/hash"] = self.old_policy.hash
         if stage == "prepare":
@@ -86,12 +93,17 @@ class Context:
             rules,
             config.judge.to_dict(),
             asking=config.asking.to_dict(),
-            store=config.asking.store or self.workdir.path / "judgements.sqlite",
-            load_model=self._load_judge,
+            store=self.store_path,
+            load_model=self.load_other,
         )
 
-    def _load_judge(self, path: str, dtype: str):
-        """The model that judges, on this run's mesh, and its tokenizer."""
+    @property
+    def store_path(self) -> Path:
+        """The judgement store."""
+        return Path(self.config.asking.store or self.workdir.path / "judgements.sqlite")
+
+    def load_other(self, path: str, dtype: str):
+        """Another model than the one re-aligned, on this run's mesh, and its tokenizer."""
         from trace_jax import models
         from trace_jax.models import hf_weights
 

@@ -1,94 +1,178 @@
-"""Stage correct: y_c for PUNISH records, written by the model, kept when the judge agrees."""
+"""Stage correct: y_c for PUNISH records, proposed by a writer, kept when the judge agrees."""
 
-from trace_jax import judges, metrics, records, respond, workdir
+from collections.abc import Sequence
+
+from trace_jax import judges, metrics, records, respond, workdir, writers
 from trace_jax.evaluate import guard
 from trace_jax.stages import context
+
+Candidate = tuple[str, records.Text, str]  # prompt id, prompt, proposal
+
+_FOUND = "corrections_found.jsonl"  # an interrupted search goes on from here
+_PROPOSALS = "corrections_proposals.jsonl"  # what a paid writer wrote
 
 
 def run(run: context.Context) -> dict:
     """Writes corrections.jsonl: {"id", "response" or null, "tries"} per PUNISH record.
 
-    Rejection sampling per prompt: rounds of samples, the first that is compliant (and, by
-    correct.guard, not degenerate) stays.
+    Rejection sampling per prompt: rounds of proposals, of which one that is compliant (and, by
+    correct.guard, not degenerate) stays: the first, or the one that the judge is surest of.
     """
     path = run.workdir.path / "corrections.jsonl"
     punished = [t.record for t in run.triaged if t.action == "PUNISH"]
     if run.config.correct.source == "none" or not punished:
         records.write_jsonl(path, [])
         return {"corrected": 0, "of": len(punished)}
+    writer = _writer(run)
     by_prompt = {records.content_id(r.prompt): r.prompt for r in punished}
-    found, tries = _search(run, [respond.Prompt(i, text) for i, text in by_prompt.items()])
+    found, tries = _search(run, writer, [respond.Prompt(i, x) for i, x in by_prompt.items()])
     rows = []
     for record in punished:
         key = records.content_id(record.prompt)
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
-    workdir.remove(run.workdir.path / "corrections_found.jsonl")
-    corrected = sum(row["response"] is not None for row in rows)
+    for name in (_FOUND, _PROPOSALS):
+        workdir.remove(run.workdir.path / name)
+    return _told(writer, rows, len(found), sum(tries.values()))
+
+
+def _told(writer: writers.Writer, rows: Sequence[dict], n_found: int, n_tries: int) -> dict:
+    corrected, price = sum(row["response"] is not None for row in rows), writer.price()
+    cost = f", {price:.4f} US dollars" if price else ""
     metrics.say(
-        f"  corrections for {corrected} of {len(rows)} PUNISH records; dual NPO for the others"
+        f"  {writer.name} wrote corrections for {corrected} of {len(rows)} PUNISH records, kept one "
+        f"of {n_tries / max(1, n_found):.1f} proposals{cost}; dual NPO for the others"
     )
-    return {"corrected": corrected, "of": len(rows)}
+    return {
+        "corrected": corrected,
+        "of": len(rows),
+        "writer": writer.name,
+        "proposals": n_tries,
+        "kept": n_found,
+        "price": price,
+    }
+
+
+def _writer(run: context.Context) -> writers.Writer:
+    config = run.config.correct
+    if config.source == "gemini":
+        return _gemini(run)
+    from trace_jax.writers import sampled
+
+    sampling = {
+        "seed": run.config.seed + 1,  # other samples than the records' own continuations
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "batch_rows": run.config.evaluate.batch_rows,
+    }
+    if config.source == "self":
+        module = run.base if config.writer == "base" else run.ref
+        return sampled.SampledWriter(
+            config.writer, module, run.encoder, stop_ids=run.stop_ids, **sampling
+        )
+    from trace_jax import batches
+
+    module, tokenizer = run.load_other(config.local_model, config.local_dtype)
+    stop_ids = tuple(module.config.eos_token_ids) or (tokenizer.eos_token_id,)
+    encoder = batches.Encoder(tokenizer, max_length=_LONGEST_QUESTION, end_id=None)
+    return sampled.SampledWriter(
+        config.local_model,
+        module,
+        encoder,
+        stop_ids=stop_ids,
+        as_asked=_instructed(run, tokenizer) if config.instruct else None,
+        **sampling,
+    )
+
+
+_LONGEST_QUESTION = 8192  # tokens of policy, prompt and reply for a local writer
+
+
+def _instructed(run: context.Context, tokenizer):
+    from trace_jax.writers import instruction
+
+    made = instruction.chat if tokenizer.chat_template else instruction.plain
+    return lambda prompt: made(run.new_policy, prompt)
+
+
+def _gemini(run: context.Context) -> writers.Writer:
+    from trace_jax.judges import gemini_job, store
+    from trace_jax.writers import gemini
+
+    config = run.config.correct
+    settings = gemini_job.Settings(
+        model=config.gemini_model,
+        temperature=config.temperature,
+        max_output_tokens=config.max_new_tokens,
+        thinking_tokens=0,
+        clauses_per_call=0,
+    )
+    return gemini.GeminiWriter(
+        run.new_policy,
+        settings,
+        gemini_job.Asking.of(run.config.asking.to_dict()),
+        store.Store(run.store_path),
+        run.workdir.path / _PROPOSALS,
+    )
 
 
 def _search(
-    run: context.Context, prompts: list[respond.Prompt]
+    run: context.Context, writer: writers.Writer, prompts: list[respond.Prompt]
 ) -> tuple[dict[str, str], dict[str, int]]:
     config = run.config.correct
-    writer = run.base if config.writer == "base" else run.ref
     tries = dict.fromkeys((p.id for p in prompts), 0)
-    kept = run.workdir.path / "corrections_found.jsonl"  # an interrupted search goes on from here
+    kept = run.workdir.path / _FOUND
     with (
         records.JsonlAppender(kept) as out,
-        run.progress(len(prompts), f"corrections written by {config.writer}", len(out.ids)) as bar,
+        run.progress(len(prompts), f"corrections written by {writer.name}", len(out.ids)) as bar,
     ):
         rows = [row for _, row in records.read_jsonl(kept)]
         found = {row["id"]: row["response"] for row in rows}
         tries |= {row["id"]: row["tries"] for row in rows}
         while still := [p for p in prompts if p.id not in found and tries[p.id] < config.tries]:
-            samples = respond.respond(
-                writer,
-                still,
-                run.encoder,
-                seed=run.config.seed + 1,  # other samples than the records' own continuations
-                samples=config.samples_per_round,
-                first_sample=tries[still[0].id],
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                stop_ids=run.stop_ids,
-                batch_rows=run.config.evaluate.batch_rows,
-            )
-            accepted = _first_accepted(run, still, samples)
+            first, n = tries[still[0].id], config.samples_per_round
+            n = min(n, config.tries - first)
+            samples = writer.write(still, first=first, n=n)
+            accepted = _accepted(run, still, samples)
             found |= accepted
             for p in still:
-                tries[p.id] += config.samples_per_round
+                tries[p.id] += n
             out.append({"id": i, "response": y, "tries": tries[i]} for i, y in accepted.items())
             bar.advance(len(accepted))
     return found, tries
 
 
-def _first_accepted(
+def _accepted(
     run: context.Context, prompts: list[respond.Prompt], samples: list[list[str]]
 ) -> dict[str, str]:
+    """Prompt id -> the proposal of this round that stays."""
     items = [
         (p.id, p.prompt, s)
         for p, of_prompt in zip(prompts, samples, strict=True)
         for s in of_prompt
+        if s.strip()
     ]
     labels = {
         records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged
     }
     verdicts = run.judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
+    sure = {item: v.p_compliant or 0.0 for item, v in zip(map(_key, items), verdicts, strict=True)}
     compliant = [item for item, v in zip(items, verdicts, strict=True) if v.compliant]
     if run.config.correct.guard and compliant:
         compliant = _plausible(run, compliant)
-    first: dict[str, str] = {}
+    if run.config.correct.pick == "best":  # stable: of equals the first
+        compliant = sorted(compliant, key=lambda item: -sure[_key(item)])
+    kept: dict[str, str] = {}
     for prompt_id, _, sample in compliant:
-        first.setdefault(prompt_id, sample)
-    return first
+        kept.setdefault(prompt_id, sample)
+    return kept
 
 
-def _plausible(run: context.Context, items: list[tuple]) -> list[tuple]:
+def _key(item: Candidate) -> tuple[str, str]:
+    return item[0], item[2]
+
+
+def _plausible(run: context.Context, items: list[Candidate]) -> list[Candidate]:
     """Those that pass the degeneracy guard under the base model."""
     thresholds = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
     config = run.config

@@ -1,0 +1,77 @@
+"""Proposals written by Gemini under the instruction of the new policy; what is paid for is kept."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax import policy as policies
+from trace_jax import processes, records, respond
+from trace_jax.judges import gemini_reply, gemini_service
+from trace_jax.judges import store as stores
+from trace_jax.judges.gemini_job import Asking, Job, Settings
+from trace_jax.writers import instruction
+
+
+class GeminiWriter:
+    """Asks for one reply a proposal, and keeps every one in a file before it is judged.
+
+    Args:
+      kept: the judgement store, which counts calls and money.
+      proposals: file of {"id", "response"}, gone on with after a restart.
+    """
+
+    def __init__(
+        self,
+        policy: policies.Policy,
+        settings: Settings,
+        asking: Asking,
+        kept: stores.Store,
+        proposals: Path,
+    ):
+        self.name = f"gemini:{settings.model}"
+        self._service = gemini_service.Service(settings, asking, kept)
+        self._system = instruction.system(policy)
+        self._proposals = proposals
+        digest = hashlib.sha256(self._system.encode()).hexdigest()[:16]
+        parameters = dataclasses.asdict(settings)
+        del parameters["model"], parameters["clauses_per_call"]
+        self._identity = stores.Reader(
+            "gemini-writer", settings.model, json.dumps(parameters, sort_keys=True), digest
+        )
+
+    def write(self, prompts: Sequence[respond.Prompt], *, first: int, n: int) -> list[list[str]]:
+        """See `writers.Writer`. Of several processes the first one asks."""
+        wanted = [(p, number) for p in prompts for number in range(first, first + n)]
+        with records.JsonlAppender(self._proposals) as out:
+            missing = [(p, k) for p, k in wanted if self._key(p, k) not in out.ids]
+            if missing and processes.is_first():
+                self._service.run([self._job(p, k, out) for p, k in missing])
+        rows = (row for _, row in records.read_jsonl(self._proposals))
+        found = {row["id"]: row["response"] for row in rows}
+        return [[found.get(self._key(p, k), "") for k in range(first, first + n)] for p in prompts]
+
+    def price(self) -> float:
+        """US dollars of all attempts of this writer in the store."""
+        return self._service.store.spent(self._identity).price
+
+    def _key(self, prompt: respond.Prompt, number: int) -> str:
+        return f"{self._identity.template}-{prompt.id}-{number}"
+
+    def _job(self, prompt: respond.Prompt, number: int, out: records.JsonlAppender) -> Job:
+        def attempted(call: stores.Call, text: str | None) -> None:
+            self._service.store.add_call(self._identity, call)
+            if text is not None:
+                out.append([{"id": self._key(prompt, number), "response": text}])
+
+        return Job(self._system, instruction.material(prompt.prompt), {}, _read, attempted, "")
+
+
+def _read(response: Any) -> tuple[str, str, str]:
+    """(outcome, reason, text); a reply that the service withholds is an empty text."""
+    blocked = gemini_reply.blocked(response)
+    if blocked:
+        return blocked, "", ""
+    return "ok", "", gemini_reply.finished_text(response).strip()
