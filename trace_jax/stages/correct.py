@@ -39,9 +39,10 @@ def run(run: context.Context) -> dict:
 def _told(writer: writers.Writer, rows: Sequence[dict], n_found: int, n_tries: int) -> dict:
     corrected, price = sum(row["response"] is not None for row in rows), writer.price()
     cost = f", {price:.4f} US dollars" if price else ""
+    kept = f"one of {n_tries / max(1, n_found):.1f} proposals kept{cost}"
     metrics.say(
-        f"  {writer.name} wrote corrections for {corrected} of {len(rows)} PUNISH records, kept one "
-        f"of {n_tries / max(1, n_found):.1f} proposals{cost}; dual NPO for the others"
+        f"  {writer.name} wrote corrections for {corrected} of {len(rows)} PUNISH records ({kept})"
+        "; dual NPO for the others"
     )
     return {
         "corrected": corrected,
