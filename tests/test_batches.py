@@ -77,6 +77,17 @@ def test_a_response_too_long_is_an_error_that_names_the_record():
         encoder(max_length=7).encode("c", ["abcdefg"], "r7")
 
 
+def test_a_response_too_long_may_be_cut_at_its_end_and_is_counted():
+    cutting = batches.Encoder(TOKENIZER, max_length=7, end_id=END, cut_responses=True)
+    e = cutting.encode("c", ["abcdefgh", "e"])  # 3 tokens of prompt leave 4
+    assert words(e.prompt) == ["<s>", "▁", "c"] and cutting.truncated_responses == 1
+    assert [words(b) for b in e.branches] == [["ab", "c", "d", "e"], ["e", "</s>"]]
+    assert cutting.truncated_prompts == 0
+    long = cutting.encode("c d e f", ["abcdefgh", "e"])  # a prompt keeps half of the limit
+    assert len(long.prompt) == 3 and len(long.branches[0]) == 4
+    assert cutting.truncated_prompts == 1 and cutting.truncated_responses == 2
+
+
 def test_examples_too_long_are_dropped_by_name_or_refused():
     made = [tiny.methods.Example(f"r{n}", "INVERT", "c", "d" * n, "e", pref=1.0) for n in (2, 40)]
     dropped = []

@@ -44,7 +44,7 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
         ("train.beta", 0.0, "greater than 0"),
         ("impact.path", "vjp", "one of jvp"),
         ("evaluate.splits", ("train",), "one of test"),
-        ("data.source", "csv", "one of jsonl"),
+        ("data.source", "csv", "one of file, jsonl"),
     ],
 )
 def test_a_value_out_of_range_is_one_clear_line(key, value, said):

@@ -75,11 +75,15 @@ class Encoder:
       tokenizer: a transformers tokenizer.
       max_length: most tokens of a prompt and one response together.
       end_id: token appended to every response, or None.
+      cut_responses: cut a response that does not fit at its end; it then has no end_id.
     """
 
-    def __init__(self, tokenizer, *, max_length: int, end_id: int | None):
+    def __init__(
+        self, tokenizer, *, max_length: int, end_id: int | None, cut_responses: bool = False
+    ):
         self.tokenizer, self.max_length, self.end_id = tokenizer, max_length, end_id
-        self.truncated_prompts = 0
+        self.cut_responses = cut_responses
+        self.truncated_prompts = self.truncated_responses = 0
         self._cache: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
 
     def prompt_text(self, prompt: records.Text) -> str:
@@ -109,16 +113,17 @@ class Encoder:
     ) -> Encoded:
         """Tokenises prompt and each response together and finds the boundary in token space.
 
-        Truncation cuts the prompt from the left (counted in `truncated_prompts`), never a response;
-        a response that leaves no room for one prompt token is an InputError naming the record.
+        Truncation cuts the prompt from the left (counted in `truncated_prompts`), and responses
+        only with `cut_responses` (counted as well); otherwise one that leaves no room for a prompt
+        token is an InputError naming the record.
         """
         text = self.prompt_text(prompt)
-        pairs = [self._tokens(text, _text_of(r)) for r in responses]
+        pairs = [self._cut_right(*self._tokens(text, _text_of(r))) for r in responses]
         longest = max(len(tokens) - n_prompt for tokens, n_prompt in pairs)
         if longest >= self.max_length:
             raise InputError(
                 f"record {name}: a response has {longest} tokens, the limit with its prompt is "
-                f"data.max_length={self.max_length}; raise it, or set data.too_long=drop"
+                f"data.max_length={self.max_length}; raise it, or set data.too_long=drop or cut"
             )
         shared = min(_common_prefix([t for t, _ in pairs]), min(n for _, n in pairs))
         if shared == 0:
@@ -134,6 +139,17 @@ class Encoder:
             branches=tuple(tokens[shared:] for tokens, _ in pairs),
             skip=tuple(n - shared for _, n in pairs),
         )
+
+    def _cut_right(self, tokens: tuple[int, ...], n_prompt: int) -> tuple[tuple[int, ...], int]:
+        """Prompt and response without the response's end, if that may be cut and has to be.
+
+        The prompt keeps its length up to half of the limit.
+        """
+        end = n_prompt + self.max_length - min(n_prompt, self.max_length // 2)
+        if not self.cut_responses or len(tokens) <= end:
+            return tokens, n_prompt
+        self.truncated_responses += 1
+        return tokens[:end], n_prompt
 
     def _cut_left(self, prompt: tuple[int, ...], excess: int) -> tuple[int, ...]:
         """The prompt without `excess` tokens at its left end, after its beginning-of-text token."""

@@ -88,8 +88,9 @@ def _data() -> ml_collections.ConfigDict:
     c.limit = 0  # file: most records, drawn at random over the whole file; 0: all
     c.malformed = "error"  # file: a malformed row: error | drop (counted)
     c.prompts_path = ""  # file: held-out prompts; empty: taken out of the records' prompts
+    c.hold_out = "all"  # prompts of prompts_path that no record may have: all | used (those drawn)
     c.max_length = 512  # tokens of a prompt and one response
-    c.too_long = "error"  # a response that does not fit: error | drop (counted and named)
+    c.too_long = "error"  # a response that does not fit: error | drop (counted and named) | cut
     c.as_chat = False  # prompts that are plain text become a user's turn under the chat template
     c.append_stop = True  # put the first stop id behind every response
     c.row_length = 0  # tokens of a packed row; 0: the longest example, rounded up to 64
@@ -249,9 +250,10 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
     """
     _one_of("data.source", config.data.source, SOURCES)
     _one_of("data.form", config.data.form, forms.NAMES)
+    _one_of("data.hold_out", config.data.hold_out, ("all", "used"))
     _one_of("data.malformed", config.data.malformed, ("error", "drop"))
     forms.columns_of(config.data.columns)
-    _one_of("data.too_long", config.data.too_long, ("error", "drop"))
+    _one_of("data.too_long", config.data.too_long, ("error", "drop", "cut"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _one_of("model.scratch.family", config.model.scratch.family, ("llama", "qwen2", "gemma2"))
     _one_of("model.remat", config.model.remat, ("layer", "dots", "none"))

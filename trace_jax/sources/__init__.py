@@ -9,10 +9,9 @@ import collections
 import dataclasses
 import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from trace_jax import records
 from trace_jax.errors import InputError
@@ -182,12 +181,12 @@ def read_records(
 
 def _sample(found: Records, n: int, seed: int) -> list[records.PreferenceRecord]:
     """n of them, each equally likely, in one pass that holds no more (reservoir sampling)."""
-    rng = np.random.default_rng([seed, 0x11417])
+    rng = random.Random(f"data.limit {seed}")
     kept: list[tuple[int, records.PreferenceRecord]] = []
     for i, record in enumerate(found):
         if i < n:
             kept.append((i, record))
-        elif (at := int(rng.integers(i + 1))) < n:
+        elif (at := rng.randrange(i + 1)) < n:
             kept[at] = i, record
     return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
 

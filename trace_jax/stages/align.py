@@ -36,5 +36,6 @@ def run(run: context.Context) -> dict:
         "aligned": True,
         "dropped": len(dropped),
         "truncated_prompts": run.encoder.truncated_prompts,
+        "truncated_responses": run.encoder.truncated_responses,
         "real_token_share": round(fitted.real_token_share, 4),
     }

@@ -154,7 +154,12 @@ class Context:
 
         data = self.config.data
         end_id = self.stop_ids[0] if data.append_stop else None
-        return batches.Encoder(self.tokenizer, max_length=data.max_length, end_id=end_id)
+        return batches.Encoder(
+            self.tokenizer,
+            max_length=data.max_length,
+            end_id=end_id,
+            cut_responses=data.too_long == "cut",
+        )
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

@@ -92,11 +92,12 @@ def _from_file(run: context.Context) -> tuple[list, list[dict]]:
         held_out = [
             _held_out(i, by_prompt[i].prompt, by_prompt[i].labels_of("prompt")) for i in taken
         ]
+    total = data.validation_prompts + data.test_prompts
+    held_out = held_out[:total] if data.hold_out == "used" else held_out
     secret = {records.content_id(p["prompt"]) for p in held_out}
     kept = [r for r in found if records.content_id(r.prompt) not in secret]
     if len(kept) < len(found):
         metrics.say(f"  {len(found) - len(kept)} records left out: their prompts are held out")
-    total = data.validation_prompts + data.test_prompts
     n_test = (
         data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
     )
@@ -210,7 +211,12 @@ def _train_from_scratch(run: context.Context, found: list[records.PreferenceReco
         eos_token_ids=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
     )
-    encoder = batches.Encoder(tokenizer, max_length=shape.context, end_id=tokenizer.eos_token_id)
+    encoder = batches.Encoder(
+        tokenizer,
+        max_length=shape.context,
+        end_id=tokenizer.eos_token_id,
+        cut_responses=run.config.data.too_long == "cut",
+    )
     dropped: list[str] = []
     fitted = fit.fit(
         sharding.place_module(run.as_configured(models.init(config, seed))),

@@ -34,5 +34,6 @@ def run(run: context.Context) -> dict:
         "examples": len(examples),
         "dropped": len(dropped),
         "truncated_prompts": run.encoder.truncated_prompts,
+        "truncated_responses": run.encoder.truncated_responses,
         "real_token_share": round(fitted.real_token_share, 4),
     }
