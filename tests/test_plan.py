@@ -12,6 +12,7 @@ import pytest
 from trace_jax import config as config_lib
 from trace_jax import hardware, launch, models, plan, records, workdir, workload
 from trace_jax.errors import InputError
+from trace_jax.judges import gemini, gemini_job, store
 from trace_jax.stages import context
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +134,34 @@ def test_equal_responses_are_judged_once_and_done_records_not_again(tmp_path):
     (tmp_path / "run").mkdir()
     records.write_jsonl(tmp_path / "run" / "triage.jsonl", [{"id": "1"}])
     assert workload.judging(run)["calls"] == 4  # record 2 still needs p: a, c
+
+
+def test_calls_of_gemini_are_counted_and_priced_without_a_key(tmp_path, monkeypatch):
+    for name in gemini_job.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    run = run_of(tmp_path, PAIRS)
+    assert workload.judging(run)["price"] == 0  # rules
+    run.config.judge.name = "gemini"
+    first = workload.judging(run)
+    assert first["calls"] == 5 and first["tokens"] > 5 * 150
+    asking = run.config.asking
+    low, high = (
+        first["tokens"] * price / 1e6 for price in (asking.price_input, asking.price_output)
+    )
+    assert low < first["price"] < high
+    asking.batch = True
+    assert workload.judging(run)["price"] == first["price"] / 2
+    asking.batch = False
+    run.store_path.parent.mkdir(exist_ok=True)
+    kept = store.Store(run.store_path)
+    settings = gemini_job.Settings(**run.config.judge.gemini.to_dict())
+    verdicts = dict.fromkeys(run.new_policy.clauses, records.ClauseVerdict("compliant", None))
+    kept.add(gemini.identity(settings), "p", "a", store.Call("ok"), verdicts)
+    assert workload.judging(run)["calls"] == 4
+    one = next(iter(verdicts))
+    kept.add(gemini.identity(settings), "q", "a", store.Call("ok"), {one: verdicts[one]})
+    again = workload.judging(run)
+    assert again["calls"] == 4 and again["tokens"] < first["tokens"] * 0.8  # fewer clauses to ask
 
 
 def test_actions_are_assumed_before_triage(tmp_path):

@@ -239,7 +239,6 @@ def _plan() -> ml_collections.ConfigDict:
     c.peak_tflops = 0.0  # of one device, bfloat16; 0: known for TPUs and common GPUs
     c.prompt_tokens = 60  # of a record, where the data is not here
     c.response_tokens = 150
-    c.judge_price = 0.0  # US dollars for a million tokens of judge prompts and replies
     return c
 
 

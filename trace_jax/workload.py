@@ -7,14 +7,15 @@ is missing they are estimates, and say so.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trace_jax import config as configs
-from trace_jax import methods, records, sources, synth, triage
+from trace_jax import judges, methods, records, sources, synth, triage
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
 _CHARACTERS_A_TOKEN = 4.0  # of English under the tokenizers of these models
+_REPLY_TOKENS = 150  # of a judge, about
 _SAMPLE = 2000  # records whose tokens are counted; the rest is taken to be like them
 
 
@@ -124,18 +125,53 @@ def _text(text: records.Text) -> str:
 
 
 def judging(run: context.Context) -> dict[str, Any]:
-    """Verdicts that triage still needs, each (prompt, response) once."""
+    """Calls that triage still needs, each (prompt, response) once and without what the store knows.
+
+    Returns:
+      calls, tokens (from characters) and price in US dollars as `asking.price_*` has it; the judges
+      that need no service make as many verdicts for nothing.
+    """
     path = run.file("triage", "triage.jsonl")
     done = {row.get("id") for _, row in records.read_jsonl(path)} if path.exists() else set()
-    items = {
-        records.content_id(r.prompt, response): _text(r.prompt) + _text(response)
+    items = [
+        judges.Item(r.prompt, getattr(r, side), r.labels_of(side))
         for r in _records(run)
         if r.id not in done
-        for response in (r.chosen, r.rejected)
-    }
-    paid = run.config.judge.name not in ("rules",)
-    prompt = len(run.new_policy.source)
-    characters = sum(len(text) + prompt for text in items.values()) if paid else 0
-    tokens = int(characters / _CHARACTERS_A_TOKEN)
-    price = tokens * run.config.plan.judge_price / 1e6
-    return {"calls": len(items), "tokens": tokens, "price": price}
+        for side in ("chosen", "rejected")
+    ]
+    name = run.config.judge.name
+    if name == "gemini" or (name == "ensemble" and "gemini" in run.config.judge.ensemble.members):
+        return _asking_gemini(run, items)
+    unique = {records.content_id(item.prompt, item.response) for item in items}
+    return {"calls": len(unique), "tokens": 0, "price": 0.0}
+
+
+def _asking_gemini(run: context.Context, items: Sequence[judges.Item]) -> dict[str, Any]:
+    from trace_jax.judges import gemini, gemini_job, reading, store, template
+
+    settings = gemini_job.Settings(**run.config.judge.gemini.to_dict())
+    asking = gemini_job.Asking.of(run.config.asking.to_dict())
+    path = run.store_path
+    judge = reading.ReadingJudge(
+        run.new_policy,
+        _Unasked(gemini.identity(settings), settings.clauses_per_call),
+        store.Store(path if path.exists() else ":memory:"),
+        reask_abstentions=run.config.asking.reask_abstentions,
+    )
+    questions = judge.questions(items)
+    characters = sum(
+        len(template.instruction(q.clauses)) + len(template.material(q.prompt, q.response))
+        for q in questions
+    )
+    given, written = int(characters / _CHARACTERS_A_TOKEN), _REPLY_TOKENS * len(questions)
+    discount = asking.batch_discount if asking.batch else 1.0
+    price = discount * asking.price(given, 0, written)
+    return {"calls": len(questions), "tokens": given + written, "price": price}
+
+
+class _Unasked(NamedTuple):
+    """A reader by name alone, for counting what it would be asked."""
+
+    identity: Any
+    clauses_per_call: int
+    collective: bool = False

@@ -16,6 +16,14 @@ from trace_jax.judges import store as stores
 from trace_jax.judges.gemini_job import Asking, Job, Settings
 
 
+def identity(settings: Settings) -> stores.Reader:
+    """Under what its answers are stored: everything that can change them."""
+    parameters = dataclasses.asdict(settings)
+    del parameters["model"], parameters["clauses_per_call"]
+    digest = hashlib.sha256(f"{template.HASH}{gemini_reply.HASH}".encode()).hexdigest()[:16]
+    return stores.Reader("gemini", settings.model, json.dumps(parameters, sort_keys=True), digest)
+
+
 class GeminiReader(gemini_service.Service):
     """Answers questions by calls to the Gemini API, the Developer API's or Vertex AI's.
 
@@ -28,12 +36,7 @@ class GeminiReader(gemini_service.Service):
     def __init__(self, settings: Settings, asking: Asking, kept: stores.Store):
         super().__init__(settings, asking, kept)
         self.clauses_per_call = settings.clauses_per_call
-        parameters = dataclasses.asdict(settings)
-        del parameters["model"], parameters["clauses_per_call"]
-        digest = hashlib.sha256(f"{template.HASH}{gemini_reply.HASH}".encode()).hexdigest()[:16]
-        self.identity = stores.Reader(
-            "gemini", settings.model, json.dumps(parameters, sort_keys=True), digest
-        )
+        self.identity = identity(settings)
 
     def ask(
         self,

@@ -98,11 +98,7 @@ class ReadingJudge:
         items = [judges.Item(*item) for item in items]
         hashes = [stores.item_hash(item.prompt, item.response) for item in items]
         wanted = {key: self._clauses(item) for key, item in zip(hashes, items, strict=True)}
-        unique = dict(zip(hashes, items, strict=True))
-        open_ = processes.from_first(lambda: self._open(wanted))
-        questions = [
-            Question(*unique[bytes.fromhex(key)][:2], self._of_ids(ids)) for key, ids in open_
-        ]
+        questions = self._questions(wanted, dict(zip(hashes, items, strict=True)))
         if questions:
             self._ask(questions, hashes, progress)
         elif progress is not None:
@@ -110,6 +106,20 @@ class ReadingJudge:
         rows = processes.from_first(lambda: self._verdicts(wanted))
         verdicts = {key: _from_row(row) for key, row in rows.items()}
         return [verdicts[key.hex()] for key in hashes]
+
+    def questions(self, items: Iterable[judges.Item]) -> list[Question]:
+        """What `judge` would ask of these items: each once, without what the store knows."""
+        unique = {stores.item_hash(item.prompt, item.response): item for item in items}
+        wanted = {key: self._clauses(item) for key, item in unique.items()}
+        return self._questions(wanted, unique)
+
+    def _questions(
+        self,
+        wanted: Mapping[bytes, Sequence[policies.Clause]],
+        unique: Mapping[bytes, judges.Item],
+    ) -> list[Question]:
+        open_ = processes.from_first(lambda: self._open(wanted))
+        return [Question(*unique[bytes.fromhex(key)][:2], self._of_ids(ids)) for key, ids in open_]
 
     def compare(
         self, pairs: Sequence[tuple[records.Text, records.Text, records.Text]]
