@@ -75,16 +75,30 @@ def wait(name: str) -> None:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` gives on the first process, on every process; it must be JSON."""
+    """What `make` gives on the first process, on every process; it must be JSON.
+
+    Raises:
+      InputError: on every process, what `make` raised on the first.
+    """
     if _this.count == 1:
         return make()
     import numpy as np
     from jax.experimental import multihost_utils
 
-    data = json.dumps(make()).encode() if is_first() else b""
+    data = json.dumps(_outcome(make)).encode() if is_first() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.frombuffer(data.ljust(size), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    kind, value = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if kind == "error":
+        raise InputError(value)
+    return value
+
+
+def _outcome(make: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        return "value", make()
+    except InputError as error:
+        return "error", str(error)
 
 
 def leave(code: int) -> int:

@@ -135,8 +135,10 @@ class ReadingJudge:
 
         known = processes.from_first(found)
         missing = [q for key, q in unique.items() if key.hex() not in known]
-        if missing and (self.reader.collective or processes.is_first()):
+        if missing and self.reader.collective:
             self.reader.compare(missing, self._keep_comparison)
+        elif missing:
+            processes.from_first(lambda: self.reader.compare(missing, self._keep_comparison))
         known = processes.from_first(found)
         return [known.get(key.hex(), "undecided") for key in keys]
 
@@ -195,8 +197,10 @@ class ReadingJudge:
                 if not left[key]:
                     progress(copies[key])
 
-        if self.reader.collective or processes.is_first():
+        if self.reader.collective:
             self.reader.ask(questions, answered)
+        else:
+            processes.from_first(lambda: self.reader.ask(questions, answered))
 
     def _keep_comparison(self, question: Comparison, call: stores.Call, answer: str | None) -> None:
         if processes.is_first():

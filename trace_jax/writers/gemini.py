@@ -47,8 +47,9 @@ class GeminiWriter:
         wanted = [(p, number) for p in prompts for number in range(first, first + n)]
         with records.JsonlAppender(self._proposals) as out:
             missing = [(p, k) for p, k in wanted if self._key(p, k) not in out.ids]
-            if missing and processes.is_first():
-                self._service.run([self._job(p, k, out) for p, k in missing])
+            if missing:
+                jobs = [self._job(p, k, out) for p, k in missing]
+                processes.from_first(lambda: self._service.run(jobs))
         rows = (row for _, row in records.read_jsonl(self._proposals))
         found = {row["id"]: row["response"] for row in rows}
         return [[found.get(self._key(p, k), "") for k in range(first, first + n)] for p in prompts]
