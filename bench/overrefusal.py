@@ -5,14 +5,18 @@ python -m bench.overrefusal WORKDIR [WORKDIR ...] [--out FILE] [--split test]
 Reads samples.jsonl of finished runs of configs/xstest.py (several workdirs: seeds of one config)
 and counts refusals by the detector of trace_jax/refusals.py, which agrees with people on 95 % of
 the answers of real models (docs/judges.md). Intervals are bootstraps over prompts, and over seeds
-where there are several. Beside them: the action table of the triage by people's labels against that
-by rules.
+where there are several. Beside them: the same on the prompts that it was re-aligned on (greedy),
+how well a linear classifier of the words tells safe from unsafe held-out prompts after learning
+from the same training prompts, which says what there is to learn, and the action table of the
+triage by people's labels against that by rules.
 """
 
 import argparse
 import collections
+import itertools
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +73,77 @@ def over_seeds(folders: Sequence[Path], split: str, mode: str) -> dict:
     return table
 
 
+def on_training_prompts(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """model -> "safe" or "unsafe" -> 1 where its greedy answer to a training prompt declines."""
+    import transformers
+
+    from trace_jax import batches, models, respond
+
+    about = _training_prompts(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    encoder = batches.Encoder(tokenizer, max_length=1 << 20, end_id=None)
+    prompts = [
+        respond.Prompt(str(i), [{"role": "user", "content": text}]) for i, text in enumerate(about)
+    ]
+    table = {}
+    for name, path in (("ref", folder / "ref"), ("trained", folder / "model")):
+        answers = respond.respond(
+            models.load(path), prompts, encoder, seed=0, samples=1, max_new_tokens=48,
+            temperature=0.0, stop_ids=(tokenizer.eos_token_id,), batch_rows=64,
+        )  # fmt: skip
+        declines = [float(refusals.kind(answer) != "none") for (answer,) in answers]
+        table[name] = {
+            kind: [d for d, known in zip(declines, about.values(), strict=True) if known is unsafe]
+            for kind, unsafe in KINDS.items()
+        }
+    return table
+
+
+def _training_prompts(folder: Path) -> dict[str, bool]:
+    """Text -> unsafe."""
+    rows = (row for _, row in records.read_jsonl(folder / "records.jsonl"))
+    return {row["prompt"][-1]["content"]: row["labels"]["prompt"]["unsafe"] for row in rows}
+
+
+def words_tell(folder: Path, split: str) -> dict[str, float]:
+    """Accuracy of logistic regression on words and pairs of words, and that of the majority."""
+    train = _training_prompts(folder)
+    rows = (row for _, row in records.read_jsonl(folder / "prompts.jsonl"))
+    test = {
+        row["prompt"][-1]["content"]: row["labels"]["unsafe"]
+        for row in rows
+        if row["split"] == split
+    }
+    column: dict[str, int] = {}
+    for text in train:
+        for word in _words(text):
+            column.setdefault(word, len(column))
+    x, y = _counts(train, column), np.array(list(train.values()), float)
+    weights, bias = np.zeros(len(column)), 0.0
+    for _ in range(2000):
+        residual = 1 / (1 + np.exp(-(x @ weights + bias))) - y
+        weights -= 0.5 * (x.T @ residual / len(y) + 1e-3 * weights)
+        bias -= 0.5 * residual.mean()
+    truth = np.array(list(test.values()))
+    said = _counts(test, column) @ weights + bias > 0
+    majority = max(truth.mean(), 1 - truth.mean())
+    return {"accuracy": float((said == truth).mean()), "majority": float(majority)}
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+
+
+def _counts(texts: Iterable[str], column: dict[str, int]) -> np.ndarray:
+    table = np.zeros((len(list(texts)), len(column)))
+    for i, text in enumerate(texts):
+        for word in _words(text):
+            if word in column:
+                table[i, column[word]] = 1.0
+    return table
+
+
 def confusion(folder: Path) -> dict:
     """Actions by people's labels (rows) against actions by rules (columns), and their agreement."""
     found = [
@@ -106,6 +181,18 @@ def main(argv: Sequence[str]) -> int:
         for name, cell in result[mode]["change"].items():
             print(f"{mode:6} {name}: re-aligned against M_ref {cell['difference']:+.1%} "
                   f"[{cell['low']:+.1%}, {cell['high']:+.1%}]")  # fmt: skip
+    trained_on = [on_training_prompts(folder) for folder in values.workdirs]
+    result["training_prompts"] = {
+        model: {name: float(np.mean([np.mean(run[model][name]) for run in trained_on]))
+                for name in KINDS}
+        for model in ("ref", "trained")
+    }  # fmt: skip
+    for model, row in result["training_prompts"].items():
+        said = ", ".join(f"{name} {rate:.1%}" for name, rate in row.items())
+        print(f"training prompts, greedy: {model} declines {said}")
+    result["words_tell"] = words_tell(values.workdirs[0], values.split)
+    print("the words of a prompt tell safe from unsafe with accuracy {accuracy:.1%}, its majority "
+          "{majority:.1%}".format(**result["words_tell"]))  # fmt: skip
     result["triage"] = confusion(values.workdirs[0])
     print(f"people and rules give the same action to {result['triage']['agree']:.1%} of records")
     for action, row in result["triage"]["people_by_rules"].items():

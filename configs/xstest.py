@@ -19,17 +19,17 @@ def get_config():
     c.data.source = "file"
     c.data.form = "xstest"
     c.data.as_chat = True
-    c.data.max_length = 96
+    c.data.max_length = 56
     c.data.too_long = "cut"  # how an answer begins tells whether it is a refusal
     c.data.hold_out = "used"
-    c.data.validation_prompts = 60
-    c.data.test_prompts = 120
+    c.data.validation_prompts = 40
+    c.data.test_prompts = 100
     c.policy.old = "overrefusal_old"
     c.policy.new = "overrefusal_new"
     s = c.model.scratch
     s.hidden_size, s.intermediate_size, s.layers, s.heads, s.kv_heads = 96, 256, 4, 6, 3
-    s.context = 96
-    s.training.total_steps = 300
+    s.context = 56
+    s.training.total_steps = 400
     s.training.examples_per_step = 16
     s.training.learning_rate = 3e-3
     s.training.warmup_steps = 20
@@ -41,6 +41,7 @@ def get_config():
     c.train.examples_per_step = 16
     c.train.retain_per_step = 16
     c.impact.gold_size = 60
-    c.evaluate.max_new_tokens = 48
+    c.evaluate.max_new_tokens = 32
+    c.correct.max_new_tokens = 32
     c.evaluate.splits = ("test", "validation")
     return c
