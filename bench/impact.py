@@ -21,12 +21,14 @@ import transformers
 from flax import nnx
 
 from bench import frontier
-from trace_jax import batches, impact, logprobs, methods, models, records, synth, train
+from trace_jax import batches, encoding, impact, logprobs, methods, models, records, synth, train
 
 BATCH = 8
 
 
-def pairs(encoder: batches.Encoder, n: int) -> tuple[list[methods.Example], list[batches.Encoded]]:
+def pairs(
+    encoder: encoding.Encoder, n: int
+) -> tuple[list[methods.Example], list[encoding.Encoded]]:
     """n SynthValueBench pairs as INVERT examples, in the model's tokens."""
     found = synth.pairs(0, n)
     examples = [
@@ -42,7 +44,7 @@ def measure(model: Path, repeats: int) -> dict:
     """Rows and headline of the benchmark."""
     module = models.load(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    examples, encoded = pairs(batches.Encoder(tokenizer, max_length=256, end_id=None), 4 * BATCH)
+    examples, encoded = pairs(encoding.Encoder(tokenizer, max_length=256, end_id=None), 4 * BATCH)
     length = batches.round_up(max(e.row_length for e in encoded), 64)
     layout = batches.Layout(BATCH, length, 1, len(encoded) // BATCH)
     ref = logprobs.of_texts(module, encoded, row_length=length, micro_rows=4)

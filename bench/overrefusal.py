@@ -77,11 +77,11 @@ def on_training_prompts(folder: Path) -> dict[str, dict[str, list[float]]]:
     """model -> "safe" or "unsafe" -> 1 where its greedy answer to a training prompt declines."""
     import transformers
 
-    from trace_jax import batches, models, respond
+    from trace_jax import encoding, models, respond
 
     about = _training_prompts(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    encoder = batches.Encoder(tokenizer, max_length=1 << 20, end_id=None)
+    encoder = encoding.Encoder(tokenizer, max_length=1 << 20, end_id=None)
     prompts = [
         respond.Prompt(str(i), [{"role": "user", "content": text}]) for i, text in enumerate(about)
     ]

@@ -6,15 +6,15 @@ import pytest
 import tiny
 from flax import nnx
 
-from trace_jax import batches, logprobs, train
+from trace_jax import batches, encoding, logprobs, train
 from trace_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()
 END = TOKENIZER.eos_token_id
 
 
-def encoder(**changes) -> batches.Encoder:
-    return batches.Encoder(TOKENIZER, **dict(max_length=32, end_id=END) | changes)
+def encoder(**changes) -> encoding.Encoder:
+    return encoding.Encoder(TOKENIZER, **dict(max_length=32, end_id=END) | changes)
 
 
 def words(tokens) -> list[str]:
@@ -50,7 +50,7 @@ def test_responses_that_share_no_prompt_token_are_refused():
     bare = tiny.tokenizer()
     bare.bos_token = None
     bare.backend_tokenizer.pre_tokenizer = None
-    inside = batches.Encoder(bare, max_length=32, end_id=END)
+    inside = encoding.Encoder(bare, max_length=32, end_id=END)
     with pytest.raises(InputError, match="beginning-of-text"):
         inside.encode("a", ["b"])  # one token, which straddles
     with pytest.raises(InputError, match="record r7.*beginning-of-text"):
@@ -78,7 +78,7 @@ def test_a_response_too_long_is_an_error_that_names_the_record():
 
 
 def test_a_response_too_long_may_be_cut_at_its_end_and_is_counted():
-    cutting = batches.Encoder(TOKENIZER, max_length=7, end_id=END, cut_responses=True)
+    cutting = encoding.Encoder(TOKENIZER, max_length=7, end_id=END, cut_responses=True)
     e = cutting.encode("c", ["abcdefgh", "e"])  # 3 tokens of prompt leave 4
     assert words(e.prompt) == ["<s>", "▁", "c"] and cutting.truncated_responses == 1
     assert [words(b) for b in e.branches] == [["ab", "c", "d", "e"], ["e", "</s>"]]
@@ -100,7 +100,7 @@ def test_examples_too_long_are_dropped_by_name_or_refused():
 def test_a_chat_template_that_writes_bos_gets_no_second():
     chat = tiny.tokenizer()
     chat.chat_template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
-    e = batches.Encoder(chat, max_length=32, end_id=None)
+    e = encoding.Encoder(chat, max_length=32, end_id=None)
     messages = [{"role": "user", "content": "cd"}]
     one = e.encode(messages, [[{"role": "assistant", "content": " ef"}]])
     assert one.prompt.count(chat.bos_token_id) == 1 and one.prompt[0] == chat.bos_token_id
@@ -130,8 +130,8 @@ def test_pack_rows_is_first_fit_decreasing():
 
 def test_a_row_by_hand():
     """Prompt 1 2 3; y0 = 4 5, y1 = 6 7 8 whose first token still belongs to the prompt."""
-    e = batches.Encoded((1, 2, 3), ((4, 5), (6, 7, 8)), (0, 1))
-    after = batches.Encoded((9, 10), ((11,),), (0,))
+    e = encoding.Encoded((1, 2, 3), ((4, 5), (6, 7, 8)), (0, 1))
+    after = encoding.Encoded((9, 10), ((11,),), (0,))
     rows = batches.write_rows([e, after], [[0, 1]], (1, 11, 2))
     by_hand = {
         "tokens": [1, 2, 3, 4, 3, 6, 7, 9, 10, 0, 0],  # 3 begins both branches
@@ -286,4 +286,4 @@ def test_plans_of_a_step_share_their_micro_batches(n_rows, micro_rows, shards, e
     assert [(p.layout.micro_batches, p.layout.micro_rows) for p in plans] == expected
 
 
-ROW = batches.Encoded(tuple(range(17)), (tuple(range(16)),), (0,))  # fills a row of 32
+ROW = encoding.Encoded(tuple(range(17)), (tuple(range(16)),), (0,))  # fills a row of 32

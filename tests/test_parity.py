@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from tests import make_golden, parity
-from trace_jax import batches, models, sampling
+from trace_jax import batches, encoding, models, sampling
 from trace_jax.models import hf_weights
 
 forward = jax.jit(lambda module, *inputs: module(*inputs))
@@ -169,8 +169,8 @@ def test_branches_as_batches_lays_them_out(module, answers):
     """The last token of the prompt starts every branch instead of standing before them."""
     prompt, y0, y1, other = (tuple(part[0].tolist()) for part in parity.PARTS)
     texts = [
-        batches.Encoded(prompt, (y0, y1), (0, 0)),
-        batches.Encoded(other[:5], (other[5:],), (0,)),
+        encoding.Encoded(prompt, (y0, y1), (0, 0)),
+        encoding.Encoded(other[:5], (other[5:],), (0,)),
     ]
     rows = batches.write_rows(texts, [[0, 1]], (1, 56, 2))
     ours = forward(module, rows.tokens, rows.positions, rows.segments, rows.branches)

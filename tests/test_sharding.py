@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
-from trace_jax import batches, errors, impact, logprobs, models, sharding, train
+from trace_jax import batches, encoding, errors, impact, logprobs, models, sharding, train
 
 MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
 CONFIG = models.ModelConfig(48, 16, 32, 2, 4, 2, 8, 128)
@@ -34,7 +34,7 @@ def module(config: models.ModelConfig = CONFIG):
     return sharding.place_module(made)
 
 
-def texts(n: int = 16) -> list[batches.Encoded]:
+def texts(n: int = 16) -> list[encoding.Encoded]:
     rng = np.random.default_rng(0)
     return [tiny.text(rng, *rng.integers(2, 9, 3)) for _ in range(n)]
 

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import transformers
 
-from trace_jax import batches, launch, models, records, respond, scratch, stages, workdir
 from trace_jax import config as config_lib
+from trace_jax import encoding, launch, models, records, respond, scratch, stages, workdir
 from trace_jax.errors import InputError
 from trace_jax.judges import gemini_job, store
 from trace_jax.stages import correct
@@ -206,7 +206,7 @@ def test_tries_are_never_more_than_allowed(tmp_path):
 def test_samples_do_not_depend_on_rounds(directory):
     module = models.load(directory, dtype="float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    encoder = batches.Encoder(tokenizer, max_length=64, end_id=None)
+    encoder = encoding.Encoder(tokenizer, max_length=64, end_id=None)
     made = sampled.SampledWriter(
         "w", module, encoder, seed=1, max_new_tokens=4, temperature=1.0, stop_ids=(2,), batch_rows=8
     )

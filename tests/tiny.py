@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from flax import nnx
 
-from trace_jax import batches, methods, models, train
+from trace_jax import batches, encoding, methods, models, train
 from trace_jax import fit as fitting
 
 CONFIG = models.ModelConfig(40, 16, 24, 2, 2, 1, 8, 128)
@@ -49,10 +49,10 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def text(rng: np.random.Generator, *lengths: int, skip=None) -> batches.Encoded:
+def text(rng: np.random.Generator, *lengths: int, skip=None) -> encoding.Encoded:
     """Random tokens: lengths of the prompt and of each branch."""
     prompt, *branches = (tuple(int(t) for t in rng.integers(3, 40, n)) for n in lengths)
-    return batches.Encoded(prompt, tuple(branches), tuple(skip or (0,) * len(branches)))
+    return encoding.Encoded(prompt, tuple(branches), tuple(skip or (0,) * len(branches)))
 
 
 def example(name: str = "r", y1: str | None = "", **coefficients: float) -> methods.Example:
@@ -146,9 +146,9 @@ def quiet(total=None, description="", start=0):
     yield Bar()
 
 
-def encoder() -> batches.Encoder:
+def encoder() -> encoding.Encoder:
     tokens = tokenizer()
-    return batches.Encoder(tokens, max_length=24, end_id=tokens.eos_token_id)
+    return encoding.Encoder(tokens, max_length=24, end_id=tokens.eos_token_id)
 
 
 def conversations() -> list[methods.Example]:

@@ -1,4 +1,4 @@
-"""Texts become tokens, tokens become packed rows, rows become steps. Host side only (numpy).
+"""Tokens become packed rows, rows become steps. Host side only (numpy).
 
 Legend: R rows of a batch, L tokens of a row, S example slots of a row, M micro-batches of a step.
 
@@ -13,33 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trace_jax import methods, records
+from trace_jax import methods
+from trace_jax.encoding import Encoded, Encoder
 from trace_jax.errors import InputError
 
 Array = np.ndarray
 COEFFICIENTS = ("pref", "npo0", "npo1", "kl", "nll")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Encoded:
-    """One prompt in tokens and the responses scored after it.
-
-    Attributes:
-      prompt: tokens that all branches share; at least one.
-      branches: per response, all tokens after `prompt`.
-      skip: per response, how many leading tokens of its branch still belong to the prompt text and
-        carry no loss (where the tokenizer splits the same prompt differently before different
-        responses).
-    """
-
-    prompt: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...]
-    skip: tuple[int, ...]
-
-    @property
-    def row_length(self) -> int:
-        """Row positions it takes: the shared part without its last token, then each branch."""
-        return len(self.prompt) - 1 + sum(len(b) for b in self.branches)
 
 
 class Rows(NamedTuple):
@@ -66,130 +45,6 @@ class Step(NamedTuple):
 
     conflict: Batch | None
     retain: Batch | None
-
-
-class Encoder:
-    """Turns (prompt, responses) into `Encoded` under one tokenizer, template and length limit.
-
-    Args:
-      tokenizer: a transformers tokenizer.
-      max_length: most tokens of a prompt and one response together.
-      end_id: token appended to every response, or None.
-      cut_responses: cut a response that does not fit at its end; it then has no end_id.
-    """
-
-    def __init__(
-        self, tokenizer, *, max_length: int, end_id: int | None, cut_responses: bool = False
-    ):
-        self.tokenizer, self.max_length, self.end_id = tokenizer, max_length, end_id
-        self.cut_responses = cut_responses
-        self.truncated_prompts = self.truncated_responses = 0
-        self._cache: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
-
-    def prompt_text(self, prompt: records.Text) -> str:
-        """The text in front of the response: the prompt, or the chat template's."""
-        if isinstance(prompt, str):
-            return prompt
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(
-                "records are chats but the tokenizer has no chat template; set one or use plain "
-                "text"
-            )
-        return self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True
-        )
-
-    def prompt_tokens(self, prompt: records.Text) -> tuple[int, ...]:
-        """Tokens of a prompt alone, for generation."""
-        return self._tokens(self.prompt_text(prompt), "")[0]
-
-    def response_text(self, prompt_tokens: Sequence[int], tokens: Sequence[int]) -> str:
-        """Text of sampled tokens, decoded with the prompt, so that a leading space survives."""
-        whole = self.tokenizer.decode([*prompt_tokens, *tokens], skip_special_tokens=True)
-        return whole[len(self.tokenizer.decode(prompt_tokens, skip_special_tokens=True)) :]
-
-    def encode(
-        self, prompt: records.Text, responses: Sequence[records.Text], name: str = ""
-    ) -> Encoded:
-        """Tokenises prompt and each response together and finds the boundary in token space.
-
-        Truncation cuts the prompt from the left (counted in `truncated_prompts`), and responses
-        only with `cut_responses` (counted as well); otherwise one that leaves no room for a prompt
-        token is an InputError naming the record.
-        """
-        text = self.prompt_text(prompt)
-        pairs = [self._cut_right(*self._tokens(text, _text_of(r))) for r in responses]
-        longest = max(len(tokens) - n_prompt for tokens, n_prompt in pairs)
-        if longest >= self.max_length:
-            raise InputError(
-                f"record {name}: a response has {longest} tokens, the limit with its prompt is "
-                f"data.max_length={self.max_length}; raise it, or set data.too_long=drop or cut"
-            )
-        shared = min(_common_prefix([t for t, _ in pairs]), min(n for _, n in pairs))
-        if shared == 0:
-            raise InputError(
-                f"record {name}: its responses change how the whole prompt is tokenised, so they "
-                "share no token of it; use a tokenizer with a beginning-of-text token"
-            )
-        excess = max(0, max(len(tokens) for tokens, _ in pairs) - self.max_length)
-        if excess:
-            self.truncated_prompts += 1
-        return Encoded(
-            prompt=self._cut_left(pairs[0][0][:shared], excess),
-            branches=tuple(tokens[shared:] for tokens, _ in pairs),
-            skip=tuple(n - shared for _, n in pairs),
-        )
-
-    def _cut_right(self, tokens: tuple[int, ...], n_prompt: int) -> tuple[tuple[int, ...], int]:
-        """Prompt and response without the response's end, if that may be cut and has to be.
-
-        The prompt keeps its length up to half of the limit.
-        """
-        end = n_prompt + self.max_length - min(n_prompt, self.max_length // 2)
-        if not self.cut_responses or len(tokens) <= end:
-            return tokens, n_prompt
-        self.truncated_responses += 1
-        return tokens[:end], n_prompt
-
-    def _cut_left(self, prompt: tuple[int, ...], excess: int) -> tuple[int, ...]:
-        """The prompt without `excess` tokens at its left end, after its beginning-of-text token."""
-        if not excess:
-            return prompt
-        first = int(prompt[0] == self.tokenizer.bos_token_id and len(prompt) > excess + 1)
-        return prompt[:first] + prompt[min(excess + first, len(prompt) - 1) :]
-
-    def _tokens(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
-        """Tokens of prompt + response, and how many are the prompt's (one astride is not)."""
-        key = (prompt, response)
-        if key not in self._cache:
-            self._cache[key] = self._tokenise(prompt, response)
-        return self._cache[key]
-
-    def _tokenise(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
-        out = self.tokenizer(
-            prompt + response, add_special_tokens=False, return_offsets_mapping=True
-        )
-        tokens, ends = list(out["input_ids"]), [end for _, end in out["offset_mapping"]]
-        n_prompt = sum(end <= len(prompt) for end in ends)
-        if self.tokenizer.bos_token_id is not None and tokens[:1] != [self.tokenizer.bos_token_id]:
-            tokens, n_prompt = [self.tokenizer.bos_token_id, *tokens], n_prompt + 1
-        if n_prompt == 0:
-            raise InputError("an empty prompt needs a tokenizer with a beginning-of-text token")
-        if response and self.end_id is not None:
-            tokens.append(self.end_id)
-        return tuple(tokens), n_prompt
-
-
-def _text_of(response: records.Text) -> str:
-    return response if isinstance(response, str) else response[-1]["content"]
-
-
-def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
-    first, last = min(sequences), max(sequences)
-    n = 0
-    while n < len(first) and n < len(last) and first[n] == last[n]:
-        n += 1
-    return n
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, max_slots: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from flax import nnx
 from trace_jax import (
     batches,
     checkpoints,
+    encoding,
     logprobs,
     methods,
     metrics,
@@ -142,7 +143,7 @@ def fit(
     examples: Sequence[methods.Example],
     settings: Settings,
     *,
-    encoder: batches.Encoder,
+    encoder: encoding.Encoder,
     directory: Path,
     metrics_path: Path,
     on_drop: Callable[[str], None] | None,
@@ -262,7 +263,7 @@ def _sources(module, examples, encoded, settings: Settings, directory: Path, pro
     return found
 
 
-def longest_row(encoded: Sequence[batches.Encoded]) -> int:
+def longest_row(encoded: Sequence[encoding.Encoded]) -> int:
     """Tokens of the longest example, rounded up to 64."""
     return batches.round_up(max(e.row_length for e in encoded), 64)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, losses, sharding
+from trace_jax import batches, encoding, losses, sharding
 
 Array = jax.Array
 
@@ -60,7 +60,7 @@ def _scan_logprobs(graphdef, state, rows: batches.Rows, n_responses: int) -> Arr
 
 def of_texts(
     module,
-    encoded: Sequence[batches.Encoded],
+    encoded: Sequence[encoding.Encoded],
     *,
     row_length: int,
     micro_rows: int,
@@ -82,7 +82,7 @@ def of_texts(
 
 def map_packed(
     compute: Callable[[batches.Rows, int], Array],
-    encoded: Sequence[batches.Encoded],
+    encoded: Sequence[encoding.Encoded],
     *,
     row_length: int,
     micro_rows: int,
@@ -119,7 +119,7 @@ def map_packed(
 
 
 def packed_groups(
-    encoded: Sequence[batches.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
+    encoded: Sequence[encoding.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
 ) -> tuple[batches.Layout, list[list[list[int]]]]:
     """One layout for all texts and the groups of rows that fill it one after the other.
 

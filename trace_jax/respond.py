@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_jax import batches, logprobs, records, sampling
+from trace_jax import batches, encoding, logprobs, records, sampling
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Prompt:
 def respond(
     module,
     prompts: Sequence[Prompt],
-    encoder: batches.Encoder,
+    encoder: encoding.Encoder,
     *,
     seed: int,
     samples: int,
@@ -54,7 +54,7 @@ def respond(
 def mean_logprobs(
     module,
     pairs: Sequence[tuple[records.Text, str]],
-    encoder: batches.Encoder,
+    encoder: encoding.Encoder,
     *,
     micro_rows: int,
     row_length: int = 0,

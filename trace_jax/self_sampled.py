@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_jax import batches, judges, records, respond, sampling
+from trace_jax import encoding, judges, records, respond, sampling
 from trace_jax.errors import InputError
 
 
 def openings(
     module,
-    encoder: batches.Encoder,
+    encoder: encoding.Encoder,
     *,
     n: int,
     seed: int,
@@ -54,7 +54,7 @@ def openings(
 
 
 def _cut_at_word(
-    encoder: batches.Encoder, start: Sequence[int], tokens: Sequence[int], cut: int
+    encoder: encoding.Encoder, start: Sequence[int], tokens: Sequence[int], cut: int
 ) -> str:
     """The longest whole-word text in the first `cut` tokens; empty if the sample ended before."""
     if len(tokens) <= cut:

@@ -164,10 +164,12 @@ class LocalReader:
             texts[at] = _cut(texts[at], min(sizes[at] - 100, int(sizes[at] - excess * per_token)))
 
     def _tokens(self, asked: str, answers: Sequence[str]) -> Any:
-        from trace_jax import batches
+        from trace_jax import encoding
 
         tokenizer = self._model[1]
-        encoder = batches.Encoder(tokenizer, max_length=1 << 30, end_id=None)  # it caches: no reuse
+        encoder = encoding.Encoder(
+            tokenizer, max_length=1 << 30, end_id=None
+        )  # it caches: no reuse
         if getattr(tokenizer, "chat_template", None):
             return encoder.encode([{"role": "user", "content": asked}], answers)
         return encoder.encode(asked + _PLAIN, [f" {answer}" for answer in answers])

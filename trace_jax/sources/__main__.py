@@ -112,7 +112,7 @@ def _encoder(arguments: argparse.Namespace) -> Any:
         return None
     import transformers
 
-    from trace_jax import batches, scratch
+    from trace_jax import encoding, scratch
 
     transformers.utils.logging.set_verbosity_error()  # lengths are ours to report
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def _encoder(arguments: argparse.Namespace) -> Any:
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"--model={name}: no tokenizer could be loaded ({first})") from error
-    return batches.Encoder(found, max_length=arguments.max_length, end_id=found.eos_token_id)
+    return encoding.Encoder(found, max_length=arguments.max_length, end_id=found.eos_token_id)
 
 
 def _show(shown: Sequence[records.PreferenceRecord], encoder: Any, arguments: Any) -> None:

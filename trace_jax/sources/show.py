@@ -5,7 +5,7 @@ Text comes from anybody, so control characters are written out, never sent to th
 
 from collections.abc import Iterator
 
-from trace_jax import batches, records
+from trace_jax import encoding, records
 
 _RESET = "\x1b[0m"
 _COLOURS = {
@@ -24,7 +24,7 @@ LEGEND = {
 
 
 def lines(
-    found: records.PreferenceRecord, encoder: batches.Encoder, *, colour: bool
+    found: records.PreferenceRecord, encoder: encoding.Encoder, *, colour: bool
 ) -> Iterator[str]:
     """A record in tokens, each behind a thin bar; with colours, or with marks instead."""
     encoded = encoder.encode(found.prompt, [found.chosen, found.rejected], found.id)
@@ -45,7 +45,7 @@ def legend(*, colour: bool) -> str:
     return "tokens stand behind | ; behind ~ those of the prompt that carry no loss in a response"
 
 
-def _painted(encoder: batches.Encoder, tokens: tuple[int, ...], kind: str, colour: bool) -> str:
+def _painted(encoder: encoding.Encoder, tokens: tuple[int, ...], kind: str, colour: bool) -> str:
     pieces = [_printable(encoder.tokenizer.decode([token])) for token in tokens]
     if colour:
         return f"{_COLOURS[kind]}{'|'.join(pieces)}{_RESET}"

@@ -150,11 +150,11 @@ class Context:
     @functools.cached_property
     def encoder(self):
         """Texts to tokens, under the one format used for training, scoring and evaluation alike."""
-        from trace_jax import batches
+        from trace_jax import encoding
 
         data = self.config.data
         end_id = self.stop_ids[0] if data.append_stop else None
-        return batches.Encoder(
+        return encoding.Encoder(
             self.tokenizer,
             max_length=data.max_length,
             end_id=end_id,

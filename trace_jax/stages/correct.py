@@ -71,11 +71,11 @@ def _writer(run: context.Context) -> writers.Writer:
         return sampled.SampledWriter(
             config.writer, module, run.encoder, stop_ids=run.stop_ids, **sampling
         )
-    from trace_jax import batches
+    from trace_jax import encoding
 
     module, tokenizer = run.load_other(config.local_model, config.local_dtype)
     stop_ids = tuple(module.config.eos_token_ids) or (tokenizer.eos_token_id,)
-    encoder = batches.Encoder(tokenizer, max_length=_LONGEST_QUESTION, end_id=None)
+    encoder = encoding.Encoder(tokenizer, max_length=_LONGEST_QUESTION, end_id=None)
     return sampled.SampledWriter(
         config.local_model,
         module,

@@ -13,7 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, fit, impact, logprobs, methods, metrics, records, sharding, train
+from trace_jax import (
+    batches,
+    encoding,
+    fit,
+    impact,
+    logprobs,
+    methods,
+    metrics,
+    records,
+    sharding,
+    train,
+)
 from trace_jax.evaluate import statistics
 from trace_jax.stages import context
 
@@ -159,7 +170,7 @@ def _by_response(run: context.Context, examples, gradients, graphdef, params, fr
 
 def _unique_responses(
     run: context.Context, examples
-) -> tuple[list[list[str]], list[batches.Encoded]]:
+) -> tuple[list[list[str]], list[encoding.Encoded]]:
     """Every (prompt, response) once, two of a prompt to a row: their keys and tokens."""
     by_prompt: dict[str, dict[str, tuple]] = {}
     for e in examples:

@@ -200,7 +200,7 @@ def _train_from_scratch(run: context.Context, found: list[records.PreferenceReco
     target = run.workdir.path / "base"
     if (target / "model.safetensors").exists():
         return
-    from trace_jax import batches, fit, models, sharding
+    from trace_jax import encoding, fit, models, sharding
 
     shape, seed = run.config.model.scratch, run.config.seed
     tokenizer = _scratch_tokenizer(run)
@@ -211,7 +211,7 @@ def _train_from_scratch(run: context.Context, found: list[records.PreferenceReco
         eos_token_ids=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
     )
-    encoder = batches.Encoder(
+    encoder = encoding.Encoder(
         tokenizer,
         max_length=shape.context,
         end_id=tokenizer.eos_token_id,
