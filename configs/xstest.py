@@ -37,7 +37,11 @@ def get_config():
     c.align.total_steps = 60
     c.align.examples_per_step = 16
     c.correct.source = "none"
-    c.train.total_steps = 100
+    # With shorter answers and a smaller beta the first words have to change, not the later ones.
+    c.train.beta = 0.02
+    c.train.alpha_kl = 1.0
+    c.train.learning_rate = 3e-4
+    c.train.total_steps = 120
     c.train.examples_per_step = 16
     c.train.retain_per_step = 16
     c.impact.gold_size = 60

@@ -150,8 +150,14 @@ def _pair(row: Row, where: str) -> Pair:
         if type(chosen) is not type(rejected):
             raise InputError(f"{where}: one response is a chat and the other a text; mend it")
         split = _split_messages if isinstance(chosen, list) else _split_texts
-        prompt, chosen, rejected = split(chosen, rejected, where)
+        prompt, chosen, rejected = split(chosen, rejected, f"{where}: {_missing_prompt(row)}")
     return Pair(prompt, chosen, rejected, row.get("id", ABSENT), row.get("labels"), ignored)
+
+
+def _missing_prompt(row: Row) -> str:
+    others = ", ".join(key for key in row if key not in ("chosen", "rejected", "id", "labels"))
+    hint = f" (is it one of {others}? name it: data.columns=prompt=...)" if others else ""
+    return f"'prompt' is missing{hint}"
 
 
 def _without(prompt: records.Text, response: records.Text) -> records.Text:
@@ -166,8 +172,8 @@ def _split_messages(chosen: list, rejected: list, where: str) -> tuple[Any, Any,
     """Implicit prompt: all messages before the last, the same in both."""
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise InputError(
-            f"{where}: 'prompt' is missing, and chosen and rejected do not begin with the same "
-            "messages followed by one each; give the prompt"
+            f"{where}, and chosen and rejected do not begin with the same messages followed by one "
+            "each; give the prompt"
         )
     return chosen[:-1], chosen[-1:], rejected[-1:]
 
@@ -182,8 +188,7 @@ def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]
     cut = max(chosen.rfind(" ", 0, n), chosen.rfind("\n", 0, n))
     if cut <= 0 or not chosen[:cut].strip():
         raise InputError(
-            f"{where}: 'prompt' is missing, and chosen and rejected have no common beginning; give "
-            "the prompt"
+            f"{where}, and chosen and rejected have no common beginning; give the prompt"
         )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
