@@ -4,8 +4,8 @@ python -m bench.overrefusal WORKDIR [WORKDIR ...] [--out FILE] [--split test]
 
 Reads samples.jsonl of finished runs of configs/xstest.py (several workdirs: seeds of one config)
 and counts refusals by the detector of trace_jax/refusals.py, which agrees with people on 95 % of
-the answers of real models (docs/judges.md). Intervals are bootstraps over prompts, and over seeds
-where there are several. Beside them: the same on the prompts that it was re-aligned on (greedy),
+the answers of real models (docs/judges.md). Every seed trains its own models and holds out
+its own prompts; intervals are bootstraps over the prompts of all seeds. Beside them: the same on the prompts that it was re-aligned on (greedy),
 how well a linear classifier of the words tells safe from unsafe held-out prompts after learning
 from the same training prompts, which says what there is to learn, and the action table of the
 triage by people's labels against that by rules.
@@ -13,6 +13,7 @@ triage by people's labels against that by rules.
 
 import argparse
 import collections
+import dataclasses
 import itertools
 import re
 import sys
@@ -49,27 +50,27 @@ def refusal_rates(folder: Path, split: str, mode: str) -> dict[str, dict[str, np
 
 
 def over_seeds(folders: Sequence[Path], split: str, mode: str) -> dict:
-    """Rates with their intervals, and the difference that re-aligning makes to M_ref."""
+    """Rates with their intervals, and the difference that re-aligning makes to M_ref.
+
+    Every seed holds out prompts of its own; those of all seeds are pooled.
+    """
     runs = [refusal_rates(folder, split, mode) for folder in folders]
-    table: dict = {}
+
+    def pooled(model: str, name: str) -> np.ndarray:
+        return np.concatenate([run[model][name] for run in runs])
+
+    table: dict = {"change": {}}
     for model in MODELS:
         table[model] = {}
         for name in KINDS:
-            rate = statistics.rate_over_seeds([run[model][name] for run in runs])
+            rate = statistics.rate(pooled(model, name))
             table[model][name] = {
                 "rate": rate.rate, "low": rate.low, "high": rate.high, "prompts": rate.n,
                 "seeds": [float(run[model][name].mean()) for run in runs],
             }  # fmt: skip
-    table["change"] = {}
     for name in KINDS:
-        after, before = (
-            np.concatenate([run[model][name] for run in runs], axis=1)
-            for model in ("trained", "ref")
-        )
-        found = statistics.paired_difference(after, before)
-        table["change"][name] = {
-            "difference": found.difference, "low": found.low, "high": found.high,
-        }  # fmt: skip
+        found = statistics.paired_difference(pooled("trained", name), pooled("ref", name))
+        table["change"][name] = dataclasses.asdict(found)
     return table
 
 
