@@ -4,11 +4,11 @@ python -m bench.overrefusal WORKDIR [WORKDIR ...] [--out FILE] [--split test]
 
 Reads samples.jsonl of finished runs of configs/xstest.py (several workdirs: seeds of one config)
 and counts refusals by the detector of trace_jax/refusals.py, which agrees with people on 95 % of
-the answers of real models (docs/judges.md). Every seed trains its own models and holds out
-its own prompts; intervals are bootstraps over the prompts of all seeds. Beside them: the same on the prompts that it was re-aligned on (greedy),
-how well a linear classifier of the words tells safe from unsafe held-out prompts after learning
-from the same training prompts, which says what there is to learn, and the action table of the
-triage by people's labels against that by rules.
+the answers of real models (docs/judges.md). Every seed trains its own models and holds out its own
+prompts; intervals are bootstraps over the prompts of all seeds. Beside them: the same on the
+prompts that it was re-aligned on (greedy); how well a linear classifier of words that learns from
+the same training prompts tells safe from unsafe held-out ones, which says what there is to learn;
+and the action table of the triage by people's labels against that by rules.
 """
 
 import argparse
