@@ -177,6 +177,19 @@ def test_a_shape_that_nobody_gave_is_one_line(tmp_path):
         plan.model_shape(run)
 
 
+def test_a_model_from_scratch_has_the_vocabulary_of_its_tokenizer(tmp_path, shared):
+    run = run_of(tmp_path, PAIRS)
+    small = plan.model_shape(run).vocab_size
+    run.config.model.scratch.tokenizer = str(shared / "tokenizers" / "smollm_tokenizer.json")
+    assert plan.model_shape(run).vocab_size == 49152 > small
+
+
+def test_records_of_a_pattern_are_counted(tmp_path):
+    run = run_of(tmp_path, PAIRS)
+    run.config.data.path = str(tmp_path / "p*.jsonl")
+    assert workload.judging(run)["calls"] == 5
+
+
 def test_weights_that_are_not_what_was_planned_are_refused():
     shape = models.ModelConfig(61, 24, 40, 3, 4, 2, 6, 64)
     other = models.ModelConfig(61, 24, 40, 2, 4, 2, 6, 128)

@@ -5,13 +5,12 @@ or, with a topology, from the real TPU compiler on any machine.
 """
 
 import dataclasses
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from trace_jax import hardware, metrics, synth, workdir, workload
+from trace_jax import hardware, metrics, scratch, workdir, workload
 from trace_jax.errors import InputError
 from trace_jax.hardware import GIB
 from trace_jax.stages import context
@@ -100,10 +99,12 @@ def model_shape(run: context.Context):
             f"model.path={config.path} is not here, and model.hf_config does not give its shape; "
             "copy its config.json there, or into the config"
         )
+    import tokenizers
+
     with tempfile.TemporaryDirectory() as folder:
-        synth.tokenizer(folder)
-        vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
-    return models.scratch(config.scratch.to_dict(), len(vocabulary))
+        scratch.write_tokenizer(config.scratch.tokenizer, Path(folder))
+        written = tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    return models.scratch(config.scratch.to_dict(), written.get_vocab_size())
 
 
 def _layouts(run: context.Context, work: workload.Work, shards: int) -> dict[str, Any]:

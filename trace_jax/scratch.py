@@ -6,7 +6,7 @@ The text is that of the records themselves (both responses), or SynthValueBench'
 from collections.abc import Sequence
 from pathlib import Path
 
-from trace_jax import records
+from trace_jax import records, synth
 from trace_jax.errors import InputError
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -14,6 +14,14 @@ _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def write_tokenizer(source: str, target: Path) -> None:
+    """Writes the tokenizer of config key model.scratch.tokenizer to the folder `target`."""
+    if source:
+        save_tokenizer(Path(source), target)
+    else:
+        synth.tokenizer(target)
 
 
 def save_tokenizer(source: Path, target: Path) -> None:

@@ -50,9 +50,14 @@ def rows(path: records.AnyPath, split: str = "train") -> Iterator[tuple[str, Row
         raise InputError(f"{path}: cannot be read ({why}); check the path") from error
 
 
+def is_here(path: str) -> bool:
+    """Whether there is something to read without a network."""
+    return Path(path).exists() or (any(c in path for c in "*?[") and bool(glob.glob(path)))
+
+
 def exists(path: str) -> bool:
     """Whether it is here, or may be the name of a data set on the hub."""
-    return Path(path).exists() or any(c in path for c in "*?[") or bool(_HUB.fullmatch(path))
+    return is_here(path) or bool(_HUB.fullmatch(path))
 
 
 def digest(path: str) -> str:

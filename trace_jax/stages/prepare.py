@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,12 +235,9 @@ def _train_from_scratch(run: context.Context, found: list[records.PreferenceReco
 def _scratch_tokenizer(run: context.Context):
     import transformers
 
-    building, source = run.workdir.path / "base_tokenizer", run.config.model.scratch.tokenizer
+    building = run.workdir.path / "base_tokenizer"
     if processes.is_first():
-        if source:
-            scratch.save_tokenizer(Path(source), building)
-        else:
-            synth.tokenizer(building)
+        scratch.write_tokenizer(run.config.model.scratch.tokenizer, building)
     processes.wait("base tokenizer")
     return transformers.AutoTokenizer.from_pretrained(building)
 
