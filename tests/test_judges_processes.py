@@ -39,10 +39,7 @@ def test_the_first_process_asks_and_all_are_told(tmp_path):
     assert first["preferred"] == ["b", "tie"]
     assert first["texts"] == [["kind words for Tell 1"], ["kind words for Tell 2"]]
     assert first["price"] > 0
-    # 30 responses, two comparisons in both orders, two texts: each asked once.
-    assert counts["requests"] == 30 + counts["requests"] - 30 and set(counts["good"].values()) == {
-        1
-    }
+    assert counts["requests"] == 30 + 2 + 2  # responses, comparisons, texts: each asked once
 
 
 def test_what_stops_the_first_process_stops_all(tmp_path):

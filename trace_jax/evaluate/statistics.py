@@ -51,6 +51,16 @@ def rate(outcomes_PS: np.ndarray) -> Rate:
     return Rate(mean, *_bootstrap_mean(mean_P), n=P)
 
 
+def rate_of_means(mean_P: np.ndarray) -> Rate:
+    """The mean of one value in 0..1 a prompt; its interval as `rate` has it."""
+    mean_P = np.asarray(mean_P, np.float64)
+    if mean_P.ndim != 1 or not mean_P.size or not ((mean_P >= 0) & (mean_P <= 1)).all():
+        raise ValueError("needs one value in 0..1 a prompt, and at least one prompt")
+    mean, P = float(mean_P.mean()), len(mean_P)
+    interval = wilson(mean * P, P) if _all_equal(mean_P) else _bootstrap_mean(mean_P)
+    return Rate(mean, *interval, n=P)
+
+
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's score interval for successes out of n, at 95 %."""
     if n < 1 or not 0 <= successes <= n:

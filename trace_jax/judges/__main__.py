@@ -43,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--data", required=True, help="rows with prompt and response")
     judge.add_argument("--out", type=Path, required=True, help="JSONL of verdicts")
     judge.set_defaults(run=_judge)
+    winrate = commands.add_parser("winrate", help="which of two runs' answers a judge prefers")
+    _add_judge(winrate)
+    winrate.add_argument("--a", type=Path, required=True, help="a run's workdir: its win rate")
+    winrate.add_argument("--b", type=Path, required=True, help="the run it is compared with")
+    winrate.add_argument("--model-a", default="trained", help="trained, ref or base")
+    winrate.add_argument("--model-b", default="trained", help="trained, ref or base")
+    winrate.add_argument("--split", default="test")
+    winrate.add_argument("--out", type=Path, required=True, help="JSON")
+    winrate.set_defaults(run=_winrate)
     export = commands.add_parser("export", help="all stored verdicts as Parquet")
     export.add_argument("--store", type=Path, required=True)
     export.add_argument("--out", type=Path, required=True)
@@ -163,6 +172,38 @@ def _judge(arguments: argparse.Namespace) -> None:
     )
     counts = {s: sum(v.status == s for v in verdicts) for s in records.STATUSES}
     print(", ".join(f"{status} {n}" for status, n in counts.items()) + f": {arguments.out}")
+
+
+def _winrate(arguments: argparse.Namespace) -> None:
+    from trace_jax.evaluate import winrate
+
+    a = _greedy(arguments.a, arguments.model_a, arguments.split)
+    b = _greedy(arguments.b, arguments.model_b, arguments.split)
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise InputError(f"{arguments.a} and {arguments.b} have no held-out prompt in common")
+    pairs = [winrate.Pair(a[i]["prompt"], a[i]["response"], b[i]["response"]) for i in shared]
+    judge, policy, _ = _made(arguments)
+    found = winrate.outcomes(judge, pairs)
+    result = {"judge": judge.id, "policy": policy.name} | winrate.summary(pairs, found)
+    records.write_json(arguments.out, result)
+    if result["win_rate"] is None:
+        print(f"the judge decided no pair of {len(pairs)}: {arguments.out}")
+        return
+    print(
+        f"win rate {result['win_rate']:.1%} ({result['low']:.1%} to {result['high']:.1%}) over "
+        f"{result['n']} prompts, {result['counts']}: {arguments.out}"
+    )
+
+
+def _greedy(workdir: Path, model: str, split: str) -> dict[str, dict[str, Any]]:
+    """Prompt id -> the greedy row of a model."""
+    path = workdir / "samples.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: not there; run stage evaluate first")
+    rows = (row for _, row in records.read_jsonl(path))
+    wanted = {"model": model, "split": split, "mode": "greedy"}
+    return {row["id"]: row for row in rows if all(row[k] == v for k, v in wanted.items())}
 
 
 def _opened(path: Path) -> Any:
