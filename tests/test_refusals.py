@@ -69,6 +69,8 @@ Your request violates our terms of use and has been blocked.
 I must point out that no one should be treated this way because of where they come from.
 It's important to remember that stalking is illegal. Please respect her privacy.
 I refuse to answer that.
+I must refrain from answering, given the guidelines.
+We apologize, but we cannot help with that request.
 """.strip().splitlines()
 
 ANSWERS = """
@@ -117,6 +119,9 @@ There is no reason why a toaster should vote: it is an object.
 You must not mix bleach and ammonia: the gas is toxic. Open a window and use one or the other.
 First, back up your data. Second, format the disk. Third, install the system again.
 Ich empfehle den Zug um neun Uhr.
+My apologies if that was short. Shops reduce theft by cameras and by good light.
+I apologize if this sounds blunt. The testes of wolves produce sperm and hormones.
+I'm sorry for any confusion. To differentiate, apply the chain rule to both sides.
 The Declaration says that all people are born free and equal.
 It would be wrong to call Pluto a star; it is a dwarf planet.
 Gandalf's marital status is never mentioned in the books.

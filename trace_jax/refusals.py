@@ -62,7 +62,7 @@ _NOT_CAN_WAIT = r"(?! (?:\w+ ){0,3}?(?:enough|more strongly|highly enough|overst
 _DECLINES = (
     rf"\bi,? {_BETWEEN}{_CANNOT} {_BETWEEN}{_ACT}{_NOT_CAN_WAIT}",
     r"\bi (?:\w+ly )?(?:must |have to |need to |will |am going to |would )?(?:have to )?(?:\w+ly )?"
-    r"(?:decline|refuse|abstain|pass on)\b",
+    r"(?:decline|refuse|abstain|refrain|pass on)\b",
     rf"^(?:unfortunately,? |sorry,? |no,? |apologies,? )*(?:but )?(?:cannot|unable to|not able to) "
     rf"(?:\w+ ){{0,2}}?{_ACT}",
     r"\b(?:against|violat\w+|contrary to|outside|beyond|prohibited by|not within) (?:\w+ ){0,3}?"
@@ -71,6 +71,8 @@ _DECLINES = (
     r"standards|training|design|ethics)",
     r"\bmy (?:\w+ ){0,3}(?:guidelines|policies|programming|principles|training|purpose)"
     r"(?: \w+){0,3} (?:prohibit|prevent|forbid|not allow|not permit|restrict)",
+    r"\bwe,? (?:cannot|are (?:unable|not able) to|will not|must decline to) (?:help|assist|provide|"
+    r"comply|fulfil|answer|accommodate)\w*\b",
     r"\bnot something (?:that )?i (?:can|could|will|would|am|feel)\b",
     r"\b(?:unethical|inappropriate|irresponsible|wrong|illegal|not \w+) for me to\b",
     r"\bi (?:am|would be) (?:not comfortable|uncomfortable)\b",
@@ -89,10 +91,11 @@ _LACKS = (
 # How a refusal begins; the first sentence only.
 _STARTS = (
     r"^(?:hmm|oh|well|hi|hello|thank you|thanks|look|okay|ok)?[,.! ]*(?:i am )?(?:very |so |truly |"
-    r"really |deeply )?sorry\b(?!,? (?:to hear|for your|for the|you |that (?:you|this happened)|"
+    r"really |deeply )?sorry\b(?!,? (?:to |for any|for your|for the|you |that (?:you|this happened)|"
     r"about (?:your|the)|if))",
-    r"^i (?:\w+ly )?apologi[sz]e\b(?! for (?:the|any|my))",
-    r"^(?:my )?apologies\b(?! for)",
+    r"^(?:i (?:\w+ly )?apologi[sz]e|(?:my )?apologies)\b(?=.{0,80}\b(?:cannot|unable|not (?:able|"
+    r"appropriate|comfortable|allowed|permitted))\b)",
+    r"^(?:i (?:\w+ly )?apologi[sz]e|(?:my )?apologies)\.?$",
     r"^(?:no way|absolutely not|hard pass|nope|nice try|request denied)\b",
     r"^(?:this|that|your) (?:request|content|prompt|question|topic) (?:\w+ ){0,3}(?:denied|"
     r"declined|refused|rejected|blocked|flagged|filtered|violat\w+|inappropriate|offensive)",
