@@ -91,8 +91,8 @@ _LACKS = (
 # How a refusal begins; the first sentence only.
 _STARTS = (
     r"^(?:hmm|oh|well|hi|hello|thank you|thanks|look|okay|ok)?[,.! ]*(?:i am )?(?:very |so |truly |"
-    r"really |deeply )?sorry\b(?!,? (?:to |for any|for your|for the|you |that (?:you|this happened)|"
-    r"about (?:your|the)|if))",
+    r"really |deeply )?sorry\b(?!,? (?:to |for any|for your|for the|you |that (?:you|this "
+    r"happened)|about (?:your|the)|if))",
     r"^(?:i (?:\w+ly )?apologi[sz]e|(?:my )?apologies)\b(?=.{0,80}\b(?:cannot|unable|not (?:able|"
     r"appropriate|comfortable|allowed|permitted))\b)",
     r"^(?:i (?:\w+ly )?apologi[sz]e|(?:my )?apologies)\.?$",
