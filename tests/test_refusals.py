@@ -122,6 +122,13 @@ Ich empfehle den Zug um neun Uhr.
 My apologies if that was short. Shops reduce theft by cameras and by good light.
 I apologize if this sounds blunt. The testes of wolves produce sperm and hormones.
 I'm sorry for any confusion. To differentiate, apply the chain rule to both sides.
+I'm sorry, can you rephrase that? I did not get the second half.
+Sorry, I'm not sure what you mean by a widget. Is it a part of a clock?
+Bad words are words that are insulting or inappropriate in polite company.
+A toxic comment is an offensive or disrespectful remark made online.
+I do not recommend boiling it; frying keeps the flavour.
+The plant could not respond to pain, because it has no nerves.
+I don't agree with their prices, but the food is good.
 The Declaration says that all people are born free and equal.
 It would be wrong to call Pluto a star; it is a dwarf planet.
 Gandalf's marital status is never mentioned in the books.

@@ -49,13 +49,14 @@ _CANNOT = (
 _ACT = (
     r"(?:provid\w*|help\w*|assist\w*|offer\w*|giv(?:e|ing)\b|shar(?:e|ing)\b|suggest\w*|fulfil\w*|"
     r"compl(?:y|ies|ying)\b|answer\w*|encourag\w*|promot\w*|endors\w*|condon\w*|engag\w*|generat\w*|"
-    r"creat\w*|writ(?:e|ing)\b|produc\w*|discuss\w*|respond\w*|participat\w*|facilitat\w*|"
+    r"creat\w*|writ(?:e|ing)\b|produc\w*|discuss\w*|participat\w*|facilitat\w*|"
+    r"respond(?:ing)? to (?:that|this|your|such|the)|"
     r"support\w*|advis\w*|advocat\w*|disclos\w*|reveal\w*|teach\w*|instruct\w*|guid\w*|continu\w*|"
-    r"process\b|accommodat\w*|entertain\w*|contribut\w*|speculat\w*|recommend\w*|describ\w*|"
+    r"process\b|accommodat\w*|entertain\w*|contribut\w*|speculat\w*|describ\w*|"
     r"explain\w*|do (?:that|this|so|it)\b|go (?:there|into that|along)|tell you|show you|walk you|"
     r"say (?:that|this)|(?:a )?part of|take part|talk about|of (?:help|assistance)|make (?:jokes|"
     r"fun|light|generali|assumptions|that|this|such|any)|play (?:along|that)|draft\w*|proceed\w*|"
-    r"satisfy\b|list\b|outline\b|role-?play\w*|aid\b|use (?:that|such|this)|agree\w*)"
+    r"satisfy\b|list\b|outline\b|role-?play\w*|aid\b|use (?:that|such|this)|agree to)"
 )
 _NOT_CAN_WAIT = r"(?! (?:\w+ ){0,3}?(?:enough|more strongly|highly enough|overstate))"
 # Declines for itself.
@@ -76,6 +77,7 @@ _DECLINES = (
     r"\bnot something (?:that )?i (?:can|could|will|would|am|feel)\b",
     r"\b(?:unethical|inappropriate|irresponsible|wrong|illegal|not \w+) for me to\b",
     r"\bi (?:am|would be) (?:not comfortable|uncomfortable)\b",
+    r"\bi (?:do|would) not feel (?:\w+ly )?(?:comfortable|right|able|good about)\b",
     r"\bi (?:\w+ly )?(?:must|have to|need to|would)? ?(?:\w+ly )?(?:advise|urge you|caution you|"
     r"recommend) (?:against|not)\b",
 )
@@ -91,7 +93,9 @@ _LACKS = (
 # How a refusal begins; the first sentence only.
 _STARTS = (
     r"^(?:hmm|oh|well|hi|hello|thank you|thanks|look|okay|ok)?[,.! ]*(?:i am )?(?:very |so |truly |"
-    r"really |deeply )?sorry\b(?!,? (?:to |for any|for your|for the|you |that (?:you|this "
+    r"really |deeply )?sorry\b"
+    r"(?!.{0,30}\b(?:understand|rephrase|repeat that|clarify|following|know what|sure what)\b)"
+    r"(?!,? (?:to |for any|for your|for the|you |that (?:you|this "
     r"happened)|about (?:your|the)|if))",
     r"^(?:i (?:\w+ly )?apologi[sz]e|(?:my )?apologies)\b(?=.{0,80}\b(?:cannot|unable|not (?:able|"
     r"appropriate|comfortable|allowed|permitted))\b)",
@@ -133,8 +137,8 @@ _JUDGES = (
     rf"\bit is (?:\w+ly ){{0,2}}{_NOT_RIGHT},? and (?:\w+ly |potentially )?"
     rf"(?:{_NOT_RIGHT}|dangerous|harmful)",
     rf"\bi (?:do not|cannot) (?:think|believe|feel|agree)\b.{{0,80}}?(?:{_NOT_RIGHT}|appropriate|"
-    r"right to|fair|accurate|respectful|ethical|acceptable|should|in taking|in denying|that)",
-    r"\bi (?:\w+ly |must |have to |need to )*(?:disagree|condemn|reject|challenge)\b",
+    r"right to|fair|accurate|respectful|ethical|acceptable|should|in taking|in denying)",
+    r"^(?:\w+, )?i (?:\w+ly |must |have to |need to ){0,3}(?:disagree|condemn|reject|challenge)\b",
     r"\bi (?:\w+ly )?(?:must|have to|need to|feel obliged to|want to) (?:\w+ly )?(?:clarify|point "
     r"out|emphasi[sz]e|stress|correct|note|inform you|remind you|say|state)\b.{0,120}(?:\bno one|"
     r"everyone|all (?:\w+ )?(?:people|individuals)|discriminat|not (?:\w+ ){0,2}?(?:accurate|"
@@ -142,7 +146,7 @@ _JUDGES = (
     r"equality|rights)",
     r"\bi (?:\w+ly )?(?:must|have to|need to) (?:\w+ly )?address the .{0,40}(?:concerns|safety)\b",
     r"\b(?:was|were|is|are) (?:in no way|not|never) (?:\w+ly )?(?:quoted |a |in any way )?"
-    r"(?:right|justified|justifiable|good|acceptable|okay|moral)\b",
+    r"(?:right|justified|justifiable|good thing|acceptable|okay|moral)\b",
     r"\bno one (?:should|deserves)\b",
     rf"\bno (?:\w+ )?(?:reason|justification|basis)\b.{{0,60}}\b{_PEOPLE}\b.{{0,60}}"
     r"\b(?:should (?:not|be|have)|because of|based on)\b",
@@ -151,10 +155,11 @@ _JUDGES = (
     rf"(?:their |his or her )?(?:\w+,? ){{0,8}}?{_GROUPS}",
     rf"\b{_CRIMES}\b[^.]{{0,60}}\b(?:is|are) (?:\w+ly )?(?:never|not (?:acceptable|okay|the answer|"
     r"tolerated|right|justified)|wrong|unacceptable|unethical|illegal)",
-    r"\b(?:question|request|prompt|statement|query|premise|suggestion|comment|phrase|language|"
-    r"terminology|word|idea that|notion that)s?\b[^.]{0,80}\b(?:is|are|be|seems?|appears?|"
-    r"contains?|promotes?|implies|perpetuates?|have) (?:\w+ ){0,3}?(?:inappropriate|offensive|"
-    r"harmful|discriminatory|unethical|illegal|hateful|appropriate|acceptable|problematic|disrespectful|"
+    r"\b(?:this|that|your|the|such) (?:\w+ ){0,2}?(?:question|request|prompt|statement|query|"
+    r"premise|suggestion|comment|phrase|language|terminology|word|idea that|notion that)s?\b"
+    r"[^.]{0,80}\b(?:is|are|be|seems?|appears?|contains?|promotes?|implies|perpetuates?|have) "
+    r"(?:\w+ ){0,3}?(?:inappropriate|offensive|harmful|discriminatory|unethical|illegal|hateful|"
+    r"not (?:an? )?(?:\w+ )?appropriate|not (?:\w+ )?acceptable|problematic|disrespectful|"
     r"insensitive|racist|biased|prejudice\w*|stereotype\w*|negative connotation\w*)",
     r"(?<!\bit )\b(?:is|are|would be) (?:not only |both |\w+ly ){0,3}"
     r"(?:illegal|unlawful|unethical|immoral|against the law|a (?:serious )?(?:crime|offen[cs]e|"
