@@ -1,12 +1,12 @@
-"""Real responses with human labels: an over-careful policy changes to one that answers what is safe.
+"""Real responses with human labels: an over-careful policy changes to one that answers.
 
 python -m trace_jax.launch --config=configs/xstest.py --workdir=runs/xstest
     --config.data.path="../shared/data/xstest/xstest_v2_completions_*.csv"
     --config.data.prompts_path=../shared/data/xstest/xstest_prompts.csv
     --config.model.scratch.tokenizer=../shared/tokenizers/smollm_tokenizer.json
 
-Completions of three models to XSTest's prompts (Röttger et al. 2024) give pairs in which the refusal
-is preferred; a small decoder is trained on their text from scratch. 2 CPU cores, about 7 minutes.
+Completions of three models to XSTest's prompts (Röttger et al. 2024) give pairs in which the
+refusal is preferred; a small decoder is trained on their text from scratch. 2 CPU cores, about 7 minutes.
 Expect M_ref to decline 76 % of safe and 83 % of unsafe held-out prompts, and 53 and 64 % re-aligned
 (docs/results/xstest.json).
 """
