@@ -6,9 +6,9 @@ python -m trace_jax.launch --config=configs/xstest.py --workdir=runs/xstest
     --config.model.scratch.tokenizer=../shared/tokenizers/smollm_tokenizer.json
 
 Completions of three models to XSTest's prompts (Röttger et al. 2024) give pairs in which the
-refusal is preferred; a small decoder is trained on their text from scratch. 2 CPU cores, about 7 minutes.
-Expect M_ref to decline 76 % of safe and 83 % of unsafe held-out prompts, and 53 and 64 % re-aligned
-(docs/results/xstest.json).
+refusal is preferred; a small decoder is trained on their text from scratch. 2 CPU cores, about 7
+minutes. Expect M_ref to decline 76 % of safe and 83 % of unsafe held-out prompts, and 53 and 64 %
+re-aligned (docs/results/xstest.json).
 """
 
 from trace_jax import config
