@@ -2,7 +2,7 @@
 
 python -m bench.head [--quick] [--topology v5e:2x4] [--out FILE]
 
-Log-probs (value, gradient, directional derivative) and KL (gradient) of 512 tokens, a head of
+Log-probs (value, gradient, directional derivative) and KL (gradient) of 2,048 tokens, a head of
 width 512 and 32k, 128k and 256k entries, float32. Temporaries are the compiler's (memory_analysis),
 on this machine and, with --topology, ahead of time for one TPU chip of that slice in bfloat16;
 seconds, of value and gradient of log-probs, are medians of alternating runs here. The unchunked
@@ -24,7 +24,7 @@ import numpy as np
 from bench import frontier
 from trace_jax import losses, records
 
-ROWS, LENGTH, WIDTH = 1, 512, 512
+ROWS, LENGTH, WIDTH = 2, 1024, 512
 VOCABULARIES = {"32k": 32_000, "128k": 128_256, "256k": 256_000}
 REPEATS = 3
 TIMED = ("logprob_gradient",)  # of all, the temporaries are compared
