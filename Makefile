@@ -29,6 +29,8 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) -m bench.impact
+	$(PYTHON) -m bench.head
+	$(PYTHON) -m bench.judge
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache
