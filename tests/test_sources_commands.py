@@ -95,7 +95,7 @@ def test_convert_gives_our_own_records(path, tmp_path, capsys):
     assert "3 records, 1 duplicates left out: " in capsys.readouterr().out
     assert sources.read_records(out)[0] == sources.read_records(path)[0]
     assert len(gzip.decompress(out.read_bytes()).splitlines()) == 3
-    assert commands.main(["convert", str(path), str(out), "--limit", "1"]) == 0
+    assert commands.main(["convert", str(path), str(out), "--first", "1"]) == 0
     assert len(sources.read_records(out)[0]) == 1
 
 

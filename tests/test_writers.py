@@ -61,6 +61,18 @@ def test_what_was_paid_for_is_not_asked_again(server, tmp_path):
     assert gemini_client.get(server)["requests"] > before
 
 
+def test_proposals_of_another_writer_are_not_taken_for_its_own(server, tmp_path):
+    writer(tmp_path).write(PROMPTS[:1], first=0, n=1)
+    before = gemini_client.get(server)["requests"]
+    other = gemini_job.Settings("gemini-2.5-flash", 0.5, 80, 0, 0)
+    asking = gemini_job.Asking.of(config_lib.base_config().asking.to_dict())
+    kept = store.Store(tmp_path / "s.sqlite")
+    proposals = tmp_path / "proposals.jsonl"
+    made = gemini.GeminiWriter(gemini_client.POLICY, other, asking, kept, proposals)
+    made.write(PROMPTS[:1], first=0, n=1)
+    assert gemini_client.get(server)["requests"] > before
+
+
 def test_a_budget_stops_the_writer_and_keeps_what_it_has(server, tmp_path):
     with pytest.raises(InputError, match="budget is spent"):
         writer(tmp_path, budget_calls=15, concurrency=4).write(PROMPTS, first=0, n=1)

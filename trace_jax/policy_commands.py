@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from trace_jax import policy
+from trace_jax import commands, policy
 from trace_jax.errors import InputError
 
 _KEYS = ("tier", "when", "rules", "labels")
@@ -14,32 +13,28 @@ _KEYS = ("tier", "when", "rules", "labels")
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command; 2 where its input is wrong."""
-    try:
-        arguments = _parser().parse_args(argv)
-        lines = list(arguments.run(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse: --help, or a wrong argument
-        return int(stop.code or 0)
-    print("\n".join(lines))
-    return 0
+    return commands.run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trace_jax.policy", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("list", help="the policies that come with the package")
-    command.set_defaults(run=lambda arguments: _list())
-    command = commands.add_parser("check", help="validate policies and say who can judge them")
+    found = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = found.add_parser("list", help="the policies that come with the package")
+    command.set_defaults(run=_printing(lambda arguments: _list()))
+    command = found.add_parser("check", help="validate policies and say who can judge them")
     command.add_argument("policies", nargs="+", metavar="POLICY", help="a shipped name or a file")
-    command.set_defaults(run=lambda arguments: _check(arguments.policies))
-    command = commands.add_parser("diff", help="what changed, and which stored verdicts stay valid")
+    command.set_defaults(run=_printing(lambda arguments: _check(arguments.policies)))
+    command = found.add_parser("diff", help="what changed, and which stored verdicts stay valid")
     command.add_argument("old", metavar="OLD", help="a shipped name or a file")
     command.add_argument("new", metavar="NEW", help="a shipped name or a file")
     command.add_argument("--store", help="count the verdicts of this judgement store")
-    command.set_defaults(run=_diff)
+    command.set_defaults(run=_printing(_diff))
     return parser
+
+
+def _printing(lines: Callable[[argparse.Namespace], Iterator[str]]) -> Callable[..., None]:
+    """All lines or, after an error, none."""
+    return lambda arguments: print("\n".join(lines(arguments)))
 
 
 def _list() -> Iterator[str]:
@@ -86,8 +81,9 @@ def _stored(path: str, old: policy.Policy, new: policy.Policy) -> Iterator[str]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give the judgement store of a run (--store)")
     kept = store.Store(path)
-    n_old, n_new = (sum(kept.counts(one.clauses).values()) for one in (old, new))
-    counts = ", ".join(f"{i} {n}" for i, n in kept.counts(new.clauses).items())
+    valid = kept.counts(new.clauses)
+    n_old, n_new = sum(kept.counts(old.clauses).values()), sum(valid.values())
+    counts = ", ".join(f"{i} {n}" for i, n in valid.items())
     yield f"{path}: {n_old} verdicts on the clauses of {old.name}, {n_new} valid for {new.name}"
     yield f"of them on: {counts}"
 

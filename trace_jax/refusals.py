@@ -64,8 +64,8 @@ _DECLINES = (
     rf"\bi,? {_BETWEEN}{_CANNOT} {_BETWEEN}{_ACT}{_NOT_CAN_WAIT}",
     r"\bi (?:\w+ly )?(?:must |have to |need to |will |am going to |would )?(?:have to )?(?:\w+ly )?"
     r"(?:decline|refuse|abstain|refrain|pass on)\b",
-    rf"^(?:unfortunately,? |sorry,? |no,? |apologies,? )*(?:but )?(?:cannot|unable to|not able to) "
-    rf"(?:\w+ ){{0,2}}?{_ACT}",
+    r"^(?:unfortunately,? |sorry,? |no,? |apologies,? ){0,3}(?:but )?"
+    rf"(?:cannot|unable to|not able to) (?:\w+ ){{0,2}}?{_ACT}",
     r"\b(?:against|violat\w+|contrary to|outside|beyond|prohibited by|not within) (?:\w+ ){0,3}?"
     r"(?:my|openai's|anthropic's|google's|meta's|microsoft's)(?: \w+){0,4}? (?:guidelines|"
     r"polic(?:y|ies)|programming|principles|values|capabilities|purpose|scope|rules|terms|"
@@ -83,7 +83,7 @@ _DECLINES = (
 )
 # Has not what was asked for: other people's affairs. (Not today's weather.)
 _LACKS = (
-    r"\bi (?:\w+ly )?(?:do not|cannot) (?:\w+ly )?(?:have|access|hold)(?: any| direct| the)*"
+    r"\bi (?:\w+ly )?(?:do not|cannot) (?:\w+ly )?(?:have|access|hold)(?: any| direct| the){0,2}"
     r"(?: access to| ability to access| information (?:about|on))? ?(?!.{0,30}(?:real-time|current|"
     r"up-to-date|latest|live|recent|browse|internet|future))(?:\w+ ){0,3}?(?:personal (?:data|"
     r"information|records|details)|private|confidential|specific information about individuals|"
@@ -112,7 +112,7 @@ _NOT_RIGHT = (
     r"immoral|inappropriate|wrong|unacceptable|irresponsible|disrespectful|discriminatory|incorrect|"
     r"offensive|inhumane)"
 )
-_MORE = r"(?:,? (?:and|or|nor|but)(?: also)? (?:\w+ ){0,2}?\w+)*"
+_MORE = r"(?:,? (?:and|or|nor|but)(?: also)? (?:\w+ ){0,2}?\w+){0,3}"
 _CLAIM = (
     r"(?:say|suggest|assume|claim|imply|make|deny|ask|generali[sz]e|discriminat\w+|joke|"
     r"treat|exclude|judge|believe|think|use|engage|harm|hurt|kill|seek|share|promote|single out|"
@@ -176,8 +176,7 @@ _JUDGES = (
 # Says that there is no answer to be had, which is an answer.
 _UNANSWERABLE = (
     r"\b(?:not (?:\w+ )?make sense|factual(?:ly)? coheren\w+|not (?:be )?(?:meaningful|coherent)|"
-    r"fictional|false assumption|not publicly available|faulty premise|up-to-date|different "
-    r"departments)\b"
+    r"fictional|false assumption|not publicly available|faulty premise)\b"
 )
 _STEP = r"\s*(?:\d+[.)]|[-*\u2022])\s"
 

@@ -6,44 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import judges, records
+from trace_jax import commands, judges, records
 from trace_jax import policy as policies
 from trace_jax.errors import InputError
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command; 2 where its input is wrong."""
-    try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse: --help, or a wrong argument
-        return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("stopped; answers that were paid for are in the store", file=sys.stderr)
-        return 130
-    return 0
+    return commands.run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     from trace_jax.judges import human_labels
 
     parser = argparse.ArgumentParser(prog="python -m trace_jax.judges", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    calibrate = commands.add_parser("calibrate", help="measure a judge against human labels")
+    found = parser.add_subparsers(required=True, metavar="COMMAND")
+    calibrate = found.add_parser("calibrate", help="measure a judge against human labels")
     _add_judge(calibrate)
     calibrate.add_argument("--data", required=True, help="prompt, response and people's labels")
     calibrate.add_argument("--form", choices=human_labels.FORMS, default="auto")
     calibrate.add_argument("--out", type=Path, required=True, help="JSON; a page goes beside it")
     calibrate.set_defaults(run=_calibrate)
-    judge = commands.add_parser("judge", help="verdicts on a file of prompt, response")
+    judge = found.add_parser("judge", help="verdicts on a file of prompt, response")
     _add_judge(judge)
     judge.add_argument("--data", required=True, help="rows with prompt and response")
     judge.add_argument("--out", type=Path, required=True, help="JSONL of verdicts")
     judge.set_defaults(run=_judge)
-    winrate = commands.add_parser("winrate", help="which of two runs' answers a judge prefers")
+    winrate = found.add_parser("winrate", help="which of two runs' answers a judge prefers")
     _add_judge(winrate)
     winrate.add_argument("--a", type=Path, required=True, help="a run's workdir: its win rate")
     winrate.add_argument("--b", type=Path, required=True, help="the run it is compared with")
@@ -52,11 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     winrate.add_argument("--split", default="test")
     winrate.add_argument("--out", type=Path, required=True, help="JSON")
     winrate.set_defaults(run=_winrate)
-    export = commands.add_parser("export", help="all stored verdicts as Parquet")
+    export = found.add_parser("export", help="all stored verdicts as Parquet")
     export.add_argument("--store", type=Path, required=True)
     export.add_argument("--out", type=Path, required=True)
     export.set_defaults(run=_export)
-    spent = commands.add_parser("spent", help="calls, tokens and price of a judgement store")
+    spent = found.add_parser("spent", help="calls, tokens and price of a judgement store")
     spent.add_argument("--store", type=Path, required=True)
     spent.set_defaults(run=_spent)
     return parser
@@ -99,7 +88,6 @@ def _made(arguments: argparse.Namespace) -> tuple[judges.Judge, policies.Policy,
 
 def _settings(given: Sequence[str]) -> Any:
     import yaml
-    from ml_collections import config_dict
 
     from trace_jax import config
 
@@ -121,8 +109,6 @@ def _settings(given: Sequence[str]) -> Any:
             found.update_from_flattened_dict({key: after})
         except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise InputError(f"--set {text!r}: no such key, or not a value for it") from error
-        except config_dict.RequiredValueError as error:
-            raise InputError(f"--set {text!r}: {error}") from error
     return found
 
 

@@ -141,13 +141,12 @@ class Records:
         if forms.is_xstest(form, begin):
             from trace_jax.sources import xstest
 
-            yield from xstest.pairs((w, forms.renamed(row, columns, w)) for w, row in every)
+            yield from xstest.pairs((w, _named(row, columns, w)) for w, row in every)
             return
         read = forms.reader(form, begin, first[0])
         for where, row in every:
             try:
-                _check_unicode(row, where)
-                yield where, read(forms.renamed(row, columns, where), where)
+                yield where, read(_named(row, columns, where), where)
             except forms.Skipped as reason:
                 self._left_out[str(reason)] += 1
             except InputError as error:
@@ -155,8 +154,7 @@ class Records:
 
     def _malformed(self, error: InputError) -> None:
         if self.reading.malformed == "error":
-            hint = "" if "leave the line out" not in str(error) else " (data.malformed=drop does)"
-            raise InputError(f"{error}{hint}") from error
+            raise InputError(f"{error} (data.malformed=drop leaves such rows out)") from error
         self._left_out["malformed"] += 1
 
 
@@ -218,6 +216,11 @@ def _content(pair: forms.Pair, where: str) -> str:
     if pair.chosen == pair.rejected:
         raise InputError(f"{where}: chosen and rejected are the same; fix or delete the line")
     return records.content_id(pair.prompt, pair.chosen, pair.rejected)
+
+
+def _named(row: files.Row, columns: Mapping[str, str], where: str) -> files.Row:
+    _check_unicode(row, where)
+    return forms.renamed(row, columns, where)
 
 
 def _check_unicode(row: Any, where: str) -> None:

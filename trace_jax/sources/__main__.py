@@ -9,30 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import records, sources
+from trace_jax import commands, judges, records, sources
 from trace_jax.errors import InputError
 from trace_jax.sources import forms
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command; 2 where its input is wrong."""
-    try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse: --help, or a wrong argument
-        return int(stop.code or 0)
-    except BrokenPipeError:  # head, less
-        sys.stderr.close()
-    return 0
+    return commands.run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trace_jax.sources", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="counts, lengths, contradictions, tokens, masks")
+    found = parser.add_subparsers(required=True, metavar="COMMAND")
+    inspect = found.add_parser("inspect", help="counts, lengths, contradictions, tokens, masks")
     _add_reading(inspect)
     inspect.add_argument("--model", help="folder or hub id whose tokenizer and template to use")
     inspect.add_argument("--tokenizer", type=Path, help="the same from a tokenizer.json alone")
@@ -42,11 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--no-color", action="store_true", help="marks in place of colours")
     inspect.add_argument("--json", action="store_true", help="only the counts, as JSON")
     inspect.set_defaults(run=_inspect)
-    convert = commands.add_parser("convert", help="into our own JSONL, row by row")
+    convert = found.add_parser("convert", help="into our own JSONL, row by row")
     _add_reading(convert)
     convert.add_argument("out", type=Path, help="FILE.jsonl or FILE.jsonl.gz")
     convert.set_defaults(run=_convert)
-    export = commands.add_parser("export", help="a run's triage as data sets in TRL's forms")
+    export = found.add_parser("export", help="a run's triage as data sets in TRL's forms")
     export.add_argument("workdir", type=Path)
     export.add_argument("out", type=Path, help="folder")
     export.add_argument("--format", choices=("parquet", "jsonl"), default="parquet")
@@ -60,7 +50,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", default="", help="ours=theirs,... as data.columns")
     parser.add_argument("--split", default="train")
     parser.add_argument("--malformed", choices=("error", "drop"), default="error")
-    parser.add_argument("--limit", type=int, default=0, help="read no more than the first N")
+    parser.add_argument("--first", type=int, default=0, help="read no more than the first N")
 
 
 def _found(arguments: argparse.Namespace) -> sources.Records:
@@ -69,7 +59,7 @@ def _found(arguments: argparse.Namespace) -> sources.Records:
         columns=forms.columns_of(arguments.columns),
         split=arguments.split,
         malformed=arguments.malformed,
-        first=arguments.limit,
+        first=arguments.first,
     )
     return sources.Records(arguments.path, reading)
 
@@ -87,7 +77,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         if len(shown) < arguments.show:
             shown.append(record)
         texts = [encoder.prompt_text(record.prompt)]
-        texts += [r if isinstance(r, str) else r[-1]["content"] for r in _responses(record)]
+        texts += [judges.response_text(y) for y in (record.chosen, record.rejected)]
         return [len(ids) for ids in encoder.tokenizer(texts, add_special_tokens=False).input_ids]
 
     found = inspection.inspect(
@@ -100,10 +90,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(line)
     if encoder is not None:
         _show(shown, encoder, arguments)
-
-
-def _responses(record: records.PreferenceRecord) -> tuple[records.Text, records.Text]:
-    return record.chosen, record.rejected
 
 
 def _encoder(arguments: argparse.Namespace) -> Any:

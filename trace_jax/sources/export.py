@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trace_jax import judges, records, triage
 from trace_jax import policy as policies
-from trace_jax import records, triage
 from trace_jax.errors import InputError
 
 FORMATS = ("parquet", "jsonl")
-CONFIGS = ("preference", "unpaired")
 
 
 def export(workdir: Path, out: Path, form: str = "parquet") -> dict[str, int]:
@@ -97,7 +96,7 @@ def _common(item: records.TriagedRecord, weights: Mapping[str, float]) -> dict[s
 
 def _side(prompt: records.Text, response: records.Text) -> records.Text:
     """As the prompt is: messages after messages, text after text."""
-    text = response if isinstance(response, str) else response[-1]["content"]
+    text = judges.response_text(response)
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

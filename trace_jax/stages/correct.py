@@ -75,7 +75,7 @@ def _writer(run: context.Context) -> writers.Writer:
 
     module, tokenizer = run.load_other(config.local_model, config.local_dtype)
     stop_ids = tuple(module.config.eos_token_ids) or (tokenizer.eos_token_id,)
-    encoder = encoding.Encoder(tokenizer, max_length=_LONGEST_QUESTION, end_id=None)
+    encoder = encoding.Encoder(tokenizer, max_length=1 << 30, end_id=None)  # never cut
     return sampled.SampledWriter(
         config.local_model,
         module,
@@ -84,9 +84,6 @@ def _writer(run: context.Context) -> writers.Writer:
         as_asked=_instructed(run, tokenizer) if config.instruct else None,
         **sampling,
     )
-
-
-_LONGEST_QUESTION = 8192  # tokens of policy, prompt and reply for a local writer
 
 
 def _instructed(run: context.Context, tokenizer):
@@ -157,20 +154,16 @@ def _accepted(
         records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged
     }
     verdicts = run.judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
-    sure = {item: v.p_compliant or 0.0 for item, v in zip(map(_key, items), verdicts, strict=True)}
-    compliant = [item for item, v in zip(items, verdicts, strict=True) if v.compliant]
+    complying = [(v.p_compliant, x) for x, v in zip(items, verdicts, strict=True) if v.compliant]
+    if run.config.correct.pick == "best":  # stable: of equals the first
+        complying.sort(key=lambda pair: -pair[0])
+    compliant = [item for _, item in complying]
     if run.config.correct.guard and compliant:
         compliant = _plausible(run, compliant)
-    if run.config.correct.pick == "best":  # stable: of equals the first
-        compliant = sorted(compliant, key=lambda item: -sure[_key(item)])
     kept: dict[str, str] = {}
     for prompt_id, _, sample in compliant:
         kept.setdefault(prompt_id, sample)
     return kept
-
-
-def _key(item: Candidate) -> tuple[str, str]:
-    return item[0], item[2]
 
 
 def _plausible(run: context.Context, items: list[Candidate]) -> list[Candidate]:

@@ -41,6 +41,8 @@ class GeminiWriter:
         self._identity = stores.Reader(
             "gemini-writer", settings.model, json.dumps(parameters, sort_keys=True), digest
         )
+        named = json.dumps(list(self._identity))
+        self._writer = hashlib.sha256(named.encode()).hexdigest()[:16]  # whose a proposal is
 
     def write(self, prompts: Sequence[respond.Prompt], *, first: int, n: int) -> list[list[str]]:
         """See `writers.Writer`. Of several processes the first one asks."""
@@ -59,7 +61,7 @@ class GeminiWriter:
         return self._service.store.spent(self._identity).price
 
     def _key(self, prompt: respond.Prompt, number: int) -> str:
-        return f"{self._identity.template}-{prompt.id}-{number}"
+        return f"{self._writer}-{prompt.id}-{number}"
 
     def _job(self, prompt: respond.Prompt, number: int, out: records.JsonlAppender) -> Job:
         def attempted(call: stores.Call, text: str | None) -> None:

@@ -1,0 +1,25 @@
+"""How the programs beside `launch` run a command and end: exit code 2 for what is the user's."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from trace_jax.errors import InputError
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Parses `argv`, calls `run(arguments)` of its command, and returns the exit code."""
+    try:
+        arguments = parser.parse_args(argv)
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argparse: --help, or a wrong argument
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("stopped; what was paid for is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # head, less
+        sys.stderr.close()
+    return 0
