@@ -7,7 +7,7 @@ python -m trace_jax.launch --config=configs/xstest.py --workdir=runs/xstest
 
 Completions of three models to XSTest's prompts (Röttger et al. 2024) give pairs in which the
 refusal is preferred; a small decoder is trained on their text from scratch. 2 CPU cores, about 7
-minutes. Expect M_ref to decline 76 % of safe and 83 % of unsafe held-out prompts, and 53 and 64 %
+minutes. Expect M_ref to decline 74 % of safe and 82 % of unsafe held-out prompts, and 51 and 63 %
 re-aligned (docs/results/xstest.json).
 """
 
