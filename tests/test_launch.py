@@ -415,6 +415,38 @@ def test_a_malformed_record_is_one_line_with_file_and_line(jsonl, capsys, line, 
     assert f"{path}:5" in found and said in found
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"architectures": ["OtherForCausalLM"]}, "OtherForCausalLM"),
+        (
+            "config.json",
+            {"num_hidden_layers": 9},
+            "model.layers.8.input_layernorm.weight is missin",
+        ),
+        ("model.safetensors", 1000, "is damaged"),
+    ],
+)
+def test_a_wrong_checkpoint_is_refused_before_anything_else(
+    jsonl, straight, capsys, tmp_path, file, change, said
+):
+    model = shutil.copytree(straight[0] / "base", tmp_path / "model")
+    if isinstance(change, int):
+        os.truncate(model / file, change)
+    else:
+        changed = _json(model / file) | change
+        (model / file).write_text(json.dumps(changed))
+    found = _error(capsys, *jsonl[2], f"--config.model.path={model}", "--stages=prepare")
+    assert said in found
+    assert not (tmp_path / "run" / "records.jsonl").exists()
+
+
+def test_chats_without_a_template_are_refused_before_anything_else(jsonl, capsys):
+    _, _, flags = jsonl
+    said = _error(capsys, *flags, "--config.data.as_chat=true", "--stages=prepare")
+    assert "no chat template" in said
+
+
 def test_a_response_that_is_too_long_is_an_error_or_dropped(jsonl, capsys, tmp_path):
     path, rows, flags = jsonl
     for i in range(0, 40, 4):  # so many that some would be in the gold batch

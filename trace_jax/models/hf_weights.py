@@ -79,12 +79,10 @@ def load(
     """
     path = resolve(path)
     config = read_config(path)
-    empty = nnx.eval_shape(lambda: decoder.Decoder(config, lambda _, shape: jnp.zeros(shape)))
-    graphdef, state = nnx.split(empty)
-    shapes = {".".join(keys): leaf.shape for keys, leaf in nnx.to_flat_state(state)}
+    graphdef, state = nnx.split(_empty(config))
     with contextlib.ExitStack() as files:
         tensors = _open(path, files)
-        _check_names(path, tensors, shapes, config)
+        _check_names(path, tensors, state, config)
         dtype = jnp.dtype(dtype or tensors["model.embed_tokens.weight"].dtype)
         rows = {ours: (theirs, transposed) for theirs, ours, transposed in table(config)}
         leaves = []
@@ -97,6 +95,21 @@ def load(
     module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
     module.dtype = dtype
     return module
+
+
+def check(path: pathlib.Path) -> model_config.ModelConfig:
+    """The config of the model in a directory, whose files were found complete by their headers.
+
+    Reads no weights, so it costs nothing to ask before anything else is spent. Raises as `load`.
+    """
+    config = read_config(path)
+    with contextlib.ExitStack() as files:
+        _check_names(path, _open(path, files), nnx.state(_empty(config)), config)
+    return config
+
+
+def _empty(config: model_config.ModelConfig) -> decoder.Decoder:
+    return nnx.eval_shape(lambda: decoder.Decoder(config, lambda _, shape: jnp.zeros(shape)))
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -253,10 +266,11 @@ def _header(file: pathlib.Path, descriptor: int) -> dict[str, _Tensor]:
 def _check_names(
     path: pathlib.Path,
     tensors: Mapping[str, _Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    state: nnx.State,
     config: model_config.ModelConfig,
 ) -> None:
     """InputError that names missing, extra and misshapen tensors."""
+    shapes = {".".join(keys): leaf.shape for keys, leaf in nnx.to_flat_state(state)}
     expected = {}
     for theirs, ours, transposed in table(config):
         if ours in shapes:

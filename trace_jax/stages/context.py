@@ -196,10 +196,26 @@ class Context:
 
         module = models.load(directory, dtype=self.activation_dtype, mesh=self.mesh)
         hf_weights.check_tokenizer(module.config, self.tokenizer)
+        self._check_planned(module.config, directory)
+        return self.as_configured(module)
+
+    def check_base(self) -> None:
+        """Raises InputError where the model given is not whole, not supported or not as planned.
+
+        It reads headers alone: a wrong checkpoint is found before a judge is paid.
+        """
+        from trace_jax.models import hf_weights
+
+        found = hf_weights.check(self.base_directory)
+        hf_weights.check_tokenizer(found, self.tokenizer)
+        self._check_planned(found, self.base_directory)
+
+    def _check_planned(self, found, directory: Path) -> None:
+        from trace_jax import models
+
         planned = self.config.model.hf_config.to_dict()
         if planned:
-            module.config.check_shape(models.ModelConfig.from_hf(planned), str(directory))
-        return self.as_configured(module)
+            found.check_shape(models.ModelConfig.from_hf(planned), str(directory))
 
     def as_configured(self, module):
         """The module with this run's dtype, remat and head chunk, fit for this run's mesh."""

@@ -24,12 +24,16 @@ from trace_jax.stages import context
 
 def run(run: context.Context) -> dict:
     """Writes base.json, records.jsonl, prompts.jsonl; trains `base/` where model.path is empty."""
+    if run.config.model.path:
+        run.check_base()
     found, prompts = _SOURCES[run.config.data.source](run)
     _check(found, prompts, run)
     if run.config.data.as_chat:
         found = [dataclasses.replace(r, prompt=_chat(r.prompt)) for r in found]
         prompts = [row | {"prompt": _chat(row["prompt"])} for row in prompts]
     _check_one_kind(found, prompts)
+    if run.config.model.path:
+        run.encoder.prompt_text(found[0].prompt)  # refuses chats where there is no template
     if not run.config.model.path:
         with run.devices():
             _train_from_scratch(run, found)
