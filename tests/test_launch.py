@@ -422,7 +422,7 @@ def test_a_malformed_record_is_one_line_with_file_and_line(jsonl, capsys, line, 
         (
             "config.json",
             {"num_hidden_layers": 9},
-            "model.layers.8.input_layernorm.weight is missin",
+            "input_layernorm.weight is missing",
         ),
         ("model.safetensors", 1000, "is damaged"),
     ],
