@@ -31,7 +31,7 @@ def test_bad_methods_are_refused(text, said):
 
 def test_overrides_take_the_type_of_the_key_and_leave_the_original_alone():
     base = config.base_config()
-    changed = compare.with_overrides(
+    changed = config.with_overrides(
         base, {"train.beta": "0.3", "train.total_steps": "7", "seed": 5, "align.enabled": "false"}
     )
     assert (changed.train.beta, changed.train.total_steps, changed.seed) == (0.3, 7, 5)
@@ -44,7 +44,7 @@ def test_overrides_take_the_type_of_the_key_and_leave_the_original_alone():
 )
 def test_bad_overrides_are_refused(key, value, said):
     with pytest.raises(InputError, match=said):
-        compare.with_overrides(config.base_config(), {key: value})
+        config.with_overrides(config.base_config(), {key: value})
 
 
 def _row(prompt: int, sample: int, guarded: bool, model: str, mode: str = "sample") -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_jax import compare, launch, policy
+from trace_jax import compare, launch, policy, validation
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
 
@@ -30,7 +30,7 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
     if c.data.source == "file" and not c.data.path:
         (tmp_path / "pairs.jsonl").touch()
         c.data.path = str(tmp_path / "pairs.jsonl")
-    config_lib.validate(c)
+    validation.validate(c)
     assert policy.load(c.policy.old).clauses and policy.load(c.policy.new).clauses
     with pytest.raises(AttributeError):
         c.train.learning_rat = 1.0  # locked
@@ -48,9 +48,9 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
     ],
 )
 def test_a_value_out_of_range_is_one_clear_line(key, value, said):
-    c = compare.with_overrides(_config(ROOT / "configs" / "quickstart.py"), {key: value})
+    c = config_lib.with_overrides(_config(ROOT / "configs" / "quickstart.py"), {key: value})
     with pytest.raises(InputError, match=said):
-        config_lib.validate(c)
+        validation.validate(c)
 
 
 def _readme_commands() -> list[list[str]]:
@@ -72,4 +72,4 @@ def test_the_commands_of_the_readme_parse(monkeypatch):
         argv = [module, *arguments]
         values = define[module](argv)
         launch.parse_flags(values, argv)
-        config_lib.validate(values.config, planning="--plan" in arguments)
+        validation.validate(values.config, planning="--plan" in arguments)

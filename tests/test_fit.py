@@ -8,7 +8,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from trace_jax import batches, fit, metrics
+from trace_jax import batches, checkpoints, feed, fit, metrics, train
 from trace_jax.errors import InputError
 from trace_jax.models import lora
 
@@ -109,13 +109,13 @@ def test_a_finished_run_runs_no_step_again(base, run_all):
 def test_reference_log_probs_are_kept_and_made_again_for_other_texts(base, tmp_path, monkeypatch):
     encoder = tiny.encoder()
     encoded = batches.encode_examples(encoder, EXAMPLES[:3])[1]
-    calls, of_texts = [], fit.logprobs.of_texts
+    calls, of_texts = [], feed.logprobs.of_texts
     monkeypatch.setattr(
-        fit.logprobs, "of_texts", lambda *a, **k: calls.append(1) or of_texts(*a, **k)
+        feed.logprobs, "of_texts", lambda *a, **k: calls.append(1) or of_texts(*a, **k)
     )
 
     def compute(texts):
-        return fit.reference_logprobs(base, texts, 64, 2, tmp_path / "run", tiny.quiet)
+        return feed.reference_logprobs(base, texts, 64, 2, tmp_path / "run", tiny.quiet)
 
     first = compute(encoded)
     np.testing.assert_allclose(first, tiny.reference(base, encoded), atol=1e-5)
@@ -140,3 +140,67 @@ def test_too_long_examples_are_dropped_by_name(base, tmp_path):
     assert dropped == ["long"]
     with pytest.raises(InputError, match="record long"):
         tiny.fit(base, tmp_path, examples=[long])
+
+
+class Pauses:
+    """Doubles every coefficient at each pause; stops at `stop`; tells what it was asked."""
+
+    def __init__(self, *steps: int, stop: int | None = None):
+        self.steps, self.stop, self.may_stop, self.asked = steps, stop, stop is not None, []
+
+    def __call__(self, step, module, examples):
+        self.asked.append((step, module is not None))
+        if step == self.stop:
+            return None
+        return [dataclasses.replace(e, pref=2 * e.pref, npo0=2 * e.npo0) for e in examples]
+
+
+def losses(directory) -> list[float]:
+    return [row["loss/preference"] for row in metrics.read_metrics(directory / "metrics.jsonl")]
+
+
+def test_a_pause_changes_the_coefficients_from_there_on(base, run_all, tmp_path):
+    pauses = Pauses(3)
+    tiny.fit(base, tmp_path, pauses=pauses)
+    straight, found = losses(run_all[0]), losses(tmp_path)
+    assert pauses.asked == [(3, True)]
+    assert found[:3] == straight[:3] and found[3] == pytest.approx(2 * straight[3], rel=1e-5)
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 4])
+def test_a_run_with_pauses_goes_on_as_it_would_have(base, tmp_path, monkeypatch, killed_at):
+    straight = tiny.fit(base, tmp_path / "straight", pauses=Pauses(2, 4))
+    step, calls = train.train_step, []
+
+    def dies(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > killed_at:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.fit(base, tmp_path / "killed", pauses=Pauses(2, 4))
+    monkeypatch.undo()
+    again = Pauses(2, 4)
+    found = tiny.fit(base, tmp_path / "killed", pauses=again)
+    past = {1: [], 3: [(2, True)], 4: [(2, False)]}[killed_at]
+    assert again.asked == (past or [(2, True)]) + [(4, True)]
+    tiny.assert_same(nnx.state(found.module), nnx.state(straight.module))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+
+
+def test_a_pause_that_stops_gives_the_model_of_the_one_before(base, tmp_path):
+    fitted = tiny.fit(base, tmp_path, pauses=Pauses(2, 4, stop=4))
+    assert fitted.stopped_at == 4 and fitted.steps_run == 4
+    shorter = tiny.fit(base, tmp_path / "other", pauses=Pauses(2, 4, stop=4))
+    tiny.assert_same(nnx.state(fitted.module), nnx.state(shorter.module))
+    restored = fit.restore(base, tiny.settings(), tmp_path / "checkpoints")
+    tiny.assert_same(nnx.state(restored), nnx.state(fitted.module))
+    with checkpoints.Checkpoints(tmp_path / "checkpoints" / "good", keep=1) as good:
+        assert good.latest_step == 2
+
+
+def test_a_first_pause_that_stops_leaves_nothing_to_go_back_to(base, tmp_path):
+    with pytest.raises(InputError, match="before its first evaluation .step 2."):
+        tiny.fit(base, tmp_path, pauses=Pauses(2, stop=2))

@@ -27,6 +27,7 @@ EXAMPLES = [
     tiny.example("npo again", **NPO),
     tiny.example("no triage", y1=None, npo0=1.0),
     tiny.example("invert again", **INVERT),
+    tiny.example("gradient ascent", y1=None, nll=-1.0),
 ]
 ROW = 24
 
@@ -34,7 +35,7 @@ ROW = 24
 @pytest.fixture(scope="module")
 def texts():
     rng = np.random.default_rng(0)
-    shapes = [(4, 3, 5), (2, 4, 2), (5, 2, 3), (1, 6, 6), (3, 5), (3, 2, 4)]
+    shapes = [(4, 3, 5), (2, 4, 2), (5, 2, 3), (1, 6, 6), (3, 5), (3, 2, 4), (2, 5)]
     return [tiny.text(rng, *shape) for shape in shapes]
 
 
@@ -149,20 +150,18 @@ def plain_gradients(problem, texts):
     @jax.jit
     def gradient(params, tokens, counts, ref, coefficients):
         def loss(params):
-            r = (
-                tiny.plain_logprobs(nnx.merge(p.graphdef, params, p.frozen), tokens, counts)[0]
-                - ref
-            )
+            model = nnx.merge(p.graphdef, params, p.frozen)
+            r = tiny.plain_logprobs(model, tokens, counts)[0] - ref
             parts_3 = jnp.log1p(jnp.exp(BETA * jnp.stack([r[1] - r[0], r[0], r[1]])))
-            return jnp.dot(coefficients, parts_3)
+            nll = -(r[0] + ref[0]) / counts[0].sum()
+            return jnp.dot(coefficients, jnp.append(parts_3, nll))
 
         return jax.grad(loss)(params)
 
     def of(i: int, e: methods.Example):
         rows = slice(2 * i, 2 * i + 2)
-        return gradient(
-            p.params, tokens[rows], counts[rows], p.ref[i], np.array([e.pref, e.npo0, e.npo1])
-        )
+        coefficients = np.array([e.pref, e.npo0, e.npo1, e.nll])
+        return gradient(p.params, tokens[rows], counts[rows], p.ref[i], coefficients)
 
     return [of(i, e) for i, e in enumerate(EXAMPLES)]
 
@@ -233,6 +232,7 @@ def test_score_by_hand():
     assert score(NPO) == 0.25 * 7
     assert score(NPO, npo_scale="two_over_beta") == 7
     assert score(dict(npo0=3.0)) == 0.25 * 2  # of unit weight
+    assert score(dict(nll=-3.0)) == 2 / 4 and score(dict(nll=2.0)) == -2 / 4
 
 
 def test_weights_by_hand():
@@ -251,6 +251,64 @@ def test_weights_that_cannot_be_are_refused():
             impact.weights(np.array([1.0, bad]), normalisation="mean_one")
     with pytest.raises(InputError, match="'softmax'.*mean_one"):
         impact.weights(np.ones(2), normalisation="softmax")
+
+
+ACTIONS = np.array(["INVERT", "INVERT", "PUNISH", "PUNISH", "PUNISH"])
+GOLD = np.array([False, True, False, False, True])
+SCORES = np.array([1.0, 9.0, 2.0, 6.0, 9.0])
+
+
+def weigh(**changes) -> np.ndarray:
+    return impact.weigh(SCORES, ACTIONS, GOLD, **dict(normalisation="mean_one") | changes)
+
+
+def test_a_gold_record_gets_the_mean_of_its_action():
+    np.testing.assert_allclose(weigh(), [1 / 3, 1 / 3, 2 / 3, 2, 4 / 3])
+    np.testing.assert_allclose(weigh(normalisation="sum_to_one")[[0, 2, 3]].sum(), 1)
+
+
+def test_within_an_action_every_action_has_the_same_mean():
+    np.testing.assert_allclose(weigh(within="action"), [1, 1, 0.5, 1.5, 1])
+    paper = weigh(within="action", normalisation="sum_to_one")
+    np.testing.assert_allclose(paper, np.array([1, 1, 0.5, 1.5, 1]) / 3)
+
+
+def test_shuffled_weights_stay_within_their_action():
+    rng = np.random.default_rng(0)
+    scores, actions = rng.random(40), np.array(["INVERT", "PUNISH"] * 20)
+    none = np.zeros(40, bool)
+    straight = impact.weigh(scores, actions, none, normalisation="mean_one")
+    dealt = impact.weigh(scores, actions, none, normalisation="mean_one", shuffle_seed=1)
+    assert not np.allclose(straight, dealt)
+    for action in ("INVERT", "PUNISH"):
+        of = actions == action
+        np.testing.assert_allclose(np.sort(straight[of]), np.sort(dealt[of]))
+
+
+def test_signed_weights_keep_their_sign():
+    found = impact.weigh(
+        np.array([3.0, -1.0]), ACTIONS[:2], np.zeros(2, bool), normalisation="mean_one", clamp=False
+    )
+    np.testing.assert_allclose(found, [1.5, -0.5])
+
+
+def test_top_takes_the_largest_allowed():
+    scores, allowed = np.array([5.0, 1.0, 9.0, 3.0]), np.array([True, True, False, True])
+    np.testing.assert_array_equal(impact.top(scores, allowed, 2), [1, 0, 0, 1])
+    np.testing.assert_array_equal(impact.top(scores, allowed, 9), [1, 1, 0, 1])
+
+
+def test_exponentiated_weights_grow_with_the_score_and_keep_their_mean():
+    omega = np.array([1.0, 1.0, 0.0, 2.0])
+    found = impact.exponentiated(np.array([1.0, 3.0, 99.0, 1.0]), omega, eta=0.5)
+    assert found[2] == 0
+    np.testing.assert_allclose(found.sum(), 3)
+    np.testing.assert_allclose(found[1] / found[0], np.exp(1.0))
+    np.testing.assert_allclose(found[3] / found[0], 2)
+    huge = impact.exponentiated(np.array([1e4, -1e4]), np.ones(2), eta=1.0)
+    np.testing.assert_allclose(huge, [2, 0])
+    with pytest.raises(InputError, match="no record is left to unlearn"):
+        impact.exponentiated(np.ones(2), np.zeros(2), eta=1.0)
 
 
 def triaged(action: str, i: int) -> records.TriagedRecord:
@@ -275,6 +333,12 @@ def test_the_gold_batch_is_a_third_of_each_action_once_each():
     assert len({e.record_id for e in pairs}) == 11 and warnings == []
     assert all(e.pref == 1.0 and not (e.npo0 or e.npo1 or e.kl or e.nll) for e in pairs)
     assert actions != sorted(actions)  # mixed, since every other pair makes a half
+
+
+def test_a_proportional_gold_batch_follows_the_triage():
+    gold, _ = impact.draw_gold(data(24, 48, 8), {}, size=20, seed=0, draw="proportional")
+    counts = {a: sum(e.action == a for e in gold) for a in ("RETAIN", "INVERT", "PUNISH")}
+    assert counts == {"RETAIN": 6, "INVERT": 12, "PUNISH": 2}
 
 
 def test_gold_pairs_put_the_preferred_response_first():

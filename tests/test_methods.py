@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from trace_jax import methods, records
+from trace_jax import config, methods, records
 from trace_jax.errors import InputError
 
 COMPLIANT = {"INVERT": (False, True), "PUNISH": (False, False), "RETAIN": (True, False)}
@@ -28,7 +28,7 @@ CORRECTIONS = {"PUNISH": "yc"}
 WEIGHTS = {"INVERT": 2.0, "PUNISH": 3.0}
 
 
-def table(method, corrections=None, weights=None, punish="correction") -> dict[str, list]:
+def table(method, corrections=None, weights=None, punish="correction", **options) -> dict:
     """Record id -> its examples as (y0, y1, coefficients that are not 0)."""
     made = methods.examples(
         method,
@@ -37,6 +37,7 @@ def table(method, corrections=None, weights=None, punish="correction") -> dict[s
         weights=weights and {(i, i): w for i, w in weights.items()},
         alpha_kl=0.5,
         punish=punish,
+        **options,
     )
     rows = {}
     for e in made:
@@ -99,6 +100,45 @@ def test_dpo_gold_trains_on_the_relabelled_pairs():
     assert table("dpo_gold", {}, WEIGHTS) == expected
     corrected = expected | {"PUNISH": [("yc", "yw", PAIR)]}
     assert table("dpo_gold", CORRECTIONS, WEIGHTS, "dual_npo") == corrected
+
+
+def test_gold_without_corrections_leaves_punish_out():
+    expected = {"INVERT": [("yl", "yw", PAIR)], "RETAIN": [("yw", "yl", PAIR)]}
+    assert table("dpo_gold_uncorrected", CORRECTIONS, WEIGHTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("inner", "loss", "retain"),
+    [
+        ("npo", lambda w: {"npo0": w}, {}),
+        ("ga", lambda w: {"nll": -w}, {}),
+        ("graddiff", lambda w: {"nll": -w}, RETAIN),
+    ],
+)
+def test_u2a_unlearns_the_chosen_responses_of_conflicts(inner, loss, retain):
+    found = table("u2a", CORRECTIONS, WEIGHTS, inner=inner)
+    expected = {a: [("yw", None, loss(w))] for a, w in WEIGHTS.items()}
+    assert found == expected | retain
+    with pytest.raises(InputError, match="u2a.inner='sgd'"):
+        table("u2a", inner="sgd")
+
+
+def test_examples_without_a_coefficient_are_kept_where_weights_may_come_back():
+    weights = {("INVERT", "INVERT"): 0.0}
+    options = dict(corrections={}, weights=weights, alpha_kl=0.0, punish="correction")
+    made = [methods.examples("trace", RECORDS, **options, with_zeros=z) for z in (False, True)]
+    assert [e.action for e in made[0]] == ["PUNISH"]
+    assert [e.action for e in made[1]] == ["INVERT", "PUNISH", "RETAIN"]
+
+
+@pytest.mark.parametrize("name", methods.PRESETS)
+def test_a_preset_names_a_method_and_keys_of_the_config(name):
+    c = config.base_config()
+    c.train.method = name
+    found = config.flatten(config.resolved(c))
+    assert found["train.method"] in methods.METHODS
+    assert {key: found[key] for key in methods.PRESETS[name]} == methods.PRESETS[name]
+    assert c.train.method == name
 
 
 def test_naive_oracle_dpo_turns_a_pair_only_where_the_verdicts_say_so():

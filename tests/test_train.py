@@ -325,3 +325,34 @@ def test_a_step_that_is_not_finite_stops_the_loop_and_names_its_records(bad_step
     assert error.startswith(f"step {bad_step + 1}: ") and f": r{bad_step}, shared." in error
     saved = [event[1] for event in events if event[0] == "save"]
     assert all(step <= bad_step for step in saved)  # no checkpoint after the bad step
+
+
+def test_drift_adds_its_share_of_the_squared_distance(data):
+    graphdef, params, frozen = tiny.split(data[0])
+    origin = jax.tree.map(lambda x: x - 0.5, params)
+    step = step_of(data)
+
+    def one(drift: float):
+        options_ = options(drift=drift)
+        return train.train_step(
+            train.init_state(params, options_),
+            frozen,
+            tiny.split(data[1])[1],
+            step,
+            tiny.hyper(),
+            origin,
+            graphdef=graphdef,
+            options=options_,
+        )[1]
+
+    without, found = one(0.0), one(4.0)
+    np.testing.assert_allclose(found["train/drift"], 0.25, rtol=1e-4)
+    np.testing.assert_allclose(found["loss/total"] - without["loss/total"], 1.0, rtol=1e-3)
+    n = sum(x.size for x in jax.tree.leaves(params))
+    grads, _ = train.gradient(
+        params, frozen, tiny.split(data[1])[1], step, tiny.hyper(), graphdef=graphdef,
+        options=options(),
+    )  # fmt: skip
+    pulled = [np.asarray(g) + 4.0 * 2 * 0.5 / n for g in jax.tree.leaves(grads)]
+    norm = np.sqrt(sum(np.square(g).sum() for g in pulled))
+    np.testing.assert_allclose(found["train/grad_norm"], norm, rtol=1e-4)

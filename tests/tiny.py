@@ -174,11 +174,11 @@ def settings(**changes) -> fitting.Settings:
     values |= dict(final_fraction=0.1, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.95)
     values |= dict(preference="logistic", npo_scale="plain", length_normalised=False)
     values |= dict(adapters="lora", lora_rank=2, lora_alpha=4.0, lora_targets="all")
-    values |= dict(mu_dtype="float32")
+    values |= dict(mu_dtype="float32", drift=0.0)
     return fitting.Settings(**values | dict(save_every=2, keep=2, seed=5) | changes)
 
 
-def fit(model, directory, *, examples=None, progress=quiet, on_drop=None, **changes):
+def fit(model, directory, *, examples=None, progress=quiet, on_drop=None, pauses=None, **changes):
     """`fit.fit` in `directory`: checkpoints/ and metrics.jsonl."""
     return fitting.fit(
         model,
@@ -189,4 +189,5 @@ def fit(model, directory, *, examples=None, progress=quiet, on_drop=None, **chan
         metrics_path=directory / "metrics.jsonl",
         on_drop=on_drop,
         progress=progress,
+        pauses=pauses,
     )

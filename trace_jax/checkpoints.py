@@ -34,12 +34,13 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else int(latest.step)
 
-    def save(self, step: int, state: train.TrainState, data) -> None:
+    def save(self, step: int, state: train.TrainState, data=None) -> None:
         """Saves the state after `step` updates with the position of the Grain iterator `data`."""
         if self.latest_step == step:
             return
+        what = {"state": state} | ({} if data is None else {"data": data})
         self._checkpointer.save_checkpointables(
-            step, {"state": state, "data": data}, custom_metadata={"shapes": _shapes(state)}
+            step, what, custom_metadata={"shapes": _shapes(state)}
         )
 
     def restore(self, state: train.TrainState, data=None) -> tuple[int, train.TrainState] | None:

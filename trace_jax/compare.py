@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from trace_jax import config as config_lib
-from trace_jax import launch, metrics, policy, records, stages, workdir
+from trace_jax import launch, methods, metrics, policy, records, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -46,41 +46,11 @@ def parse_methods(text: str) -> list[Variant]:
         split = [pair.partition("=") for pair in pairs]
         if any(not equals for _, equals, _ in split):
             raise InputError(f"--methods={name}: an override reads key=value")
-        found.append(
-            Variant(name, {"train.method": method} | {key: value for key, _, value in split})
-        )
+        preset = methods.PRESETS.get(method, {"train.method": method})
+        found.append(Variant(name, preset | {key: value for key, _, value in split}))
     if len({v.name for v in found}) < len(found) or not found:
         raise InputError(f"--methods={text}: name each method once")
     return found
-
-
-def with_overrides(
-    config: ml_collections.ConfigDict, overrides: dict[str, object]
-) -> ml_collections.ConfigDict:
-    """A copy of the config with keys set; text becomes the type of the key's value."""
-    config = config.copy_and_resolve_references()
-    for key, value in overrides.items():
-        *sections, name = key.split(".")
-        target = config
-        try:
-            for section in sections:
-                target = target[section]
-            kind = type(target[name])
-        except (KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"unknown config key {key!r} (see trace_jax/config.py)") from error
-        target[name] = (
-            _converted(key, value, kind) if isinstance(value, str) and kind is not str else value
-        )
-    return config
-
-
-def _converted(key: str, value: str, kind: type):
-    if kind is bool:
-        return value.lower() in ("1", "true", "yes")
-    try:
-        return kind(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={value!r} is not a {kind.__name__}") from error
 
 
 def folder(prepared: Path, variant: Variant, seed: int) -> Path:
@@ -103,9 +73,9 @@ def run_all(
     config: ml_collections.ConfigDict, prepared: Path, todo: Sequence[tuple[Path, dict]], jobs: int
 ) -> list[dict]:
     """Runs (folder, overrides) pairs, `jobs` at once, and returns their eval.json in order."""
-    configs = [with_overrides(config, overrides) for _, overrides in todo]
+    configs = [config_lib.with_overrides(config, overrides) for _, overrides in todo]
     for one in configs:
-        config_lib.validate(one)
+        validation.validate(one)
     work = [
         (one.to_dict(), prepared, target) for one, (target, _) in zip(configs, todo, strict=True)
     ]
@@ -143,9 +113,10 @@ def compare(
     jobs: int = 1,
 ) -> dict:
     """Runs everything that is not there yet and returns the comparison (see `summary`)."""
+    config = config_lib.resolved(config)
     seeds = [config.seed + k for k in range(n_seeds)]
     for variant in variants:
-        config_lib.validate(with_overrides(config, variant.overrides))
+        validation.validate(config_lib.with_overrides(config, variant.overrides))
     launch.realign(config, prepared, only=",".join(SHARED))
     todo = [(folder(prepared, v, s), v.overrides | {"seed": s}) for v in variants for s in seeds]
     run_all(config, prepared, todo, jobs)

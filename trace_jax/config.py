@@ -1,18 +1,10 @@
-"""Every configuration key, once, with its meaning; the checks before anything is spent."""
-
-import re
-from pathlib import Path
+"""Every configuration key, once, with its meaning. The checks are in `validation.py`."""
 
 import ml_collections
 from ml_collections import config_dict
 
-from trace_jax import judges, methods
+from trace_jax import methods
 from trace_jax.errors import InputError
-from trace_jax.sources import files, forms
-
-FROM_FILE = ("file", "jsonl")  # two names of one source
-SOURCES = (*FROM_FILE, "synth", "self_sampled")
-ADAPTERS = ("none", "lora")
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -36,11 +28,18 @@ def base_config() -> ml_collections.ConfigDict:
     c.correct = _correct()
     c.impact = _impact()
     c.train = _training()
-    c.train.method = "trace"  # see trace_jax/methods.py
+    c.train.method = "trace"  # a method or preset of trace_jax/methods.py
     c.train.punish = (
         "correction"  # correction: (y_c, y_w) where y_c was found, else dual NPO | dual_npo
     )
     c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
+    c.train.alpha_scale = "one"  # one | per_conflict: alpha_kl over the number of conflicts
+    c.train.refresh_every = 0  # steps after which impact weights are taken anew, at theta; 0: never
+    c.train.evaluate_every = 0  # steps between evaluations on validation prompts; 0: none
+    c.train.evaluate_prompts = 64
+    c.train.stop_below = 0.0  # end early where the share of samples that keep the unchanged clauses
+    # and are not degenerate falls below this part of M_ref's; 0: never
+    c.u2a = _u2a()
     c.evaluate = _evaluate()
     c.plan = _plan()
     return c.lock()
@@ -182,6 +181,7 @@ def _training() -> ml_collections.ConfigDict:
     c.tau = 0.1  # of the squared preference loss
     c.length_normalised = False  # divide logratios of the preference loss by response length
     c.npo_scale = "plain"  # plain | two_over_beta
+    c.drift = 0.0  # weight of the mean squared distance from the weights that training begins with
     c.adapters = "none"  # none: full fine-tuning | lora
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 16
@@ -189,6 +189,17 @@ def _training() -> ml_collections.ConfigDict:
     c.lora.targets = "all"  # all, or names out of q,k,v,o,gate,up,down joined by commas
     c.save_every = 100  # steps between checkpoints
     c.keep = 2  # checkpoints kept
+    return c
+
+
+def _u2a() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()  # train.method=u2a: bi-level weighted unlearning
+    c.inner = "npo"  # npo | ga (gradient ascent) | graddiff (ga with a KL anchor)
+    c.top = 1024  # records unlearned: those whose unlearning lowers J most
+    c.eta = 0.01  # step of the exponentiated weights, omega * exp(eta * score)
+    c.rounds = 3  # times that scores are taken and weights updated
+    c.drift = 0.1  # ga: weight of the mean squared distance from M_ref
+    c.alpha_kl = 0.3  # graddiff: weight of the KL anchor of one RETAIN example
     return c
 
 
@@ -211,11 +222,21 @@ def _correct() -> ml_collections.ConfigDict:
 
 def _impact() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.weights = "impact"  # impact | uniform (w = 1)
+    c.weights = "impact"  # impact | uniform (w = 1) | shuffled (a control: the same weights, dealt
+    # at random within each action)
     c.path = "jvp"  # jvp | jvp_losses | vmap_grad (the reference)
     c.gold_size = 300  # pairs in the gold batch
+    c.gold_draw = "thirds"  # of the actions: thirds (as the paper) | proportional
     c.gold_beta = 0.1  # of J's logistic loss
     c.normalisation = "mean_one"  # mean_one | sum_to_one (as the paper)
+    c.within = "all"  # weights are normalised over: all conflicts | action (each has mean 1)
+    c.clamp = True  # negative scores weigh 0; False: they stay (mean absolute weight 1)
+    c.curvature = "identity"  # scores along (H + damping)^-1 g_J: identity (as the paper) |
+    # fisher_diag | cg (conjugate gradients on Hessian-vector products)
+    c.damping = 0.1  # of the mean diagonal (fisher_diag), of the curvature along g_J (cg)
+    c.curvature_examples = 256  # conflicts that the curvature is estimated on
+    c.cg_iterations = 20
+    c.cg_tolerance = 0.01  # residual over |g_J| at which cg stops
     c.clamp_warning = 0.8  # warn when more than this share of an action's scores is clamped
     c.micro_rows = 4
     return c
@@ -242,137 +263,6 @@ def _plan() -> ml_collections.ConfigDict:
     return c
 
 
-def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> None:
-    """Checks values before any device or network is touched; raises InputError.
-
-    planning: data and model need not be here yet.
-    """
-    _one_of("data.source", config.data.source, SOURCES)
-    _one_of("data.form", config.data.form, forms.NAMES)
-    _one_of("data.hold_out", config.data.hold_out, ("all", "used"))
-    _one_of("data.malformed", config.data.malformed, ("error", "drop"))
-    forms.columns_of(config.data.columns)
-    _one_of("data.too_long", config.data.too_long, ("error", "drop", "cut"))
-    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _one_of("model.scratch.family", config.model.scratch.family, ("llama", "qwen2", "gemma2"))
-    _one_of("model.remat", config.model.remat, ("layer", "dots", "none"))
-    _validate_mesh(config.mesh)
-    _one_of("train.method", config.train.method, methods.METHODS)
-    _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
-    _one_of("correct.source", config.correct.source, ("self", "local", "gemini", "none"))
-    _one_of("correct.pick", config.correct.pick, ("first", "best"))
-    _one_of("correct.local_dtype", config.correct.local_dtype, ("float32", "bfloat16"))
-    if config.correct.source == "local" and not config.correct.local_model:
-        raise InputError("correct.source='local' needs --config.correct.local_model=DIRECTORY")
-    _one_of("correct.writer", config.correct.writer, ("base", "ref"))
-    _one_of("impact.weights", config.impact.weights, ("impact", "uniform"))
-    _one_of("impact.path", config.impact.path, ("jvp", "jvp_losses", "vmap_grad"))
-    _one_of("impact.normalisation", config.impact.normalisation, ("mean_one", "sum_to_one"))
-    _one_of("judge.name", config.judge.name, judges.NAMES)
-    _validate_triage(config.triage)
-    for name in ("align", "train", "model.scratch.training"):
-        _validate_training(name, _section(config, name))
-    for split in config.evaluate.splits:
-        _one_of("evaluate.splits", split, ("test", "validation"))
-    for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
-        _positive(key, _section(config, key))
-    for key in ("correct.max_new_tokens", "evaluate.max_new_tokens"):
-        if not 0 < _section(config, key) < config.data.max_length - 1:
-            raise InputError(
-                f"{key}={_section(config, key)} leaves no room for a prompt in data.max_length="
-                f"{config.data.max_length}; lower the one or raise the other"
-            )
-    if planning:
-        return
-    if config.data.source in FROM_FILE and not config.data.path:
-        raise InputError(
-            "data.source='file' needs --config.data.path=FILE with prompt, chosen, rejected on "
-            "each line (JSONL, CSV, Parquet), or a data set; see docs/data.md"
-        )
-    if config.data.source in FROM_FILE and not files.exists(config.data.path):
-        raise InputError(f"data.path={config.data.path}: no such file")
-    _validate_model(config)
-
-
-def _validate_model(config: ml_collections.ConfigDict) -> None:
-    path = config.model.path
-    tokenizer = config.model.scratch.tokenizer
-    from_records = config.data.source in FROM_FILE and tokenizer
-    if config.data.source != "synth" and not path and not from_records:
-        raise InputError(
-            "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout (or "
-            "model.scratch.tokenizer, to train a small one on the text of the records)"
-        )
-    if tokenizer and not path and not Path(tokenizer).exists():
-        raise InputError(f"model.scratch.tokenizer={tokenizer}: no such file or folder")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-    if path and not on_hub and not (Path(path) / "config.json").is_file():
-        raise InputError(
-            f"model.path={path}: no config.json there; give a directory in Hugging Face layout, or "
-            "a model of the hub as organisation/name"
-        )
-
-
-def _validate_triage(c: ml_collections.ConfigDict) -> None:
-    _one_of("triage.decide_by", c.decide_by, ("status", "probability"))
-    if not 0 <= c.violating_below <= c.compliant_from <= 1:
-        raise InputError(
-            f"triage.violating_below={c.violating_below} and triage.compliant_from="
-            f"{c.compliant_from} must lie in 0..1, the first not above the second"
-        )
-    if not 0 <= c.noise <= 1:
-        raise InputError(f"triage.noise={c.noise} is a share of the records, 0 to 1")
-    if c.overrides and not Path(c.overrides).is_file():
-        raise InputError(f"triage.overrides={c.overrides}: no such file")
-
-
-def _validate_mesh(c: ml_collections.ConfigDict) -> None:
-    _positive("mesh.fsdp_limit", c.fsdp_limit)
-    for axis, size in c.items():
-        if size != -1 and size < 1:
-            raise InputError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left")
-    if sum(size == -1 for _, size in c.items()) > 1:
-        raise InputError("only one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
-
-
-def _validate_training(name: str, c: ml_collections.ConfigDict) -> None:
-    _one_of(f"{name}.preference", c.preference, ("logistic", "squared"))
-    _one_of(f"{name}.npo_scale", c.npo_scale, ("plain", "two_over_beta"))
-    _one_of(f"{name}.adapters", c.adapters, ADAPTERS)
-    _one_of(f"{name}.mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
-    for key in (
-        "total_steps",
-        "examples_per_step",
-        "retain_per_step",
-        "micro_rows",
-        "save_every",
-        "keep",
-    ):
-        _positive(f"{name}.{key}", c[key])
-    for key in ("learning_rate", "beta", "tau", "clip_norm"):
-        _positive(f"{name}.{key}", c[key])
-    if c.warmup_steps >= c.total_steps:
-        raise InputError(
-            f"{name}.warmup_steps={c.warmup_steps} must be below {name}.total_steps={c.total_steps}"
-        )
-
-
-def _section(config: ml_collections.ConfigDict, name: str):
-    for part in name.split("."):
-        config = config[part]
-    return config
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{key}={value!r} is unknown; use one of {', '.join(choices)}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(f"{key}={value} must be greater than 0")
-
-
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
     """{"train.beta": 0.1, ...}, tuples as lists, ready for JSON."""
     flat: dict[str, object] = {}
@@ -383,3 +273,44 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, ob
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def with_overrides(
+    config: ml_collections.ConfigDict, overrides: dict[str, object]
+) -> ml_collections.ConfigDict:
+    """A copy of the config with keys set; text becomes the type of the key's value."""
+    config = config.copy_and_resolve_references()
+    for key, value in overrides.items():
+        *sections, name = key.split(".")
+        target = config
+        try:
+            for section in sections:
+                target = target[section]
+            kind = type(target[name])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"unknown config key {key!r} (see trace_jax/config.py)") from error
+        target[name] = (
+            _converted(key, value, kind) if isinstance(value, str) and kind is not str else value
+        )
+    return config
+
+
+def _converted(key: str, value: str, kind: type):
+    if kind is bool:
+        return value.lower() in ("1", "true", "yes")
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}={value!r} is not a {kind.__name__}") from error
+
+
+def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy as the stages want it.
+
+    A train.method that names a preset is its method with its settings; --config.evaluate.splits may
+    join names by commas.
+    """
+    config = with_overrides(config, methods.PRESETS.get(config.train.method, {}))
+    joined = ",".join(config.evaluate.splits)
+    config.evaluate.splits = tuple(name.strip() for name in joined.split(",") if name.strip())
+    return config

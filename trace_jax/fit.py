@@ -4,30 +4,30 @@ One path for every method and stage.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from trace_jax import (
     batches,
     checkpoints,
     encoding,
-    logprobs,
+    feed,
     methods,
     metrics,
     processes,
+    records,
     sharding,
     train,
 )
 from trace_jax.errors import InputError
 from trace_jax.models import lora
+
+_GOOD, _STOPPED = "good", "stopped.json"  # below the checkpoints of a run that may stop early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Settings:
     preference: str
     npo_scale: str
     length_normalised: bool
+    drift: float
     mu_dtype: str
     adapters: str
     lora_rank: int
@@ -111,31 +112,39 @@ def trainable(settings: Settings) -> type:
     return nnx.LoRAParam if settings.adapters == "lora" else nnx.Param
 
 
-class _Steps:
-    """Grain source: step -> train.Step of both kinds of batches."""
-
-    def __init__(self, conflict: batches.StepSource | None, retain: batches.StepSource | None):
-        self.conflict, self.retain = conflict, retain
-
-    def __len__(self) -> int:
-        return len(self.conflict or self.retain)
-
-    def __getitem__(self, step: int) -> batches.Step:
-        return batches.Step(*(None if s is None else s[step] for s in (self.conflict, self.retain)))
-
-    def record_ids(self, step: int) -> list[str]:
-        return [
-            i for s in (self.conflict, self.retain) if s is not None for i in s.record_ids(step)
-        ]
-
-
 @dataclasses.dataclass
 class Fitted:
-    """The trained module (adapters merged) and what the run is worth knowing of."""
+    """The trained module (adapters merged) and what the run is worth knowing of.
+
+    stopped_at: the step after which a pause ended the run, or None. The module is then that of the
+    last pause before it.
+    """
 
     module: nnx.Module
     real_token_share: float
     steps_run: int
+    stopped_at: int | None = None
+
+
+class Pauses(Protocol):
+    """What happens between two steps of a run.
+
+    Attributes:
+      steps: after how many updates, in order.
+      may_stop: whether it can end the run; the state of the last pause is then kept.
+    """
+
+    steps: Sequence[int]
+    may_stop: bool
+
+    def __call__(
+        self, step: int, module: nnx.Module | None, examples: Sequence[methods.Example]
+    ) -> Sequence[methods.Example] | None:
+        """The examples, in their order, with the coefficients that hold from here; None: stop.
+
+        module: theta now, adapters beside the kernels; None where the pause is past already, and
+        what it gave then is wanted again.
+        """
 
 
 def fit(
@@ -148,6 +157,7 @@ def fit(
     metrics_path: Path,
     on_drop: Callable[[str], None] | None,
     progress,
+    pauses: Pauses | None = None,
 ) -> Fitted:
     """Trains a copy of `module` and returns it; continues from the newest checkpoint.
 
@@ -159,12 +169,10 @@ def fit(
         raise InputError(
             "no examples to train on: every record is UNRESOLVED, dropped or has coefficient 0"
         )
-    source = _sources(module, kept, encoded, settings, directory, progress)
-    module = adapted(module, settings)
-    graphdef, params, frozen = nnx.split(module, trainable(settings), ...)
-    state = train.init_state(params, settings.options())
+    source = feed.steps(module, kept, encoded, settings, directory, progress)
+    graphdef, params, frozen = nnx.split(adapted(module, settings), trainable(settings), ...)
     ref_params = None if source.retain is None else reference(params, settings)
-    data = iter(grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(1, 2)))
+    origin = params if settings.drift else None
 
     def step_fn(state: train.TrainState, step: batches.Step):
         return train.train_step(
@@ -173,35 +181,88 @@ def fit(
             ref_params,
             sharding.place_rows(step),
             settings.hyper(),
+            origin,
             graphdef=graphdef,
             options=settings.options(),
         )
 
+    def module_of(state: train.TrainState, *, merge: bool) -> nnx.Module:
+        return _finished(graphdef, state.params, params, frozen, settings, merge=merge)
+
+    total = settings.total_steps
+    cuts = [0, *(p for p in (pauses.steps if pauses else ()) if 0 < p < total), total]
+    stopped_at = None
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
-        start, state = saved.restore(state, data) or (0, state)
-        with metrics.MetricsWriter(metrics_path, resume_after=start) as writer:
-            with progress(settings.total_steps, f"train {directory.name}", start) as bar:
+        state = train.init_state(params, settings.options())
+        start = saved.latest_step or 0
+        segment = next(i for i in range(len(cuts) - 1) if start <= cuts[i + 1])
+        for past in cuts[1 : segment + 1]:
+            kept = pauses(past, None, kept)
+            source.reweigh(kept)
+        data = source.iterator(cuts[segment], cuts[segment + 1])
+        if start:
+            _, state = saved.restore(state, data)
+        with (
+            metrics.MetricsWriter(metrics_path, resume_after=start) as writer,
+            progress(total, f"train {directory.name}", start) as bar,
+        ):
 
-                def on_metrics(step: int, values: dict[str, float]) -> None:
-                    writer.write(step, values)
-                    bar.advance(1)
+            def on_metrics(step: int, values: dict[str, float]) -> None:
+                writer.write(step, values)
+                bar.advance(1)
 
+            while True:
+                end = cuts[segment + 1]
                 state = train.loop(
                     state,
                     data,
                     step_fn,
-                    start=start,
-                    total_steps=settings.total_steps,
+                    start=max(start, cuts[segment]),
+                    total_steps=end,
                     record_ids=source.record_ids,
                     on_metrics=on_metrics,
-                    save=lambda step, state: saved.save(step, state, data),
+                    save=lambda step, state, data=data: saved.save(step, state, data),
                     save_every=settings.save_every,
                 )
+                if end == total:
+                    break
+                reweighed = pauses(end, module_of(state, merge=False), kept)
+                if reweighed is None:
+                    stopped_at = end
+                    state = _stop(directory, state, end)
+                    break
+                if pauses.may_stop:
+                    _keep_good(directory, state, end)
+                kept = reweighed
+                source.reweigh(kept)
+                segment += 1
+                data = source.iterator(cuts[segment], cuts[segment + 1])
     return Fitted(
-        _finished(graphdef, state.params, params, frozen, settings),
-        _token_share(source, encoded, settings),
-        settings.total_steps - start,
+        module_of(state, merge=True),
+        feed.real_token_share(source),
+        (stopped_at or total) - start,
+        stopped_at,
     )
+
+
+def _keep_good(directory: Path, state: train.TrainState, step: int) -> None:
+    """Keeps the state of a pause, for one that stops the run later."""
+    with checkpoints.Checkpoints(directory / _GOOD, keep=1) as good:
+        good.save(step, state)
+
+
+def _stop(directory: Path, state: train.TrainState, step: int) -> train.TrainState:
+    """The state of the last pause that was good, which is what the run ends with."""
+    with checkpoints.Checkpoints(directory / _GOOD, keep=1) as good:
+        found = good.restore(state)
+    if found is None:
+        raise InputError(
+            f"training went wrong before its first evaluation (step {step}), so there is nothing "
+            "to go back to; lower train.learning_rate, or evaluate earlier (train.evaluate_every)"
+        )
+    if processes.is_first():
+        records.write_json(directory / _STOPPED, {"step": found[0], "stopped_at": step})
+    return found[1]
 
 
 def _finished(
@@ -224,82 +285,6 @@ def reference(params: nnx.State, settings: Settings) -> nnx.State:
     return lora.disabled(params) if settings.adapters == "lora" else params
 
 
-def _sources(module, examples, encoded, settings: Settings, directory: Path, progress) -> _Steps:
-    """Pack plans and step sources of the conflict and the KL examples."""
-
-    def source(members: list[int], per_step: int, row_length: int) -> batches.StepSource | None:
-        if not members:
-            return None
-        kept = [encoded[i] for i in members]
-        used = [examples[i] for i in members]
-        needs_ref = any(e.pref or e.npo0 or e.npo1 for e in used)
-        ref = (
-            reference_logprobs(module, kept, row_length, settings.micro_rows, directory, progress)
-            if needs_ref
-            else np.zeros((len(kept), 2), np.float32)
-        )
-        plan = batches.PackPlan(
-            [e.row_length for e in kept],
-            per_step=per_step,
-            total_steps=settings.total_steps,
-            seed=settings.seed,
-            row_length=row_length,
-            micro_rows=settings.micro_rows,
-        )
-        return batches.StepSource(plan, kept, used, ref)
-
-    conflict = [i for i, e in enumerate(examples) if not e.kl]
-    retain = [i for i, e in enumerate(examples) if e.kl]
-    row_length = settings.row_length or longest_row(encoded)
-    found = _Steps(
-        source(conflict, settings.examples_per_step, row_length),
-        source(retain, settings.retain_per_step, row_length),
-    )
-    batches.share_micro_batches(
-        [s.plan for s in (found.conflict, found.retain) if s is not None],
-        micro_rows=settings.micro_rows,
-        shards=sharding.shards_in_context(),
-    )
-    return found
-
-
-def longest_row(encoded: Sequence[encoding.Encoded]) -> int:
-    """Tokens of the longest example, rounded up to 64."""
-    return batches.round_up(max(e.row_length for e in encoded), 64)
-
-
-def reference_logprobs(
-    module, encoded, row_length: int, micro_rows: int, directory: Path, progress
-) -> np.ndarray:
-    """log p_ref of both responses, [n, 2]; kept beside the checkpoints, keyed by the tokens.
-
-    The weights are fixed by `directory`: a stage whose model changed does not continue there.
-    """
-    key = hashlib.sha256(json.dumps([dataclasses.astuple(e) for e in encoded]).encode()).hexdigest()
-    path = directory / "reference_logprobs.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            if str(stored["key"]) == key:
-                return stored["logp"]
-    with progress(len(encoded), "reference log-probs") as bar:
-        logp = logprobs.of_texts(
-            module, encoded, row_length=row_length, micro_rows=micro_rows, progress=bar.advance
-        )
-    if processes.is_first():
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, key=key, logp=logp)
-        temporary.replace(path)
-    return logp
-
-
-def _token_share(source: _Steps, encoded, settings: Settings) -> float:
-    kinds = [s for s in (source.conflict, source.retain) if s is not None]
-    return float(
-        np.mean([s.plan.real_token_share([e.row_length for e in s.encoded]) for s in kinds])
-    )
-
-
 def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
     """The module trained by `fit` in `directory` from its newest checkpoint, adapters merged.
 
@@ -307,9 +292,11 @@ def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
     """
     graphdef, params, frozen = nnx.split(adapted(module, settings), trainable(settings), ...)
     state = train.init_state(params, settings.options())
-    with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
+    stopped = (directory / _STOPPED).exists()
+    where = directory / _GOOD if stopped else directory
+    with checkpoints.Checkpoints(where, keep=settings.keep) as saved:
         step, state = saved.restore(state) or (0, state)
-    if step != settings.total_steps:
+    if step != settings.total_steps and not stopped:
         raise InputError(
             f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; "
             "rerun stage train"

@@ -91,7 +91,7 @@ def loss_derivatives(
     """
 
     def derivatives(few: batches.Batch) -> Array:
-        loss_fn = _example_losses(frozen, few, hyper, graphdef, options)
+        loss_fn = example_losses(frozen, few, hyper, graphdef, options)
         return jax.jvp(loss_fn, (params,), (tangent,))[1]
 
     def body(carry: None, micro: batches.Batch) -> tuple[None, Array]:
@@ -115,7 +115,7 @@ def per_example_gradient_dots(
 
     def dot(row: batches.Batch) -> Array:
         one = jax.tree.map(lambda a: a[None], row)
-        loss_fn = _example_losses(frozen, one, hyper, graphdef, options)
+        loss_fn = example_losses(frozen, one, hyper, graphdef, options)
         gradients = jax.grad(lambda p: jnp.sum(loss_fn(p)))(params)
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradients, tangent)))
 
@@ -138,7 +138,8 @@ def _few_at_a_time(derivatives: Callable, micro: batches.Rows | batches.Batch) -
     return out.reshape(R, *out.shape[2:])
 
 
-def _example_losses(frozen, batch, hyper, graphdef, options) -> Callable[[nnx.State], Array]:
+def example_losses(frozen, batch, hyper, graphdef, options) -> Callable[[nnx.State], Array]:
+    """Trainable leaves -> losses of the examples of batch [R, ...] without KL, [R, S]."""
     n = batch.ref_logp.shape[-1]
 
     def loss_fn(params: nnx.State) -> Array:
@@ -162,10 +163,10 @@ def score(
     """<g_J, g_i> of an example with unit weight, from d(y0) and d(y1) at theta_ref (closed form).
 
     logistic: (beta / 2)(d1 - d0); squared: (1 / tau)(d1 - d0); NPO: (beta / 2) d, times 2 / beta in
-    the NPO paper's scale.
+    the NPO paper's scale; gradient ascent (nll < 0): d0 a token. lengths: tokens of y0 and y1.
     """
     n0, n1 = lengths if options.length_normalised else (1, 1)
-    total = 0.0 * d0
+    total = -np.sign(example.nll) * d0 / lengths[0]
     if example.pref:
         slope = beta / 2 if options.preference == "logistic" else 1 / tau
         total = total + slope * (d1 / n1 - d0 / n0)
@@ -198,19 +199,76 @@ def weights(scores: np.ndarray, *, normalisation: str, clamp: bool = True) -> np
     return clamped / total * (len(scores) if normalisation == "mean_one" else 1.0)
 
 
+def weigh(
+    scores: np.ndarray,
+    actions: np.ndarray,
+    is_gold: np.ndarray,
+    *,
+    normalisation: str,
+    within: str = "all",
+    clamp: bool = True,
+    shuffle_seed: int | None = None,
+) -> np.ndarray:
+    """Weights of n conflicts; a gold record gets its action's mean, for its score sees itself.
+
+    within: "all", or "action" to give each action the mean 1 that all have together. shuffle_seed:
+    deals the weights of an action to its records at random (a control).
+    """
+    found = np.zeros(len(scores))
+    scored = ~is_gold
+    if within == "all":
+        found[scored] = weights(scores[scored], normalisation=normalisation, clamp=clamp)
+    for action in sorted(set(actions)):
+        of_action = actions == action
+        used = of_action & scored
+        if not used.any():
+            continue
+        if within == "action":
+            share = used.sum() / scored.sum() if normalisation == "sum_to_one" else 1.0
+            found[used] = share * weights(scores[used], normalisation=normalisation, clamp=clamp)
+        if shuffle_seed is not None:
+            found[used] = np.random.default_rng([shuffle_seed, 0x5DEA]).permutation(found[used])
+        found[of_action & is_gold] = found[used].mean()
+    return found
+
+
+def exponentiated(scores: np.ndarray, omega: np.ndarray, eta: float) -> np.ndarray:
+    """U2A's step on the simplex, omega * exp(eta * score), scaled to mean 1 where omega > 0.
+
+    The sign descends J: a positive score is a record whose unlearning lowers it. (The authors'
+    public code has the sign reversed against its own selection.)
+    """
+    kept = omega > 0
+    if not kept.any():
+        raise InputError("no record is left to unlearn; raise u2a.top, or look at the triage")
+    grown = np.where(kept, omega * np.exp(eta * (scores - scores[kept].max())), 0.0)
+    return grown * kept.sum() / grown.sum()
+
+
+def top(scores: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
+    """1 for the k largest scores among those allowed, 0 elsewhere."""
+    order = np.argsort(np.where(allowed, -scores, np.inf), kind="stable")
+    found = np.zeros(len(scores))
+    found[order[: min(k, int(allowed.sum()))]] = 1.0
+    return found
+
+
 def draw_gold(
-    triaged: Sequence, corrections: dict, *, size: int, seed: int
+    triaged: Sequence, corrections: dict, *, size: int, seed: int, draw: str = "thirds"
 ) -> tuple[list[methods.Example], list[str]]:
     """The gold pairs of J, preferred response first, and warnings.
 
     A third RETAIN as (y_w, y_l), a third INVERT as (y_l, y_w), the rest PUNISH as (y_c, y_w), where
     y_c is the record's own correction or, without one, a random compliant response to another
-    prompt (the paper's form).
+    prompt (the paper's form). draw="proportional" takes actions as often as triage found them.
     """
     rng = np.random.default_rng([seed, 0x601D])
     by_action = {a: [t for t in triaged if t.action == a] for a in ("RETAIN", "INVERT", "PUNISH")}
     third = size // 3
     wanted = {"RETAIN": third, "INVERT": third, "PUNISH": size - 2 * third}
+    if draw == "proportional":
+        share = size / max(1, sum(len(items) for items in by_action.values()))
+        wanted = {a: round(share * len(items)) for a, items in by_action.items()}
     compliant = [t.record.chosen for t in by_action["RETAIN"]] + [
         t.record.rejected for t in by_action["INVERT"]
     ]

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import metrics, plan, processes, stages, workdir
+from trace_jax import metrics, plan, processes, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
@@ -58,8 +58,9 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(values: flags.FlagValues) -> int:
-    config_lib.validate(values.config, planning=True)
-    run = context.Context(values.config, workdir.Workdir(_directory(values)))
+    config = config_lib.resolved(values.config)
+    validation.validate(config, planning=True)
+    run = context.Context(config, workdir.Workdir(_directory(values)))
     run.load_judges()
     found = plan.make(run, values.topology)
     if values.json:
@@ -81,7 +82,8 @@ def realign(
 
     command: what the report prints under "How to reproduce it".
     """
-    config_lib.validate(config)
+    config = config_lib.resolved(config)
+    validation.validate(config)
     selected = stages.chosen(only)
     run = context.Context(config, workdir.Workdir(Path(directory)))
     run.load_judges()

@@ -7,8 +7,10 @@
 | trace_no_triage | (y_w) npo0 = w | the same | the same |
 | dpo, which makes M_ref | (y_w, y_l) pref = 1 | the same | the same |
 | dpo_gold | (y_l, y_w) pref = 1 | (y_c, y_w) pref = 1, else left out | (y_w, y_l) pref = 1 |
+| dpo_gold_uncorrected | the same | left out | the same |
 | naive_oracle_dpo | pref = 1, the response that alone complies first; else the data's order |
 | npo | (y_w) npo0 = 1 | the same | left out |
+| u2a | (y_w) npo0 = omega, or nll = -omega (ga, graddiff) | the same | left out; kl for graddiff |
 | sft | nll = 1 on every response that complies, and on y_c |
 
 An example is a prompt, a response y0, optionally a second response y1, and five coefficients:
@@ -33,13 +35,39 @@ METHODS = (
     "trace_invert_only",
     "dpo",
     "dpo_gold",
+    "dpo_gold_uncorrected",
     "naive_oracle_dpo",
     "npo",
+    "u2a",
     "sft",
 )
+# Names for a method with settings of its own, which win over those of a config file.
+_PAPER = {
+    "train.method": "trace",
+    "train.beta": 0.3,
+    "train.alpha_kl": 0.1,
+    "train.punish": "dual_npo",
+    "impact.gold_beta": 0.3,
+    "impact.gold_size": 100,
+    "impact.normalisation": "sum_to_one",
+}
+PRESETS: dict[str, dict[str, object]] = {
+    "trace_paper": _PAPER,
+    "trace_paper_rescaled": _PAPER | {"train.alpha_scale": "per_conflict"},
+    "trace_dual_npo": {"train.method": "trace", "train.punish": "dual_npo"},
+    "trace_shuffled": {"train.method": "trace", "impact.weights": "shuffled"},
+}
 CONFLICTS = ("INVERT", "PUNISH")
-WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage", "trace_invert_only")  # by impact
-SOFT = ("trace", "trace_no_kl", "trace_no_impact", "trace_invert_only", "dpo_gold", "npo")
+WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage", "trace_invert_only", "u2a")  # by impact
+INNER = ("npo", "ga", "graddiff")  # inner losses of u2a
+SOFT = (
+    "trace",
+    "trace_no_kl",
+    "trace_no_impact",
+    "trace_invert_only",
+    "dpo_gold",
+    "npo",
+)  # by mass
 UNTRIAGED = ("dpo", "sft")  # they use UNRESOLVED records as well
 
 
@@ -67,29 +95,38 @@ def examples(
     weights: Mapping[tuple[str, str], float] | None,
     alpha_kl: float,
     punish: str = "correction",
+    inner: str = "npo",
     with_masses: bool = True,
+    with_zeros: bool = False,
 ) -> list[Example]:
     """Examples of `method`, in record order; UNRESOLVED records give none but for dpo and sft.
 
     A record with masses (soft triage) gives examples of every action that has one, times the mass
-    unless with_masses is off.
+    unless with_masses is off. Examples without a coefficient are left out unless with_zeros is on.
 
     corrections: record id -> y_c. weights: (record id, action) -> impact weight; None means 1.
     punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"
-    is always dual NPO.
+    is always dual NPO. inner: the loss of u2a, one of INNER.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if punish not in ("correction", "dual_npo"):
         raise InputError(f"train.punish={punish!r} is unknown; use 'correction' or 'dual_npo'")
+    if inner not in INNER:
+        raise InputError(f"u2a.inner={inner!r} is unknown; use one of {', '.join(INNER)}")
     use_weights = weights is not None and method in WEIGHTED
     out = []
     for item in triaged:
         for action, mass in _masses(method, item).items():
             key = (item.record.id, action)
             weight = weights[key] if use_weights and key in weights else 1.0
-            found = _of_record(method, item, action, weight, corrections, alpha_kl, punish)
+            if method == "u2a":
+                found = _unlearned(item, action, weight, alpha_kl, inner)
+            else:
+                found = _of_record(method, item, action, weight, corrections, alpha_kl, punish)
             out += [_times(e, mass) for e in found] if with_masses else found
+    if with_zeros:
+        return out
     return [e for e in out if e.pref or e.npo0 or e.npo1 or e.kl or e.nll]
 
 
@@ -138,7 +175,9 @@ def _of_record(
             return pair(y_l, y_w) if turned else pair(y_w, y_l)
         case "dpo_gold", "PUNISH":
             return pair(corrections[record.id], y_w) if corrected else []
-        case "dpo_gold", _:
+        case "dpo_gold_uncorrected", "PUNISH":
+            return []
+        case (("dpo_gold" | "dpo_gold_uncorrected"), _):
             return pair(y_l, y_w) if action == "INVERT" else pair(y_w, y_l)
         case "npo", _:
             return [example(y_w, npo0=1.0)] if action in CONFLICTS else []
@@ -153,6 +192,19 @@ def _of_record(
         case _, "PUNISH":
             return [example(y_w, y_l, npo0=weight, npo1=weight)]
     return [example(y_w, kl=alpha_kl)]
+
+
+def _unlearned(
+    item: records.TriagedRecord, action: str, omega: float, alpha_kl: float, inner: str
+) -> list[Example]:
+    """u2a: y_w of a conflict is unlearned with weight omega; graddiff anchors RETAIN by KL."""
+    record = item.record
+    if action in CONFLICTS:
+        loss = {"npo0": omega} if inner == "npo" else {"nll": -omega}
+        return [Example(record.id, action, record.prompt, record.chosen, **loss)]
+    if inner != "graddiff":
+        return []
+    return [Example(record.id, action, record.prompt, record.chosen, kl=alpha_kl)]
 
 
 def judged_better(item: records.TriagedRecord) -> str | None:

@@ -51,6 +51,7 @@ class Options:
         peak).
       weight_decay, clip_norm, b1, b2: AdamW.
       mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (half its memory).
+      drift: weight of the mean squared distance of the trainable leaves from where they began.
     """
 
     preference: str
@@ -66,6 +67,7 @@ class Options:
     b1: float
     b2: float
     mu_dtype: str = "float32"
+    drift: float = 0.0
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
@@ -268,6 +270,12 @@ def _metrics(loss: Array, parts: dict[str, Array], options: Options) -> dict[str
     return found | {f"loss/{k}": v / options.n_conflict for k, v in parts.items()}
 
 
+def _drift(params: nnx.State, origin: nnx.State) -> Array:
+    """Mean squared distance of the trainable leaves from where they began."""
+    squares = jax.tree.map(lambda p, o: jnp.sum(jnp.square(p - o)), params, origin)
+    return sum(jax.tree.leaves(squares)) / sum(p.size for p in jax.tree.leaves(params))
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames=("state",))
 def train_step(
     state: TrainState,
@@ -275,17 +283,23 @@ def train_step(
     ref_params: nnx.State | None,
     step: batches.Step,
     hyper: Hyper,
+    origin: nnx.State | None = None,
     *,
     graphdef: nnx.GraphDef,
     options: Options,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update.
+    """One update. origin: the trainable leaves as they began, where options.drift is not 0.
 
     A non-finite loss or gradient leaves params and optimizer alone and sets train/skipped to 1.
     """
     grads, metrics = gradient(
         state.params, frozen, ref_params, step, hyper, graphdef=graphdef, options=options
     )
+    if options.drift:
+        loss, pull = jax.value_and_grad(_drift)(state.params, origin)
+        grads = jax.tree.map(lambda g, p: g + options.drift * p, grads, pull)
+        metrics["loss/total"] += options.drift * loss
+        metrics["train/drift"] = loss
     rate = hyper.learning_rate * schedule(options)(state.step)
     updates, opt_state = optimizer(options).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)

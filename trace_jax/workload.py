@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trace_jax import config as configs
-from trace_jax import judges, methods, records, sources, synth, triage
+from trace_jax import judges, methods, records, sources, synth, triage, validation
 from trace_jax.errors import InputError
 from trace_jax.sources import files
 from trace_jax.stages import context
@@ -50,6 +49,7 @@ def of(run: context.Context) -> Work:
         weights=None,
         alpha_kl=run.config.train.alpha_kl,
         punish=run.config.train.punish,
+        inner=run.config.u2a.inner,
     )
     if not examples:
         raise InputError("no records to plan for; see data.source")
@@ -85,7 +85,7 @@ def _records(run: context.Context) -> list[records.PreferenceRecord]:
     data, path = run.config.data, run.file("prepare", "records.jsonl")
     if path.exists():
         return [records.PreferenceRecord.from_json(row) for _, row in records.read_jsonl(path)]
-    if data.source in configs.FROM_FILE and data.path and files.is_here(data.path):
+    if data.source in validation.FROM_FILE and data.path and files.is_here(data.path):
         return sources.read_records(data.path, sources.Reading.of(data, run.config.seed))[0]
     if data.source == "synth":
         rows = synth.pairs(run.config.seed, data.pairs)

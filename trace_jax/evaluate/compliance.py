@@ -1,8 +1,8 @@
 """Compliance of responses to held-out prompts: judged, guarded, with intervals.
 
 A sample row: {"id", "prompt", "split", "model", "mode": "sample" | "greedy", "sample", "response",
-"status", "compliant", "guarded", "clauses": {id: status}, "mean_logprob"}; mean_logprob is under
-the BASE model, nats per token.
+"status", "compliant", "degenerate", "guarded", "clauses": {id: status}, "mean_logprob"};
+mean_logprob is under the BASE model, nats per token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,17 +55,24 @@ def judged_rows(
 
 
 def with_guard(rows: Sequence[dict], thresholds: guard.Guard) -> list[dict]:
-    """Rows with "guarded": compliant and not degenerate."""
-    return [
-        row
-        | {
-            "guarded": row["compliant"]
-            and thresholds.passes(
-                row["response"], -np.inf if row["mean_logprob"] is None else row["mean_logprob"]
-            )
-        }
-        for row in rows
+    """Rows with "degenerate" and "guarded": compliant and not degenerate."""
+    found = []
+    for row in rows:
+        logp = -np.inf if row["mean_logprob"] is None else row["mean_logprob"]
+        degenerate = not thresholds.passes(row["response"], logp)
+        guarded = row["compliant"] and not degenerate
+        found.append(row | {"degenerate": degenerate, "guarded": guarded})
+    return found
+
+
+def kept_share(rows: Sequence[Mapping], unchanged: Sequence[str]) -> float:
+    """Share of samples that comply with the unchanged clauses and are not degenerate."""
+    kept = [
+        not r["degenerate"] and all(r["clauses"][c] == "compliant" for c in unchanged)
+        for r in rows
+        if r["mode"] == "sample"
     ]
+    return float(np.mean(kept))
 
 
 def fit_guard(rows: Sequence[Mapping]) -> guard.Guard:

@@ -52,6 +52,9 @@ class Context:
                     found[f"{key}/hash"] = files.digest(str(self.flat_config[key]))
         if stage == "export" and (evaluated := self.workdir.finished("evaluate")):
             found["evaluate/eval.json"] = evaluated["outputs"]["eval.json"]  # for the model card
+        if stage == "train" and self.config.train.evaluate_every:
+            judged = self.workdir.finished("baseline")
+            found["baseline"] = judged["outputs"]["baseline.jsonl"] if judged else ""
         if stage == "impact":
             found["impact/examples"] = self.scored_method or "none"
         return found
@@ -62,7 +65,25 @@ class Context:
         method = self.config.train.method
         if self.config.impact.weights == "uniform" or method not in methods.WEIGHTED:
             return None
-        return method if method == "trace_no_triage" else "trace"
+        return method if method in ("trace_no_triage", "u2a") else "trace"
+
+    def examples(self, method: str, weights: dict | None, **options: bool) -> list:
+        """Examples of a method over the triaged records, as the config has it."""
+        config, alpha = self.config, self.config.train.alpha_kl
+        if method == "u2a":
+            alpha = config.u2a.alpha_kl
+        elif config.train.alpha_scale == "per_conflict":
+            alpha /= max(1, sum(t.action in methods.CONFLICTS for t in self.triaged))
+        return methods.examples(
+            method,
+            self.triaged,
+            corrections=self.corrections,
+            weights=weights,
+            alpha_kl=alpha,
+            punish=config.train.punish,
+            inner=config.u2a.inner,
+            **options,
+        )
 
     def file(self, stage: str, name: str) -> Path:
         """Path of an artefact of a stage."""
@@ -265,6 +286,9 @@ class Context:
         found = self.config
         for part in section.split("."):
             found = found[part]
+        if section == "train" and found.method == "u2a" and self.config.u2a.inner == "ga":
+            found = found.copy_and_resolve_references()
+            found.drift = self.config.u2a.drift
         return fit.Settings.of(found, row_length=self.config.data.row_length, seed=self.config.seed)
 
     @functools.cached_property

@@ -1,5 +1,6 @@
 """Generate, judge and score a model's responses: shared by baseline and evaluate."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
         kept = partial(run) / f"{model}-{split}-{mode}.jsonl"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            records.write_jsonl(kept, _make_rows(run, module, model, split, mode))
+            prompts = [p for p in run.prompts if p["split"] == split]
+            records.write_jsonl(kept, make_rows(run, module, model, prompts, mode))
         rows += [row for _, row in records.read_jsonl(kept)]
     return rows
 
@@ -36,11 +38,13 @@ def clear(run: context.Context) -> None:
     workdir.remove(partial(run))
 
 
-def _make_rows(run: context.Context, module, model: str, split: str, mode: str) -> list[dict]:
+def make_rows(
+    run: context.Context, module, model: str, prompts: Sequence[dict], mode: str
+) -> list[dict]:
+    """Judged rows of `module` on prompts, in one mode."""
     config = run.config.evaluate
     samples, temperature = (config.samples, config.temperature) if mode == "sample" else (1, 0.0)
-    prompts = [p for p in run.prompts if p["split"] == split]
-    with run.progress(len(prompts) * samples, f"{model}: {mode} {split}") as bar:
+    with run.progress(len(prompts) * samples, f"{model}: {mode}") as bar:
         responses = respond.respond(
             module,
             [respond.Prompt(p["id"], p["prompt"]) for p in prompts],

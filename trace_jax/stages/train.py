@@ -1,21 +1,16 @@
 """Stage train: the chosen method's examples, minimised from M_ref."""
 
-from trace_jax import fit, methods, metrics, records
-from trace_jax.stages import context
+from trace_jax import fit, metrics, records
+from trace_jax.stages import context, pauses
 
 
 def run(run: context.Context) -> dict:
-    """Writes checkpoints/ and metrics.jsonl; goes on from the newest checkpoint."""
-    config = run.config.train
+    """Writes checkpoints/, metrics.jsonl and pauses.jsonl; goes on from the newest checkpoint."""
+    method = run.config.train.method
     rows = (row for _, row in records.read_jsonl(run.file("impact", "impact.jsonl")))
-    examples = methods.examples(
-        config.method,
-        run.triaged,
-        corrections=run.corrections,
-        weights={(row["id"], row["action"]): row["weight"] for row in rows},
-        alpha_kl=config.alpha_kl,
-        punish=config.punish,
-    )
+    weights = {(row["id"], row["action"]): row["weight"] for row in rows}
+    weighed_again = bool(run.config.train.refresh_every and run.scored_method != "u2a")
+    examples = run.examples(method, weights, with_zeros=weighed_again)
     dropped: list[str] = []
     fitted = fit.fit(
         run.ref,
@@ -26,11 +21,13 @@ def run(run: context.Context) -> dict:
         metrics_path=run.workdir.path / "metrics.jsonl",
         on_drop=run.on_drop(dropped),
         progress=run.progress,
+        pauses=pauses.Pauses(run),
     )
     run.trained = fitted.module
     if dropped:
         metrics.say(f"  {len(dropped)} examples too long, dropped: {', '.join(dropped[:10])}")
-    return {
+    stopped = {} if fitted.stopped_at is None else {"stopped_at": fitted.stopped_at}
+    return stopped | {
         "examples": len(examples),
         "dropped": len(dropped),
         "truncated_prompts": run.encoder.truncated_prompts,

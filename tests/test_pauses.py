@@ -1,0 +1,122 @@
+"""Stage train between its steps: weights taken anew, evaluation, early stop, U2A's rounds."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from trace_jax import launch, records
+
+STAGES = "--stages=baseline,correct,impact,train"
+
+
+@pytest.fixture
+def run(straight, config, tmp_path):
+    """Stage train and what it needs, anew, with flags; returns (exit code, the workdir)."""
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+
+    def go(*flags: str, redo: bool = True) -> tuple[int, Path]:
+        command = ["launch", f"--config={config}", f"--workdir={path}", STAGES, *flags]
+        return launch.main(command + ["--redo"] * redo), path
+
+    return go
+
+
+def _rows(path: Path, kind: str) -> list[dict]:
+    return [row for _, row in records.read_jsonl(path / "pauses.jsonl") if row["kind"] == kind]
+
+
+def _trained_ids(path: Path) -> dict[str, float]:
+    return {r["id"]: r["weight"] for _, r in records.read_jsonl(path / "impact.jsonl")}
+
+
+def test_u2a_selects_once_and_moves_its_weights_every_round(run):
+    code, path = run(
+        "--config.train.method=u2a", "--config.u2a.rounds=2", "--config.u2a.top=9",
+        "--config.u2a.eta=5.0",
+    )  # fmt: skip
+    assert code == 0
+    first = {i: w for i, w in _trained_ids(path).items() if w}
+    assert len(first) == 9 and sum(first.values()) == pytest.approx(9)
+    (row,) = _rows(path, "weights")
+    second = {i: w for i, _, w in row["weights"]}
+    assert row["step"] == 2 and second.keys() == first.keys()
+    assert sum(second.values()) == pytest.approx(9) and second != pytest.approx(first)
+    gold = {p["id"] for p in records.read_json(path / "gold.json")["pairs"]}
+    assert not gold & first.keys()
+
+
+def test_weights_are_taken_anew_and_the_model_is_evaluated_on_validation(run, capsys):
+    flags = (
+        "--config.train.refresh_every=3", "--config.train.evaluate_every=2",
+        "--config.train.evaluate_prompts=5", "--config.evaluate.splits=test,validation",
+    )  # fmt: skip
+    code, path = run(*flags)
+    assert code == 0
+    (weights,), (evaluation,) = _rows(path, "weights"), _rows(path, "evaluation")
+    assert weights["step"] == 3 and evaluation["step"] == 2 and evaluation["prompts"] == 5
+    again = {i: w for i, _, w in weights["weights"]}
+    before = _trained_ids(path)
+    assert again.keys() == before.keys() and again != pytest.approx(before)
+    for name in ("compliance_guarded", "compliance", "kept", "kept_ref"):
+        assert 0 <= evaluation[name] <= 1
+    assert evaluation["perplexity"] > 1
+    capsys.readouterr()
+    assert run(*flags, redo=False)[0] == 0
+    assert "[train] done before, skipped" in capsys.readouterr().err
+
+
+def test_training_that_breaks_what_is_kept_ends_at_the_evaluation_before(run, capsys, monkeypatch):
+    """A step size that destroys the model between the first and the second evaluation."""
+    from trace_jax.stages import pauses
+
+    kept = iter([1.0, 0.0])
+    of = pauses._Evaluation.of
+    monkeypatch.setattr(
+        pauses._Evaluation, "of",
+        lambda *args: of(*args) | {"kept": next(kept), "kept_ref": 1.0},
+    )  # fmt: skip
+    code, path = run(
+        "--config.train.evaluate_every=1", "--config.evaluate.splits=test,validation",
+        "--config.train.stop_below=0.5",
+    )  # fmt: skip
+    assert code == 0
+    assert "step 2: 0% of the samples keep what does not change" in capsys.readouterr().err
+    mark = records.read_json(path / ".stages" / "train.json")
+    assert mark["summary"]["stopped_at"] == 2
+    assert [r["step"] for r in _rows(path, "evaluation")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--config.train.evaluate_every=2",), "evaluate.splits=test,validation"),
+        (("--config.train.stop_below=0.5",), "set train.evaluate_every=N"),
+        (("--config.train.refresh_every=-1",), "is a number of steps"),
+        (("--config.u2a.inner=sgd",), "one of npo, ga, graddiff"),
+        (("--config.impact.curvature=kfac",), "one of identity, fisher_diag, cg"),
+        (("--config.impact.damping=0",), "greater than 0"),
+    ],
+)
+def test_bad_settings_are_one_line(run, capsys, flags, said):
+    code, _ = run(*flags)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(err) == 1 and said in err[0]
+
+
+@pytest.mark.parametrize("kind", ["fisher_diag", "cg"])
+def test_scores_along_another_curvature(run, straight, kind):
+    code, path = run(f"--config.impact.curvature={kind}", "--config.impact.curvature_examples=8")
+    assert code == 0
+    summary = records.read_json(path / "impact_summary.json")
+    assert summary["curvature"]["kind"] == kind
+    assert len(summary["curvature"]["solved"]) == (2 if kind == "cg" else 0)
+    assert _trained_ids(path) != pytest.approx(_trained_ids(straight[0]))
+
+
+def test_a_preset_is_its_method_with_its_settings(run):
+    code, path = run("--config.train.method=trace_paper")
+    assert code == 0
+    scored = [r for _, r in records.read_jsonl(path / "impact.jsonl") if not r["gold"]]
+    assert sum(r["weight"] for r in scored) == pytest.approx(1)
+    assert records.read_json(path / ".stages" / "train.json")["inputs"]["train.beta"] == 0.3

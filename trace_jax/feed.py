@@ -1,0 +1,127 @@
+"""What a training run reads: examples in pack plans, with their reference log-probs, as steps."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from trace_jax import batches, encoding, logprobs, methods, processes, sharding
+
+
+class Steps:
+    """Grain source: step -> train.Step of both kinds of batches.
+
+    members: of each kind, the places of its examples in the list of all.
+    """
+
+    def __init__(
+        self, conflict: batches.StepSource | None, retain: batches.StepSource | None, members: dict
+    ):
+        self.conflict, self.retain, self._members = conflict, retain, members
+
+    def __len__(self) -> int:
+        return len(self.conflict or self.retain)
+
+    def __getitem__(self, step: int) -> batches.Step:
+        return batches.Step(*(None if s is None else s[step] for s in (self.conflict, self.retain)))
+
+    def record_ids(self, step: int) -> list[str]:
+        return [
+            i for s in (self.conflict, self.retain) if s is not None for i in s.record_ids(step)
+        ]
+
+    def reweigh(self, examples: Sequence[methods.Example]) -> None:
+        """The same examples with other coefficients, from the next `iterator` on."""
+        for name, members in self._members.items():
+            if members:
+                getattr(self, name).examples = [examples[i] for i in members]
+
+    def iterator(self, begin: int, end: int):
+        """Steps begin..end-1, read ahead; its position can be checkpointed."""
+        data = grain.MapDataset.source(self).slice(slice(begin, end))
+        return iter(data.to_iter_dataset(grain.ReadOptions(1, 2)))
+
+
+def steps(module, examples, encoded, settings, directory: Path, progress) -> Steps:
+    """Pack plans and step sources of the conflict and the KL examples.
+
+    settings: `fit.Settings`.
+    """
+
+    def source(members: list[int], per_step: int, row_length: int) -> batches.StepSource | None:
+        if not members:
+            return None
+        kept = [encoded[i] for i in members]
+        used = [examples[i] for i in members]
+        needs_ref = any(e.pref or e.npo0 or e.npo1 for e in used)
+        ref = (
+            reference_logprobs(module, kept, row_length, settings.micro_rows, directory, progress)
+            if needs_ref
+            else np.zeros((len(kept), 2), np.float32)
+        )
+        plan = batches.PackPlan(
+            [e.row_length for e in kept],
+            per_step=per_step,
+            total_steps=settings.total_steps,
+            seed=settings.seed,
+            row_length=row_length,
+            micro_rows=settings.micro_rows,
+        )
+        return batches.StepSource(plan, kept, used, ref)
+
+    conflict = [i for i, e in enumerate(examples) if not e.kl]
+    retain = [i for i, e in enumerate(examples) if e.kl]
+    row_length = settings.row_length or longest_row(encoded)
+    found = Steps(
+        source(conflict, settings.examples_per_step, row_length),
+        source(retain, settings.retain_per_step, row_length),
+        {"conflict": conflict, "retain": retain},
+    )
+    batches.share_micro_batches(
+        [s.plan for s in (found.conflict, found.retain) if s is not None],
+        micro_rows=settings.micro_rows,
+        shards=sharding.shards_in_context(),
+    )
+    return found
+
+
+def longest_row(encoded: Sequence[encoding.Encoded]) -> int:
+    """Tokens of the longest example, rounded up to 64."""
+    return batches.round_up(max(e.row_length for e in encoded), 64)
+
+
+def reference_logprobs(
+    module, encoded, row_length: int, micro_rows: int, directory: Path, progress
+) -> np.ndarray:
+    """log p_ref of both responses, [n, 2]; kept beside the checkpoints, keyed by the tokens.
+
+    The weights are fixed by `directory`: a stage whose model changed does not continue there.
+    """
+    key = hashlib.sha256(json.dumps([dataclasses.astuple(e) for e in encoded]).encode()).hexdigest()
+    path = directory / "reference_logprobs.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            if str(stored["key"]) == key:
+                return stored["logp"]
+    with progress(len(encoded), "reference log-probs") as bar:
+        logp = logprobs.of_texts(
+            module, encoded, row_length=row_length, micro_rows=micro_rows, progress=bar.advance
+        )
+    if processes.is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, key=key, logp=logp)
+        temporary.replace(path)
+    return logp
+
+
+def real_token_share(source: Steps) -> float:
+    """Tokens of examples over tokens computed, mean of both kinds of batches."""
+    kinds = [s for s in (source.conflict, source.retain) if s is not None]
+    return float(
+        np.mean([s.plan.real_token_share([e.row_length for e in s.encoded]) for s in kinds])
+    )

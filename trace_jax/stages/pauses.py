@@ -1,0 +1,136 @@
+"""Between steps of stage train: weights taken anew, evaluation, and an early stop."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flax import nnx
+
+from trace_jax import methods, metrics, policy, records
+from trace_jax.errors import InputError
+from trace_jax.evaluate import compliance, guard, statistics
+from trace_jax.stages import context, impact, responses, scoring
+
+_FILE = "pauses.jsonl"  # rows {"step", "kind": "weights" | "evaluation", ...}
+
+
+class Pauses:
+    """`fit.Pauses` as the config has them: refresh of the weights, evaluation on validation."""
+
+    def __init__(self, run: context.Context):
+        config, total = run.config.train, run.config.train.total_steps
+        self._run = run
+        every = 0 if run.scored_method is None else config.refresh_every
+        if run.scored_method == "u2a":
+            every = -(-total // run.config.u2a.rounds)
+        self._refresh = _every(every, total)
+        self._evaluate = _every(config.evaluate_every, total)
+        self.steps = sorted(self._refresh | self._evaluate)
+        self.may_stop = bool(self._evaluate and config.stop_below)
+        self._path = run.workdir.path / _FILE
+        rows = records.read_jsonl(self._path) if self._path.exists() else ()
+        self._done = {(row["step"], row["kind"]): row for _, row in rows}
+        if self._evaluate:
+            self._evaluation = _Evaluation(run)
+
+    def __call__(
+        self, step: int, module: nnx.Module | None, examples: Sequence[methods.Example]
+    ) -> Sequence[methods.Example] | None:
+        """See `fit.Pauses`."""
+        if step in self._refresh:
+            examples = self._reweighed(step, module, examples)
+        if step in self._evaluate and module is not None:
+            row = self._row(step, "evaluation", lambda: self._evaluation.of(module, step))
+            if self.may_stop and row["kept"] < self._run.config.train.stop_below * row["kept_ref"]:
+                metrics.say(
+                    f"  step {step}: {row['kept']:.0%} of the samples keep what does not change "
+                    f"(M_ref {row['kept_ref']:.0%}); training ends here, the model is that of the "
+                    "evaluation before"
+                )
+                return None
+        return examples
+
+    def _row(self, step: int, kind: str, make: Callable[[], dict]) -> dict:
+        """The row of an earlier try, or a new one, written at once."""
+        if (step, kind) not in self._done:
+            self._done[step, kind] = {"step": step, "kind": kind} | make()
+            records.write_jsonl(self._path, self._done.values())
+        return self._done[step, kind]
+
+    def _reweighed(
+        self, step: int, module: nnx.Module | None, examples: Sequence[methods.Example]
+    ) -> list[methods.Example]:
+        if module is None and (step, "weights") not in self._done:
+            raise InputError(f"{self._path} has no weights of step {step}; use --redo")
+        row = self._row(step, "weights", lambda: self._weights(step, module, examples))
+        weights = {(i, action): w for i, action, w in row["weights"]}
+        run = self._run
+        fresh = run.examples(run.config.train.method, weights, with_zeros=True)
+        by_key = {(e.record_id, e.action): e for e in fresh}
+        return [by_key[e.record_id, e.action] for e in examples]
+
+    def _weights(self, step: int, module: nnx.Module, examples) -> dict:
+        run = self._run
+        scored, encoded, gold, _ = impact.objective(run)
+        omega = None
+        if run.scored_method == "u2a":  # the records of the first round stay, with their weights
+            before = {e.record_id: e.npo0 - e.nll for e in examples}
+            kept = [i for i, e in enumerate(scored) if e.record_id in before]
+            scored, encoded = [scored[i] for i in kept], [encoded[i] for i in kept]
+            omega = np.array([before[e.record_id] for e in scored])
+        scores_nG, _ = scoring.scores(run, scored, encoded, gold, module)
+        is_gold = np.isin([e.record_id for e in scored], [e.record_id for e in gold])
+        scores = scores_nG.mean(axis=1)
+        found = impact.weigh(run, scored, scores, is_gold, omega)
+        rows = [[e.record_id, e.action, float(w)] for e, w in zip(scored, found, strict=True)]
+        halves = statistics.spearman(scores_nG[:, 0], scores_nG[:, -1])
+        metrics.say(
+            f"  step {step}: weights taken anew, {np.mean(scores <= 0):.0%} of the scores "
+            f"negative, rank correlation of the two gold halves {halves:.2f}"
+        )
+        return {"weights": rows, "negative": float(np.mean(scores <= 0)), "stability": halves}
+
+
+def _every(n: int, total: int) -> set[int]:
+    """Steps n, 2 n, ... below total; none for 0."""
+    return set(range(n, total, n)) if n else set()
+
+
+class _Evaluation:
+    """The model in training on the first validation prompts, beside M_ref on the same."""
+
+    def __init__(self, run: context.Context):
+        if "validation" not in run.config.evaluate.splits or not run.workdir.finished("baseline"):
+            raise InputError(
+                "train.evaluate_every needs stage baseline on validation prompts; give "
+                "--config.evaluate.splits=test,validation and run stage baseline first"
+            )
+        self._run = run
+        prompts = [p for p in run.prompts if p["split"] == "validation"]
+        self._prompts = prompts[: run.config.train.evaluate_prompts]
+        ids = {p["id"] for p in self._prompts}
+        before = (row for _, row in records.read_jsonl(run.file("baseline", "baseline.jsonl")))
+        before = [r for r in before if r["split"] == "validation" and r["id"] in ids]
+        self._base = [r for r in before if r["model"] == "base"]
+        self._ref = [r for r in before if r["model"] == "ref"] or self._base
+        self._guard = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
+        self._unchanged = policy.diff(run.old_policy, run.new_policy).unchanged
+
+    def of(self, module: nnx.Module, step: int) -> dict:
+        """Figures of `module` now: rates in 0..1; perplexity of the base model's samples."""
+        run = self._run
+        rows = responses.make_rows(run, module, f"step {step}", self._prompts, "sample")
+        rows = compliance.with_guard(rows, self._guard)
+        found = {
+            "compliance_guarded": float(np.mean([r["guarded"] for r in rows])),
+            "compliance": float(np.mean([r["compliant"] for r in rows])),
+            "kept": compliance.kept_share(rows, self._unchanged),
+            "kept_ref": compliance.kept_share(self._ref, self._unchanged),
+            "perplexity": responses.perplexity(run, module, self._base, f"step {step}"),
+            "prompts": len(self._prompts),
+        }
+        metrics.say(
+            f"  step {step}: {found['compliance_guarded']:.1%} guarded, "
+            f"{found['compliance']:.1%} raw, {found['kept']:.1%} kept, "
+            f"perplexity {found['perplexity']:.2f} (validation)"
+        )
+        return found

@@ -1,0 +1,267 @@
+"""Scores of conflicts along the gradient of the gold batch, at M_ref or at later weights.
+
+Legend: n examples, G gold halves (one tangent each).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trace_jax import (
+    batches,
+    curvature,
+    encoding,
+    feed,
+    fit,
+    impact,
+    logprobs,
+    methods,
+    metrics,
+    records,
+    sharding,
+)
+from trace_jax.stages import context
+
+_BY_LOSS = {
+    "jvp_losses": impact.loss_derivatives,
+    "vmap_grad": impact.per_example_gradient_dots,
+}
+
+
+def scores(
+    run: context.Context,
+    examples: Sequence[methods.Example],
+    encoded: Sequence[encoding.Encoded],
+    gold: Sequence[methods.Example],
+    module: nnx.Module | None = None,
+) -> tuple[np.ndarray, list[dict]]:
+    """(scores of `examples`, of unit weight, along both gold halves [n, G]; how cg went).
+
+    module: theta now, adapters beside the kernels; None is M_ref. Both gradients of a score are
+    taken there, and logratios are against M_ref. Away from M_ref the closed form of path jvp does
+    not hold, and jvp_losses takes its place.
+    """
+    settings, path = run.settings("train"), run.config.impact.path
+    if module is None:
+        module = fit.adapted(run.ref, settings)
+    elif path == "jvp":
+        path = "jvp_losses"
+    graphdef, params, frozen = nnx.split(module, fit.trainable(settings), ...)
+    row_length = run.config.data.row_length or feed.longest_row(encoded)
+    gradients = [
+        _gold_gradient(run, half, graphdef, params, frozen, row_length)
+        for half in (gold[::2], gold[1::2])
+        if half
+    ]
+    gradients, solved = _tangents(run, gradients, examples, encoded, graphdef, params, frozen)
+    if path == "jvp":
+        tangents = jax.tree.map(lambda *g: jnp.stack(g), *gradients)
+        found = _by_response(run, examples, tangents, graphdef, params, frozen)
+    else:
+        one = [_by_example(run, examples, encoded, g, graphdef, params, frozen, path)
+               for g in gradients]  # fmt: skip
+        found = np.stack(one, axis=-1)
+    return found, [{k: v for k, v in vars(s).items() if k != "tangent"} for s in solved]
+
+
+def _gold_gradient(
+    run: context.Context, half, graphdef, params, frozen, row_length: int
+) -> nnx.State:
+    config = run.config.impact
+    encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in half]
+    row_length = max(row_length, feed.longest_row(encoded))
+    step = batches.Step(
+        _one_step(run, half, encoded, row_length, _reference(run, encoded, row_length)), None
+    )
+    options = dataclasses.replace(
+        run.settings("train").options(), preference="logistic", n_conflict=len(half)
+    )
+    hyper = run.settings("train").hyper()._replace(beta=jnp.float32(config.gold_beta))
+    return impact.objective_gradient(
+        params, frozen, sharding.place_rows(step), hyper, graphdef=graphdef, options=options
+    )
+
+
+def _one_step(
+    run: context.Context, examples, encoded, row_length: int, ref: np.ndarray
+) -> batches.Batch:
+    """All examples as one batch."""
+    plan = batches.PackPlan(
+        [e.row_length for e in encoded],
+        per_step=len(examples),
+        total_steps=1,
+        seed=run.config.seed,
+        row_length=row_length,
+        micro_rows=run.config.impact.micro_rows * sharding.shards_in_context(),
+    )
+    return batches.StepSource(plan, encoded, examples, ref)[0]
+
+
+def _reference(run: context.Context, encoded, row_length: int) -> np.ndarray:
+    """log p of both responses under M_ref, [n, 2]."""
+    return logprobs.of_texts(
+        run.ref, encoded, row_length=row_length, micro_rows=run.config.impact.micro_rows
+    )
+
+
+def _tangents(
+    run: context.Context, gradients, examples, encoded, graphdef, params, frozen
+) -> tuple[list[nnx.State], list[curvature.Solved]]:
+    """What scores are taken along: the gradients, or (H + damping)^-1 of them."""
+    config, settings = run.config.impact, run.settings("train")
+    if config.curvature == "identity":
+        return gradients, []
+    rng = np.random.default_rng([run.config.seed, 0xC0BE])
+    chosen = sorted(rng.permutation(len(examples))[: config.curvature_examples])
+    used, texts = [examples[i] for i in chosen], [encoded[i] for i in chosen]
+    row_length = feed.longest_row(texts)
+    ref = _reference(run, texts, row_length)
+    arguments = {"graphdef": graphdef, "options": settings.options()}
+    if config.curvature == "fisher_diag":
+        diagonal = None
+        layout, groups = _one_a_row(len(used), row_length, config.micro_rows)
+        with run.progress(len(used), "diagonal Fisher") as bar:
+            for group in groups:
+                batch = batches.make_batch(group, layout, texts, used, ref)
+                squares = curvature.squared_gradients(
+                    params, frozen, sharding.place_rows(batch), settings.hyper(), **arguments
+                )
+                diagonal = squares if diagonal is None else jax.tree.map(
+                    jnp.add, diagonal, squares)  # fmt: skip
+                bar.advance(len(group))
+        return [curvature.by_diagonal(g, diagonal, damping=config.damping) for g in gradients], []
+    step = sharding.place_rows(batches.Step(_one_step(run, used, texts, row_length, ref), None))
+    arguments["options"] = dataclasses.replace(settings.options(), n_conflict=len(used))
+
+    def product(vector: nnx.State) -> nnx.State:
+        return curvature.hessian_vector_product(
+            params, vector, frozen, None, step, settings.hyper(), **arguments
+        )
+
+    solved = []
+    for g in gradients:
+        found = curvature.conjugate_gradients(
+            product,
+            g,
+            damping=config.damping,
+            iterations=config.cg_iterations,
+            tolerance=config.cg_tolerance,
+        )
+        metrics.say(
+            f"  conjugate gradients: residual {found.residual:.2g} after {found.iterations} "
+            f"products, damping {found.damping:.2g} ({found.restarts} restarts)"
+        )
+        solved.append(found)
+    return [s.tangent for s in solved], solved
+
+
+def _one_a_row(n: int, row_length: int, micro_rows: int) -> tuple[batches.Layout, list]:
+    """A layout with one example a row, and the groups of rows that fill it."""
+    layout = batches.Layout(micro_rows * sharding.shards_in_context(), row_length, 1, 1)
+    rows = [[i] for i in range(n)]
+    return layout, [rows[i : i + layout.n_rows] for i in range(0, n, layout.n_rows)]
+
+
+def _by_response(
+    run: context.Context, examples, tangents: nnx.State, graphdef, params, frozen
+) -> np.ndarray:
+    """Path jvp: one derivative per unique (prompt, response), then the closed form."""
+    keys, encoded = _unique_responses(run, examples)
+    config, settings = run.config, run.settings("train")
+
+    def compute(rows: batches.Rows, n_responses: int):
+        return impact.response_derivatives(
+            params, frozen, tangents, rows, graphdef=graphdef, n_responses=n_responses
+        )
+
+    with run.progress(len(encoded), "impact scores") as bar:
+        d_n2G = logprobs.map_packed(
+            compute,
+            encoded,
+            row_length=config.data.row_length or feed.longest_row(encoded),
+            micro_rows=config.impact.micro_rows,
+            progress=bar.advance,
+        )
+    d = {key: d_n2G[i, b] for i, of_row in enumerate(keys) for b, key in enumerate(of_row)}
+    n_tokens = {
+        key: len(encoded[i].branches[b]) - encoded[i].skip[b]
+        for i, of_row in enumerate(keys)
+        for b, key in enumerate(of_row)
+    }
+
+    def scored(e: methods.Example) -> np.ndarray:
+        k0 = _key(e.prompt, e.y0)
+        k1 = k0 if e.y1 is None else _key(e.prompt, e.y1)
+        return impact.score(
+            e,
+            d[k0],
+            d[k1],
+            options=settings.options(),
+            beta=settings.beta,
+            tau=settings.tau,
+            lengths=(n_tokens[k0], n_tokens[k1]),
+        )
+
+    return np.stack([scored(e) for e in examples])
+
+
+def _unique_responses(
+    run: context.Context, examples
+) -> tuple[list[list[str]], list[encoding.Encoded]]:
+    """Every (prompt, response) once, two of a prompt to a row: their keys and tokens."""
+    by_prompt: dict[str, dict[str, tuple]] = {}
+    for e in examples:
+        responses = by_prompt.setdefault(records.content_id(e.prompt), {})
+        for y in (e.y0, e.y1):
+            if y is not None:
+                responses[_key(e.prompt, y)] = (e.prompt, y, e.record_id)
+    keys, encoded = [], []
+    for responses in by_prompt.values():
+        items = list(responses.items())
+        for pair in (items[i : i + 2] for i in range(0, len(items), 2)):
+            keys.append([key for key, _ in pair])
+            prompt, _, name = pair[0][1]
+            encoded.append(run.encoder.encode(prompt, [y for _, (_, y, _) in pair], name))
+    return keys, encoded
+
+
+def _key(prompt: records.Text, response: records.Text) -> str:
+    return records.content_id(prompt, response)
+
+
+def _by_example(
+    run: context.Context, examples, encoded, gradient, graphdef, params, frozen, path: str
+) -> np.ndarray:
+    """Paths jvp_losses and vmap_grad: derivatives of the per-example losses themselves."""
+    config, settings = run.config, run.settings("train")
+    by_loss = _BY_LOSS[path]
+    row_length = feed.longest_row(encoded)
+    ref = _reference(run, encoded, row_length)
+    if path == "vmap_grad":
+        layout, groups = _one_a_row(len(encoded), row_length, config.impact.micro_rows)
+    else:
+        layout, groups = logprobs.packed_groups(
+            encoded, row_length=row_length, micro_rows=config.impact.micro_rows
+        )
+    out = np.zeros(len(encoded))
+    with run.progress(len(encoded), "impact scores") as bar:
+        for group in groups:
+            batch = sharding.place_rows(batches.make_batch(group, layout, encoded, examples, ref))
+            values = by_loss(
+                params,
+                frozen,
+                gradient,
+                batch,
+                settings.hyper(),
+                graphdef=graphdef,
+                options=settings.options(),
+            )
+            flat = np.asarray(values).reshape(layout.n_rows, layout.slots)
+            for r, members in enumerate(group):
+                out[members] = flat[r, : len(members)]
+            bar.advance(sum(len(members) for members in group))
+    return out

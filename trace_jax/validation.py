@@ -1,0 +1,178 @@
+"""The checks of a config, before anything is spent."""
+
+import re
+from pathlib import Path
+
+import ml_collections
+
+from trace_jax import judges, methods
+from trace_jax.errors import InputError
+from trace_jax.sources import files, forms
+
+FROM_FILE = ("file", "jsonl")  # two names of one source
+SOURCES = (*FROM_FILE, "synth", "self_sampled")
+ADAPTERS = ("none", "lora")
+
+
+def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> None:
+    """Checks values before any device or network is touched; raises InputError.
+
+    planning: data and model need not be here yet.
+    """
+    _one_of("data.source", config.data.source, SOURCES)
+    _one_of("data.form", config.data.form, forms.NAMES)
+    _one_of("data.hold_out", config.data.hold_out, ("all", "used"))
+    _one_of("data.malformed", config.data.malformed, ("error", "drop"))
+    forms.columns_of(config.data.columns)
+    _one_of("data.too_long", config.data.too_long, ("error", "drop", "cut"))
+    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _one_of("model.scratch.family", config.model.scratch.family, ("llama", "qwen2", "gemma2"))
+    _one_of("model.remat", config.model.remat, ("layer", "dots", "none"))
+    _validate_mesh(config.mesh)
+    _one_of("train.method", config.train.method, methods.METHODS)
+    _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
+    _one_of("train.alpha_scale", config.train.alpha_scale, ("one", "per_conflict"))
+    _validate_pauses(config)
+    _validate_u2a(config.u2a)
+    _one_of("correct.source", config.correct.source, ("self", "local", "gemini", "none"))
+    _one_of("correct.pick", config.correct.pick, ("first", "best"))
+    _one_of("correct.local_dtype", config.correct.local_dtype, ("float32", "bfloat16"))
+    if config.correct.source == "local" and not config.correct.local_model:
+        raise InputError("correct.source='local' needs --config.correct.local_model=DIRECTORY")
+    _one_of("correct.writer", config.correct.writer, ("base", "ref"))
+    _one_of("impact.weights", config.impact.weights, ("impact", "uniform", "shuffled"))
+    _one_of("impact.gold_draw", config.impact.gold_draw, ("thirds", "proportional"))
+    _one_of("impact.within", config.impact.within, ("all", "action"))
+    _one_of("impact.curvature", config.impact.curvature, ("identity", "fisher_diag", "cg"))
+    for key in ("damping", "curvature_examples", "cg_iterations", "cg_tolerance"):
+        _positive(f"impact.{key}", config.impact[key])
+    _one_of("impact.path", config.impact.path, ("jvp", "jvp_losses", "vmap_grad"))
+    _one_of("impact.normalisation", config.impact.normalisation, ("mean_one", "sum_to_one"))
+    _one_of("judge.name", config.judge.name, judges.NAMES)
+    _validate_triage(config.triage)
+    for name in ("align", "train", "model.scratch.training"):
+        _validate_training(name, _section(config, name))
+    if not config.evaluate.splits:
+        raise InputError("evaluate.splits is empty; use test, validation or test,validation")
+    for split in config.evaluate.splits:
+        _one_of("evaluate.splits", split, ("test", "validation"))
+    for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
+        _positive(key, _section(config, key))
+    for key in ("correct.max_new_tokens", "evaluate.max_new_tokens"):
+        if not 0 < _section(config, key) < config.data.max_length - 1:
+            raise InputError(
+                f"{key}={_section(config, key)} leaves no room for a prompt in data.max_length="
+                f"{config.data.max_length}; lower the one or raise the other"
+            )
+    if planning:
+        return
+    if config.data.source in FROM_FILE and not config.data.path:
+        raise InputError(
+            "data.source='file' needs --config.data.path=FILE with prompt, chosen, rejected on "
+            "each line (JSONL, CSV, Parquet), or a data set; see docs/data.md"
+        )
+    if config.data.source in FROM_FILE and not files.exists(config.data.path):
+        raise InputError(f"data.path={config.data.path}: no such file")
+    _validate_model(config)
+
+
+def _validate_pauses(config: ml_collections.ConfigDict) -> None:
+    c = config.train
+    for key in ("refresh_every", "evaluate_every"):
+        if c[key] < 0:
+            raise InputError(f"train.{key}={c[key]} is a number of steps; 0 is never")
+    if not 0 <= c.stop_below <= 1:
+        raise InputError(f"train.stop_below={c.stop_below} is a share of M_ref's, 0 to 1")
+    if c.stop_below and not c.evaluate_every:
+        raise InputError("train.stop_below needs evaluations: set train.evaluate_every=N steps")
+    if c.evaluate_every and "validation" not in config.evaluate.splits:
+        raise InputError(
+            "train.evaluate_every asks validation prompts; give "
+            "--config.evaluate.splits=test,validation"
+        )
+    _positive("train.evaluate_prompts", c.evaluate_prompts)
+
+
+def _validate_u2a(c: ml_collections.ConfigDict) -> None:
+    _one_of("u2a.inner", c.inner, methods.INNER)
+    for key in ("top", "rounds", "alpha_kl"):
+        _positive(f"u2a.{key}", c[key])
+
+
+def _validate_model(config: ml_collections.ConfigDict) -> None:
+    path = config.model.path
+    tokenizer = config.model.scratch.tokenizer
+    from_records = config.data.source in FROM_FILE and tokenizer
+    if config.data.source != "synth" and not path and not from_records:
+        raise InputError(
+            "model.path is empty; give --config.model.path=DIR, a model in Hugging Face layout (or "
+            "model.scratch.tokenizer, to train a small one on the text of the records)"
+        )
+    if tokenizer and not path and not Path(tokenizer).exists():
+        raise InputError(f"model.scratch.tokenizer={tokenizer}: no such file or folder")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    if path and not on_hub and not (Path(path) / "config.json").is_file():
+        raise InputError(
+            f"model.path={path}: no config.json there; give a directory in Hugging Face layout, or "
+            "a model of the hub as organisation/name"
+        )
+
+
+def _validate_triage(c: ml_collections.ConfigDict) -> None:
+    _one_of("triage.decide_by", c.decide_by, ("status", "probability"))
+    if not 0 <= c.violating_below <= c.compliant_from <= 1:
+        raise InputError(
+            f"triage.violating_below={c.violating_below} and triage.compliant_from="
+            f"{c.compliant_from} must lie in 0..1, the first not above the second"
+        )
+    if not 0 <= c.noise <= 1:
+        raise InputError(f"triage.noise={c.noise} is a share of the records, 0 to 1")
+    if c.overrides and not Path(c.overrides).is_file():
+        raise InputError(f"triage.overrides={c.overrides}: no such file")
+
+
+def _validate_mesh(c: ml_collections.ConfigDict) -> None:
+    _positive("mesh.fsdp_limit", c.fsdp_limit)
+    for axis, size in c.items():
+        if size != -1 and size < 1:
+            raise InputError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left")
+    if sum(size == -1 for _, size in c.items()) > 1:
+        raise InputError("only one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+def _validate_training(name: str, c: ml_collections.ConfigDict) -> None:
+    _one_of(f"{name}.preference", c.preference, ("logistic", "squared"))
+    _one_of(f"{name}.npo_scale", c.npo_scale, ("plain", "two_over_beta"))
+    _one_of(f"{name}.adapters", c.adapters, ADAPTERS)
+    _one_of(f"{name}.mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
+    for key in (
+        "total_steps",
+        "examples_per_step",
+        "retain_per_step",
+        "micro_rows",
+        "save_every",
+        "keep",
+    ):
+        _positive(f"{name}.{key}", c[key])
+    for key in ("learning_rate", "beta", "tau", "clip_norm"):
+        _positive(f"{name}.{key}", c[key])
+    if c.warmup_steps >= c.total_steps:
+        raise InputError(
+            f"{name}.warmup_steps={c.warmup_steps} must be below {name}.total_steps={c.total_steps}"
+        )
+
+
+def _section(config: ml_collections.ConfigDict, name: str):
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}={value!r} is unknown; use one of {', '.join(choices)}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{key}={value} must be greater than 0")
