@@ -43,7 +43,12 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
     return {
         "fits": peak <= chip.memory,
         "verdict": _verdict(run, found, chip),
-        "device": {"kind": chip.name, "count": chips, "mesh": dict(mesh.shape)},
+        "device": {
+            "kind": chip.name,
+            "count": chips,
+            "mesh": dict(mesh.shape),
+            "compiled_for": devices[0].device_kind,
+        },
         "device_memory_bytes": chip.memory,
         "programs": found,
         "parameters": parameters,
@@ -69,18 +74,36 @@ def _devices(topology: str | None) -> tuple[list, hardware.Chip]:
     import jax
 
     if not is_tpu:
-        return jax.devices("cpu")[:1], chip
-    from jax.experimental import topologies
-
+        return _of_one_gpu(), chip
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return _of_slice(topology), chip
     except (RuntimeError, ValueError, NotImplementedError) as error:
         what = str(error).strip().splitlines()[0]
         raise InputError(
             f"--topology={topology}: the TPU compiler cannot plan for it ({what}); is it installed "
             "(pip install 'trace_jax[tpu]') and the slice one that exists, such as v5e:4x4?"
         ) from error
-    return list(found.devices), chip
+
+
+def _of_slice(topology: str, **options: Any) -> list:
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    return list(found.devices)
+
+
+def _of_one_gpu() -> list:
+    """The device to compile for in place of a GPU, whose compiler works on a GPU alone.
+
+    A TPU chip with as much memory keeps bfloat16 as it is, and so has about its temporaries. Where
+    there is no TPU compiler: the CPU, which makes float32 of it and overstates them.
+    """
+    import jax
+
+    try:
+        return _of_slice("v5p:1x1x1", chips_per_host_bounds=(1, 1, 1))
+    except (RuntimeError, ValueError, NotImplementedError):
+        return jax.devices("cpu")[:1]
 
 
 def model_shape(run: context.Context):
@@ -284,6 +307,7 @@ def show(plan: dict[str, Any]) -> None:
     device, tokens, judge = plan["device"], plan["tokens"], plan["judge"]
     metrics.table("Plan", [{"what": k, "value": str(v)} for k, v in {
         "devices": f"{device['count']} x {device['kind']}, mesh {device['mesh']}",
+        "compiled for": device["compiled_for"],
         "parameters": f"{plan['parameters']['total']:,}",
         "trainable": f"{plan['parameters']['trainable']:,}",
         "records": f"{plan['records']['total']:,} ({by_action})",
