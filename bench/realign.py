@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from bench import frontier
-from trace_jax import compare, launch, records
+from trace_jax import compare, comparison_tables, launch, records
 from trace_jax.errors import InputError
 
 METHODS = (
@@ -39,7 +39,7 @@ def measure(config, prepared: Path, name: str, methods: str, seeds: int, jobs: i
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     records.write_json(RESULTS / f"{name}.json", found)
-    print(compare.markdown(found))
+    print(comparison_tables.markdown(found))
 
 
 def readme() -> None:
@@ -64,7 +64,7 @@ def section(found: dict) -> str:
         f"{found['machine']}, CPU only; "
         f"triage: {actions}; unchanged clauses: {', '.join(found['unchanged_clauses'])}."
     )
-    return f"### {found['name']}\n\n{compare.markdown(found)}\n{provenance}\n"
+    return f"### {found['name']}\n\n{comparison_tables.markdown(found)}\n{provenance}\n"
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_jax import compare, config, records
+from trace_jax import compare, comparison_tables, config, records
 from trace_jax.errors import InputError
 
 
@@ -80,7 +80,7 @@ def test_figures_and_paired_differences_by_hand(tmp_path):
     records.write_jsonl(tmp_path / "baseline.jsonl", before)
     records.write_json(tmp_path / "perplexity.json", {"test": {"base": 1.5, "ref": 1.7}})
 
-    found = compare.summary(config.base_config(), tmp_path, variants, [0, 1])
+    found = compare.summary(config.base_config(), tmp_path, variants, [0, 1], winrate=False)
 
     a, b = found["methods"]["a"], found["methods"]["b"]
     assert a["compliance_guarded"]["rate"] == 0.75 and b["compliance_guarded"]["rate"] == 0.25
@@ -89,9 +89,11 @@ def test_figures_and_paired_differences_by_hand(tmp_path):
     assert a["retained"]["rate"] == 0.75 and a["compliance_old"]["rate"] == 0.25
     assert a["perplexity"] == 2.5 and found["ref"]["perplexity"] == 1.7
     assert found["base"]["compliance_guarded"]["rate"] == 0.0
-    (test,) = found["tests"]
-    assert (test["a"], test["b"], test["difference"]) == ("a", "b", 0.5)
-    assert "| a | 75.0 [" in compare.markdown(found) and "+50.0 points" in compare.markdown(found)
+    guarded, raw = found["tests"]
+    assert (guarded["a"], guarded["b"], guarded["difference"]) == ("a", "b", 0.5)
+    assert raw["figure"] == "compliance" and raw["difference"] == 0 and raw["p_holm"] == 1
+    text = comparison_tables.markdown(found)
+    assert "| a | 75.0 [" in text and "+50.0 points" in text
 
 
 def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys):
@@ -110,10 +112,33 @@ def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys
     assert sorted(found["methods"]) == ["sft", "trace"]
     assert (path / "triage.jsonl").stat().st_mtime_ns == triage
     assert "| trace |" in (path / "comparison.md").read_text()
+    assert r"trace & $" in (path / "comparison.tex").read_text()
+    assert (path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     done = {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
     assert len(done) == 2
     assert compare.main(command) == 0
     assert done == {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
+
+
+def test_a_variant_with_its_own_triage_does_what_follows_from_it(straight, config, tmp_path):
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    command = ["compare", f"--config={config}", f"--workdir={path}", "--seeds=1"]
+    assert compare.main([*command, "--methods=trace_no_impact,sft+triage.noise=0.5"]) == 0
+    own = {p.parent.name: p for p in path.glob("compare/*/triage.jsonl")}
+    assert list(own) == ["sft+triage.noise=0.5-seed0"]
+    assert own.popitem()[1].read_text() != (path / "triage.jsonl").read_text()
+
+
+def test_stages_a_variant_does_itself():
+    def of(name: str) -> tuple[str, ...]:
+        return compare.own_stages(compare.parse_methods(name)[0])
+
+    assert of("trace") == ("impact", "train", "evaluate")
+    assert of("trace+correct.source=none") == ("correct", "impact", "train", "evaluate")
+    assert of("trace+triage.noise=0.1")[:2] == ("triage", "correct")
+    for key in ("policy.new=x", "judge.name=labels", "evaluate.samples=4", "data.pairs=9"):
+        with pytest.raises(InputError, match="has to be the same for all methods"):
+            of(f"trace+{key}")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys):
@@ -121,6 +146,7 @@ def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys):
         [f"--config={config}"],
         [f"--config={config}", f"--workdir={tmp_path}", "--methods=trice"],
         [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+train.bata=1"],
+        [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+policy.new=rbr"],
     ):
         assert compare.main(["compare", *arguments]) == 2
         said = capsys.readouterr().err.strip().splitlines()

@@ -26,7 +26,7 @@ EXAMPLES = [
     tiny.example("punish", **INVERT),
     tiny.example("npo again", **NPO),
     tiny.example("no triage", y1=None, npo0=1.0),
-    tiny.example("invert again", **INVERT),
+    tiny.example("invert again", nll=0.2, **INVERT),
     tiny.example("gradient ascent", y1=None, nll=-1.0),
 ]
 ROW = 24
@@ -232,7 +232,8 @@ def test_score_by_hand():
     assert score(NPO) == 0.25 * 7
     assert score(NPO, npo_scale="two_over_beta") == 7
     assert score(dict(npo0=3.0)) == 0.25 * 2  # of unit weight
-    assert score(dict(nll=-3.0)) == 2 / 4 and score(dict(nll=2.0)) == -2 / 4
+    assert score(dict(nll=-1.0)) == 2 / 4
+    assert score(INVERT | dict(nll=0.1)) == pytest.approx(0.25 * 3 - 0.1 * 2 / 4)
 
 
 def test_weights_by_hand():

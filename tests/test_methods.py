@@ -123,6 +123,28 @@ def test_u2a_unlearns_the_chosen_responses_of_conflicts(inner, loss, retain):
         table("u2a", inner="sgd")
 
 
+@pytest.mark.parametrize("method", methods.TRACE)
+def test_retain_pairs_and_nll_are_beside_what_trace_has(method):
+    plain = table(method, CORRECTIONS, WEIGHTS)
+    found = table(method, CORRECTIONS, WEIGHTS, retain_pairs=True, alpha_nll=0.5)
+    for action, rows in plain.items():
+        for row, with_nll in zip(rows, found[action], strict=False):
+            nll = {"nll": 0.5 * row[2]["pref"]} if "pref" in row[2] else {}
+            assert with_nll == (*row[:2], row[2] | nll)
+    assert found["RETAIN"][-1] == ("yw", "yl", {"pref": 1.0, "nll": 0.5})
+    assert table("dpo_gold", CORRECTIONS, retain_pairs=True, alpha_nll=0.5) == table(
+        "dpo_gold", CORRECTIONS
+    )
+
+
+def test_a_retain_record_whose_rejected_complies_makes_no_pair():
+    record = records.PreferenceRecord("r", "x", "yw", "yl")
+    both = records.TriagedRecord(record, verdict(True), verdict(True), "RETAIN")
+    options = dict(corrections={}, weights=None, alpha_kl=0.5, retain_pairs=True)
+    (only,) = methods.examples("trace", [both], **options)
+    assert only.kl == 0.5 and not only.pref
+
+
 def test_examples_without_a_coefficient_are_kept_where_weights_may_come_back():
     weights = {("INVERT", "INVERT"): 0.0}
     options = dict(corrections={}, weights=weights, alpha_kl=0.0, punish="correction")

@@ -5,7 +5,8 @@ python -m trace_jax.compare --config=FILE --workdir=DIR --methods=trace,dpo,sft 
 
 A method may carry overrides: `trace+train.punish=dual_npo`. Each run has its own folder,
 DIR/compare/<method>-seed<k>, with its own impact, train and evaluate stages, so an interrupted
-comparison goes on. Writes comparison.json and comparison.md.
+comparison goes on. A variant that changes triage.* or correct.* does these stages itself as well.
+Writes comparison.json, comparison.md, comparison.tex and comparison.png.
 """
 
 import concurrent.futures
@@ -27,7 +28,8 @@ from trace_jax.stages import context
 
 SHARED = ("prepare", "align", "triage", "baseline", "correct")
 OWN = ("impact", "train", "evaluate")
-FIGURES = ("compliance_guarded", "compliance", "compliance_greedy", "retained", "compliance_old")
+_CHANGEABLE = ("triage", "correct")  # a variant that changes one does it and what follows itself
+_FIXED = ("model", "data", "policy", "judge", "asking", "align", "evaluate", "mesh", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,15 @@ def folder(prepared: Path, variant: Variant, seed: int) -> Path:
     return prepared / "compare" / f"{variant.name.replace('/', '_')}-seed{seed}"
 
 
-def run_variant(config: dict, prepared: Path, target: Path) -> dict:
+def run_variant(config: dict, prepared: Path, target: Path, own: Sequence[str] = OWN) -> dict:
     """Runs a variant's own stages in `target`, returns its eval.json. Arguments cross processes."""
     settings = ml_collections.ConfigDict(config)
     settings.evaluate.splits = tuple(settings.evaluate.splits)
-    directory = workdir.Workdir(target, workdir.Workdir(prepared), frozenset(SHARED))
+    shared = frozenset(SHARED) - set(own)
+    directory = workdir.Workdir(target, workdir.Workdir(prepared), shared)
     target.mkdir(parents=True, exist_ok=True)
     run = context.Context(settings, directory)
-    stages.run(run, stages.chosen(",".join(OWN)), redo=True)
+    stages.run(run, stages.chosen(",".join(own)), redo=True)
     return records.read_json(target / "eval.json")
 
 
@@ -73,12 +76,12 @@ def run_all(
     config: ml_collections.ConfigDict, prepared: Path, todo: Sequence[tuple[Path, dict]], jobs: int
 ) -> list[dict]:
     """Runs (folder, overrides) pairs, `jobs` at once, and returns their eval.json in order."""
-    configs = [config_lib.with_overrides(config, overrides) for _, overrides in todo]
-    for one in configs:
+    work = []
+    for target, overrides in todo:
+        one = config_lib.with_overrides(config, overrides)
         validation.validate(one)
-    work = [
-        (one.to_dict(), prepared, target) for one, (target, _) in zip(configs, todo, strict=True)
-    ]
+        changed = {k: v for k, v in overrides.items() if k.split(".")[0] in _CHANGEABLE}
+        work.append((one.to_dict(), prepared, target, own_stages(Variant(target.name, changed))))
     with metrics.progress(len(work), "compare") as bar:
         if jobs == 1:
             return [_counted(run_variant(*item), bar) for item in work]
@@ -111,16 +114,39 @@ def compare(
     variants: Sequence[Variant],
     n_seeds: int,
     jobs: int = 1,
+    *,
+    winrate: bool = True,
 ) -> dict:
-    """Runs everything that is not there yet and returns the comparison (see `summary`)."""
+    """Runs everything that is not there yet and returns comparison.json.
+
+    winrate: ask the judge for win rates against u2a, where it is one of the methods.
+    """
     config = config_lib.resolved(config)
     seeds = [config.seed + k for k in range(n_seeds)]
     for variant in variants:
+        own_stages(variant)
         validation.validate(config_lib.with_overrides(config, variant.overrides))
     launch.realign(config, prepared, only=",".join(SHARED))
     todo = [(folder(prepared, v, s), v.overrides | {"seed": s}) for v in variants for s in seeds]
     run_all(config, prepared, todo, jobs)
-    return summary(config, prepared, variants, seeds)
+    return summary(config, prepared, variants, seeds, winrate=winrate)
+
+
+def own_stages(variant: Variant) -> tuple[str, ...]:
+    """The stages that a variant does not share: OWN, and of SHARED those that it changes.
+
+    Raises:
+      InputError: it changes what all methods have to share to be compared.
+    """
+    fixed = [k for k in variant.overrides if k.split(".")[0] in _FIXED]
+    if fixed:
+        raise InputError(
+            f"--methods={variant.name}: {fixed[0]} has to be the same for all methods; prepare "
+            "another workdir for it"
+        )
+    changed = {k.split(".")[0] for k in variant.overrides} & set(_CHANGEABLE)
+    first = min((_CHANGEABLE.index(name) for name in changed), default=len(_CHANGEABLE))
+    return (*_CHANGEABLE[first:], *OWN)
 
 
 def summary(
@@ -128,99 +154,52 @@ def summary(
     prepared: Path,
     variants: Sequence[Variant],
     seeds: Sequence[int],
+    *,
+    winrate: bool = True,
 ) -> dict:
-    """comparison.json; "tests" are paired differences of guarded compliance to the first method."""
-    from trace_jax.evaluate import compliance, statistics
+    """comparison.json of finished runs; see `comparison.summary`."""
+    from trace_jax import comparison
 
     split = config.evaluate.splits[0]
     kept = policy.diff(policy.load(config.policy.old), policy.load(config.policy.new)).unchanged
-    rows = {
-        v.name: [
-            _rows(folder(prepared, v, s) / "samples.jsonl", "trained", split, kept) for s in seeds
-        ]
-        for v in variants
+    folders = {v.name: [folder(prepared, v, s) for s in seeds] for v in variants}
+    runs = {
+        name: [comparison.rows_of(f / "samples.jsonl", "trained", split, kept) for f in of]
+        for name, of in folders.items()
     }
     perplexity = {
-        v.name: [
-            records.read_json(folder(prepared, v, s) / "eval.json")["perplexity"] for s in seeds
-        ]
-        for v in variants
+        name: [records.read_json(f / "eval.json")["perplexity"] for f in of]
+        for name, of in folders.items()
     }
-    before = {m: [_rows(prepared / "baseline.jsonl", m, split, kept)] for m in ("base", "ref")}
     known = records.read_json(prepared / "perplexity.json")[split]
-    first = variants[0].name
-    guarded = {
-        name: compliance.outcomes([r for rs in of for r in rs if r["mode"] == "sample"], "guarded")
-        for name, of in rows.items()
+    before = {
+        model: [comparison.rows_of(prepared / "baseline.jsonl", model, split, kept)]
+        for model in ("base", "ref")
     }
+    judge = context.Context(config, workdir.Workdir(prepared)).judge if winrate else None
     return {
-        "methods": {name: _figures(of) | _spread(perplexity[name]) for name, of in rows.items()},
-        **{m: _figures(of) | {"perplexity": known[m]} for m, of in before.items() if of[0]},
+        **{
+            model: comparison.figures(of) | {"perplexity": known[model]}
+            for model, of in before.items()
+            if of[0]
+        },
         "seeds": list(seeds),
         "split": split,
         "unchanged_clauses": list(kept),
-        "tests": [
-            {"a": first, "b": name, "figure": "compliance_guarded"}
-            | dataclasses.asdict(statistics.paired_difference(guarded[first], guarded[name]))
-            for name in rows
-            if name != first
-        ],
+        **comparison.summary(runs, perplexity, judge),
     }
 
 
-def _rows(path: Path, model: str, split: str, kept: Sequence[str]) -> list[dict]:
-    found = (row for _, row in records.read_jsonl(path))
-    return [
-        row | {"retained": all(row["clauses"][c] == "compliant" for c in kept)}
-        for row in found
-        if row["model"] == model and row["split"] == split
-    ]
+def write(found: dict, target: Path) -> str:
+    """comparison.json, .md, .tex and .png in a folder; returns the Markdown."""
+    from trace_jax import comparison_tables
 
-
-def _figures(of_seeds: Sequence[Sequence[dict]]) -> dict:
-    """Rates over seeds; `seeds` are the rates of each."""
-    from trace_jax.evaluate import compliance, statistics
-
-    keys = {"compliance_guarded": ("guarded", "sample"), "compliance": ("compliant", "sample")}
-    keys |= {"compliance_greedy": ("compliant", "greedy"), "retained": ("retained", "sample")}
-    keys |= {"compliance_old": ("old_compliant", "sample")}
-    out = {}
-    for name, (key, mode) in keys.items():
-        outcomes = [
-            compliance.outcomes([r for r in rows if r["mode"] == mode], key) for rows in of_seeds
-        ]
-        found = statistics.rate_over_seeds(outcomes)
-        out[name] = dataclasses.asdict(found) | {"seeds": [float(o.mean()) for o in outcomes]}
-    return out
-
-
-def _spread(values: Sequence[float]) -> dict:
-    return {"perplexity": sum(values) / len(values), "perplexity_seeds": list(values)}
-
-
-def markdown(found: dict) -> str:
-    """The comparison as a Markdown table, percent with 95 % intervals."""
-    lines = [
-        "| | guarded, T=1 | raw, T=1 | greedy | unchanged clauses | old policy | perplexity |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    named = [("base", found.get("base")), ("M_ref", found.get("ref")), *found["methods"].items()]
-    for name, row in named:
-        if row:
-            cells = " | ".join(_cell(row[key]) for key in FIGURES)
-            lines.append(f"| {name} | {cells} | {row['perplexity']:.2f} |")
-    seeds = ", ".join(map(str, found["seeds"]))
-    lines += ["", f"Percent [95 % interval]; {found['split']} prompts; seeds {seeds}.", ""]
-    for test in found["tests"]:
-        lines.append(
-            f"- {test['a']} - {test['b']}: {100 * test['difference']:+.1f} points guarded "
-            f"[{100 * test['low']:+.1f}, {100 * test['high']:+.1f}]"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _cell(rate: dict) -> str:
-    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    text = comparison_tables.markdown(found)
+    records.write_json(target / "comparison.json", found)
+    (target / "comparison.md").write_text(text)
+    (target / "comparison.tex").write_text(comparison_tables.latex(found))
+    comparison_tables.plot(found, target / "comparison.png")
+    return text
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -233,6 +212,8 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "Prepared run (prepared first where it is not).", **define)
     flags.DEFINE_string("methods", "trace", "Methods, joined by commas: name+key=value.", **define)
     flags.DEFINE_integer("seeds", 3, "Runs a method: config.seed, config.seed + 1, ...", **define)
+    asks = "Ask the judge for win rates against u2a, in both orders."
+    flags.DEFINE_bool("winrate", True, asks, **define)
     flags.DEFINE_integer("jobs", 1, "Processes at once, each on a core of its own.", **define)
     flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", **define)
     return values
@@ -249,13 +230,13 @@ def main(argv: list[str]) -> int:
         if values.config is None or values.workdir is None:
             raise InputError("--config=FILE and --workdir=DIR are needed")
         target, variants = Path(values.workdir), parse_methods(values.methods)
-        found = compare(values.config, target, variants, values.seeds, values.jobs)
+        found = compare(
+            values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate
+        )
     except InputError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
-    records.write_json(target / "comparison.json", found)
-    (target / "comparison.md").write_text(markdown(found))
-    print(markdown(found))
+    print(write(found, target))
     return 0
 
 

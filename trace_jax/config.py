@@ -33,7 +33,15 @@ def base_config() -> ml_collections.ConfigDict:
         "correction"  # correction: (y_c, y_w) where y_c was found, else dual NPO | dual_npo
     )
     c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
+    c.train.retain_pairs = (
+        False  # trace: RETAIN records whose y_l violates are also preference pairs
+    )
+    c.train.alpha_nll = 0.0  # trace: weight of the NLL of a pair's better response, a token
     c.train.alpha_scale = "one"  # one | per_conflict: alpha_kl over the number of conflicts
+    c.train.data_share = (
+        1.0  # of the triaged records, scored and trained on: how much data is needed
+    )
+    c.train.data_seed = 0  # which of them
     c.train.refresh_every = 0  # steps after which impact weights are taken anew, at theta; 0: never
     c.train.evaluate_every = 0  # steps between evaluations on validation prompts; 0: none
     c.train.evaluate_prompts = 64

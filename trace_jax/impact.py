@@ -163,10 +163,10 @@ def score(
     """<g_J, g_i> of an example with unit weight, from d(y0) and d(y1) at theta_ref (closed form).
 
     logistic: (beta / 2)(d1 - d0); squared: (1 / tau)(d1 - d0); NPO: (beta / 2) d, times 2 / beta in
-    the NPO paper's scale; gradient ascent (nll < 0): d0 a token. lengths: tokens of y0 and y1.
+    the NPO paper's scale; NLL: -nll * d0 a token. lengths: tokens of y0 and y1.
     """
     n0, n1 = lengths if options.length_normalised else (1, 1)
-    total = -np.sign(example.nll) * d0 / lengths[0]
+    total = -example.nll * d0 / lengths[0]
     if example.pref:
         slope = beta / 2 if options.preference == "logistic" else 1 / tau
         total = total + slope * (d1 / n1 - d0 / n0)

@@ -4,6 +4,8 @@
 |---|---|---|---|
 | trace | (y_l, y_w) pref = w | (y_c, y_w) pref = w, or (y_w, y_l) npo0 = npo1 = w | (y_w) kl |
 | trace_no_kl, trace_no_impact, trace_invert_only | the same without kl; w = 1; without PUNISH |
+| with retain_pairs | | | beside: (y_w, y_l) pref = 1 where y_l violates |
+| with alpha_nll | every pair of trace also has nll = alpha_nll * pref, of its better response |
 | trace_no_triage | (y_w) npo0 = w | the same | the same |
 | dpo, which makes M_ref | (y_w, y_l) pref = 1 | the same | the same |
 | dpo_gold | (y_l, y_w) pref = 1 | (y_c, y_w) pref = 1, else left out | (y_w, y_l) pref = 1 |
@@ -59,6 +61,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 CONFLICTS = ("INVERT", "PUNISH")
 WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage", "trace_invert_only", "u2a")  # by impact
+TRACE = ("trace", "trace_no_kl", "trace_no_impact", "trace_invert_only")
 INNER = ("npo", "ga", "graddiff")  # inner losses of u2a
 SOFT = (
     "trace",
@@ -96,6 +99,8 @@ def examples(
     alpha_kl: float,
     punish: str = "correction",
     inner: str = "npo",
+    retain_pairs: bool = False,
+    alpha_nll: float = 0.0,
     with_masses: bool = True,
     with_zeros: bool = False,
 ) -> list[Example]:
@@ -106,7 +111,8 @@ def examples(
 
     corrections: record id -> y_c. weights: (record id, action) -> impact weight; None means 1.
     punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"
-    is always dual NPO. inner: the loss of u2a, one of INNER.
+    is always dual NPO. inner: the loss of u2a, one of INNER. retain_pairs, alpha_nll: of trace and
+    its ablations, see the table.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
@@ -124,6 +130,8 @@ def examples(
                 found = _unlearned(item, action, weight, alpha_kl, inner)
             else:
                 found = _of_record(method, item, action, weight, corrections, alpha_kl, punish)
+            if method in TRACE:
+                found = _with_options(item, action, found, retain_pairs, alpha_nll)
             out += [_times(e, mass) for e in found] if with_masses else found
     if with_zeros:
         return out
@@ -192,6 +200,21 @@ def _of_record(
         case _, "PUNISH":
             return [example(y_w, y_l, npo0=weight, npo1=weight)]
     return [example(y_w, kl=alpha_kl)]
+
+
+def _with_options(
+    item: records.TriagedRecord,
+    action: str,
+    found: list[Example],
+    retain_pairs: bool,
+    alpha_nll: float,
+) -> list[Example]:
+    """trace's examples of a record with what retain_pairs and alpha_nll add to them."""
+    record = item.record
+    if retain_pairs and action == "RETAIN" and item.rejected_verdict.compliant is False:
+        pair = (record.prompt, record.chosen, record.rejected)
+        found = [*found, Example(record.id, action, *pair, pref=1.0)]
+    return [dataclasses.replace(e, nll=alpha_nll * e.pref) if e.pref else e for e in found]
 
 
 def _unlearned(

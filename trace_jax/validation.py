@@ -91,6 +91,8 @@ def _validate_pauses(config: ml_collections.ConfigDict) -> None:
             "--config.evaluate.splits=test,validation"
         )
     _positive("train.evaluate_prompts", c.evaluate_prompts)
+    if not 0 < c.data_share <= 1:
+        raise InputError(f"train.data_share={c.data_share} is a share, above 0 and up to 1")
 
 
 def _validate_u2a(c: ml_collections.ConfigDict) -> None:

@@ -50,6 +50,7 @@ def of(run: context.Context) -> Work:
         alpha_kl=run.config.train.alpha_kl,
         punish=run.config.train.punish,
         inner=run.config.u2a.inner,
+        retain_pairs=run.config.train.retain_pairs,
     )
     if not examples:
         raise InputError("no records to plan for; see data.source")

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
-_SEED = 20251102
+SEED = 20251102
 _Z = float(stats.norm.ppf(0.975))
 _PERCENTILES = (2.5, 97.5)
 _CHUNK_ELEMENTS = 2**22  # prompt counts kept in memory at once
@@ -112,9 +112,9 @@ def rate_over_seeds(outcomes: Sequence[np.ndarray]) -> Rate:
         return Rate(mean, *wilson(mean * P, P), n=P)
     seed_K1 = mean_KP.mean(axis=1, keepdims=True)
     widened_KP = mean_KP + (np.sqrt(K / (K - 1)) - 1) * (seed_K1 - mean)
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     draws = []
-    for size in _chunks(RESAMPLES, P):
+    for size in chunks(RESAMPLES, P):
         seeds_RK = rng.multinomial(K, np.full(K, 1 / K), size=size) / K
         prompts_RP = rng.multinomial(P, np.full(P, 1 / P), size=size) / P
         draws.append(((seeds_RK @ widened_KP) * prompts_RP).sum(axis=1))
@@ -155,11 +155,11 @@ def _all_equal(values: np.ndarray) -> bool:
 def _bootstrap_mean(value_P: np.ndarray) -> tuple[float, float]:
     """Percentile interval of the mean: a resample is a multinomial over the distinct values."""
     distinct, count = np.unique(value_P.round(12), return_counts=True)
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     P = len(value_P)
     draws = [
         rng.multinomial(P, count / P, size=size) @ distinct / P
-        for size in _chunks(RESAMPLES, len(distinct))
+        for size in chunks(RESAMPLES, len(distinct))
     ]
     low, high = np.percentile(np.concatenate(draws), _PERCENTILES)
     return float(low), float(high)
@@ -173,7 +173,7 @@ def _stack_seeds(outcomes: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([outcomes_PS.mean(axis=1) for outcomes_PS in checked])
 
 
-def _chunks(total: int, row_elements: int) -> list[int]:
+def chunks(total: int, row_elements: int) -> list[int]:
     """Splits `total` resamples so that the counts of one chunk stay small."""
     size = max(1, min(total, _CHUNK_ELEMENTS // row_elements))
     return [size] * (total // size) + ([total % size] if total % size else [])

@@ -51,7 +51,7 @@ STAGES = (
           ("corrections_found.jsonl",)),
     Stage("impact", ("seed", "impact", "u2a", "train.punish", "train.beta", "train.preference",
                      "train.tau", "train.npo_scale", "train.length_normalised", "train.adapters",
-                     "train.lora"),
+                     "train.lora", "train.alpha_nll", "train.data_share", "train.data_seed"),
           ("prepare", "align", "triage", "correct"),
           ("gold.json", "impact.jsonl", "impact_summary.json")),
     Stage("train", ("seed", "train", "u2a"), ("prepare", "align", "triage", "correct", "impact"),

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 
 from trace_jax import config as config_lib
 from trace_jax import judges, methods, metrics, policy, processes, records, triage, workdir
@@ -73,15 +74,17 @@ class Context:
         if method == "u2a":
             alpha = config.u2a.alpha_kl
         elif config.train.alpha_scale == "per_conflict":
-            alpha /= max(1, sum(t.action in methods.CONFLICTS for t in self.triaged))
+            alpha /= max(1, sum(t.action in methods.CONFLICTS for t in self.used))
         return methods.examples(
             method,
-            self.triaged,
+            self.used,
             corrections=self.corrections,
             weights=weights,
             alpha_kl=alpha,
             punish=config.train.punish,
             inner=config.u2a.inner,
+            retain_pairs=config.train.retain_pairs,
+            alpha_nll=config.train.alpha_nll,
             **options,
         )
 
@@ -301,17 +304,26 @@ class Context:
         return triage.read(self.file("triage", "triage.jsonl"))
 
     @functools.cached_property
+    def used(self) -> list[records.TriagedRecord]:
+        """The triaged records that are scored and trained on: train.data_share of all."""
+        share, n = self.config.train.data_share, len(self.triaged)
+        if share == 1:
+            return self.triaged
+        rng = np.random.default_rng([self.config.train.data_seed, 0xDA7A])
+        return [self.triaged[i] for i in sorted(rng.permutation(n)[: round(share * n)])]
+
+    @functools.cached_property
     def fitting(self) -> list[records.TriagedRecord]:
-        """The triaged records that fit data.max_length: all, unless data.too_long is drop."""
+        """The used records that fit data.max_length: all, unless data.too_long is drop."""
         from trace_jax import batches
 
         pairs = [
             methods.Example(r.id, "", r.prompt, r.chosen, r.rejected)
-            for r in (t.record for t in self.triaged)
+            for r in (t.record for t in self.used)
         ]
         dropped: list[str] = []
         batches.encode_examples(self.encoder, pairs, on_drop=self.on_drop(dropped))
-        return [t for t in self.triaged if t.record.id not in set(dropped)]
+        return [t for t in self.used if t.record.id not in set(dropped)]
 
     @functools.cached_property
     def corrections(self) -> dict[str, records.Text]:

@@ -28,11 +28,12 @@ def run(run: context.Context) -> dict:
 
 
 def _conflicts(run: context.Context, method: str) -> list[methods.Example]:
-    """The method's examples with unit weight and without KL.
+    """The method's examples of conflicts with unit weight.
 
-    Masses do not count either: a loss has one score, however often it counts.
+    Masses do not count: a loss has one score, however often it counts.
     """
-    return [e for e in run.examples(method, None, with_masses=False) if not e.kl]
+    found = run.examples(method, None, with_masses=False)
+    return [e for e in found if not e.kl and (e.action != "RETAIN" or method == "trace_no_triage")]
 
 
 def objective(run: context.Context):

@@ -1,0 +1,203 @@
+"""What a comparison found: figures of every method over its seeds, tests, win rates, the gap.
+
+A run is {seed: rows}; rows are those of samples.jsonl (see `evaluate/compliance.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from trace_jax import judges, records
+from trace_jax.errors import InputError
+from trace_jax.evaluate import compliance, paired, statistics, winrate
+
+Runs = list[list[dict]]  # rows of each seed
+
+# Name in the JSON -> (what a row says, of which mode).
+FIGURES = {
+    "compliance_guarded": ("guarded", "sample"),
+    "compliance": ("compliant", "sample"),
+    "compliance_greedy": ("compliant", "greedy"),
+    "retained": ("retained", "sample"),
+    "compliance_old": ("old_compliant", "sample"),
+}
+TESTED = ("compliance_guarded", "compliance")
+LOWER, UPPER = "u2a", "dpo_gold"  # the gap of arXiv 2511.02623, which TRACE closes by 81.8 %
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """A claim of the paper: figure(a) - figure(b) is above `margin`.
+
+    figure: one of FIGURES, or "perplexity" (log ratio; above 0 is worse).
+    """
+
+    claim: str
+    a: str
+    b: str
+    margin: float = 0.0
+    figure: str = ""  # empty: guarded and raw compliance, each
+
+
+STATEMENTS = (
+    Statement("trace above u2a", "trace", "u2a"),
+    Statement("trace above npo", "trace", "npo"),
+    Statement("dpo_gold above trace", "dpo_gold", "trace"),
+    Statement("naive_oracle_dpo more than 10 points below trace", "trace", "naive_oracle_dpo", 0.1),
+    Statement("no triage loses compliance", "trace", "trace_no_triage"),
+    Statement("no impact weights loses compliance", "trace", "trace_no_impact"),
+    Statement("no impact weights loses utility", "trace_no_impact", "trace", figure="perplexity"),
+    Statement("no KL loses utility", "trace_no_kl", "trace", figure="perplexity"),
+)
+
+
+def rows_of(path: Path, model: str, split: str, unchanged: Sequence[str]) -> list[dict]:
+    """Rows of one model and split, with "retained": every unchanged clause is complied with."""
+    return [
+        row | {"retained": all(row["clauses"][c] == "compliant" for c in unchanged)}
+        for _, row in records.read_jsonl(path)
+        if row["model"] == model and row["split"] == split
+    ]
+
+
+def summary(
+    runs: Mapping[str, Runs],
+    perplexity: Mapping[str, Sequence[float]],
+    judge: judges.Comparer | None = None,
+) -> dict[str, Any]:
+    """{"methods", "tests", "statements", "gap_closed"} of comparison.json.
+
+    The first method is tested against every other. judge: for win rates against u2a, if it is one
+    of the methods.
+    """
+    _check_prompts(runs)
+    first, *others = runs
+    tests = [_test(figure, first, b, runs) for figure in TESTED for b in others]
+    for figure in TESTED:
+        of_figure = [t for t in tests if t["figure"] == figure]
+        for test, p in zip(of_figure, paired.holm([t["p"] for t in of_figure]), strict=True):
+            test["p_holm"] = p
+    methods = {name: figures(of) | _spread(perplexity[name]) for name, of in runs.items()}
+    if judge is not None and LOWER in runs:
+        for name in runs:
+            if name != LOWER:
+                methods[name]["win_rate_vs_u2a"] = _win_rate(judge, runs[name], runs[LOWER])
+    found = {"methods": methods, "tests": tests, "statements": _statements(runs, perplexity)}
+    if {first, LOWER, UPPER} <= runs.keys() and first not in (LOWER, UPPER):
+        found["gap_closed"] = _gap(first, runs)
+    return found
+
+
+def figures(of_seeds: Runs) -> dict[str, Any]:
+    """Rates over seeds; `seeds` are the rates of each."""
+    out = {}
+    for name in FIGURES:
+        of = outcomes(of_seeds, name)
+        found = statistics.rate_over_seeds(of)
+        out[name] = dataclasses.asdict(found) | {"seeds": [float(o.mean()) for o in of]}
+    return out
+
+
+def outcomes(of_seeds: Runs, figure: str) -> list[np.ndarray]:
+    """[prompts, samples] 0/1 of each seed."""
+    key, mode = FIGURES[figure]
+    return [compliance.outcomes([r for r in rows if r["mode"] == mode], key) for rows in of_seeds]
+
+
+def _check_prompts(runs: Mapping[str, Runs]) -> None:
+    known = None
+    for name, of_seeds in runs.items():
+        for rows in of_seeds:
+            ids = list(dict.fromkeys(r["id"] for r in rows))
+            known = known or ids
+            if ids != known or not ids:
+                raise InputError(
+                    f"{name} was evaluated on other prompts than the methods before it; compare "
+                    "runs over one prepared workdir, with one policy and one held-out set"
+                )
+
+
+def _test(figure: str, a: str, b: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
+    found = paired.compare(outcomes(runs[a], figure), outcomes(runs[b], figure))
+    return {"a": a, "b": b, "figure": figure} | dataclasses.asdict(found)
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"perplexity": float(np.mean(values)), "perplexity_seeds": [float(v) for v in values]}
+
+
+def _win_rate(judge: judges.Comparer, a: Runs, b: Runs) -> dict[str, Any]:
+    pairs = []
+    for rows_a, rows_b in zip(a, b, strict=True):
+        theirs = {(r["id"], r["sample"]): r for r in rows_b if r["mode"] == "sample"}
+        pairs += [
+            winrate.Pair(r["prompt"], r["response"], theirs[r["id"], r["sample"]]["response"])
+            for r in rows_a
+            if r["mode"] == "sample" and (r["id"], r["sample"]) in theirs
+        ]
+    found = winrate.summary(pairs, winrate.outcomes(judge, pairs))
+    return {"rate": found.pop("win_rate")} | found
+
+
+def _gap(method: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
+    """Of guarded compliance, with raw compliance beside it, and a word where it says little."""
+    found: dict[str, Any] = {"method": method, "lower": LOWER, "upper": UPPER, "paper": 0.818}
+    closed = {
+        figure: paired.gap_closed(*(outcomes(runs[m], figure) for m in (method, LOWER, UPPER)))
+        for figure in TESTED
+    }
+    found |= closed["compliance_guarded"] | {"raw": closed["compliance"]}
+    floor = float(np.mean([o.mean() for o in outcomes(runs[LOWER], "compliance_guarded")]))
+    if floor < 0.05:
+        found["caveat"] = (
+            f"{LOWER} is at {floor:.1%} guarded: a share of the way up from nothing says little"
+        )
+    return found
+
+
+def _statements(
+    runs: Mapping[str, Runs], perplexity: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    found = []
+    for s in STATEMENTS:
+        if s.a not in runs or s.b not in runs:
+            continue
+        for figure in (s.figure,) if s.figure else TESTED:
+            test = (
+                _log_ratio(perplexity[s.a], perplexity[s.b])
+                if figure == "perplexity"
+                else dataclasses.asdict(
+                    paired.compare(outcomes(runs[s.a], figure), outcomes(runs[s.b], figure))
+                )
+            )
+            row = {"claim": s.claim, "figure": figure, "a": s.a, "b": s.b, "margin": s.margin}
+            found.append(row | {k: test[k] for k in ("difference", "low", "high", "p")})
+    for row, p in zip(found, paired.holm([r["p"] for r in found]), strict=True):
+        row["p_holm"] = p
+        row["answer"] = _answer(row)
+    return found
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """yes, no or cannot tell, by the interval; yes also needs the corrected p."""
+    if row["low"] is None:
+        return "cannot tell"
+    if row["low"] > row["margin"] and (row["margin"] or row["p_holm"] < 0.05):
+        return "yes"
+    return "no" if row["high"] < row["margin"] or row["high"] <= 0 else "cannot tell"
+
+
+def _log_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
+    """log(a / b) over paired seeds, Student's interval; from one seed nothing can be told."""
+    d = np.log(np.asarray(a, np.float64)) - np.log(np.asarray(b, np.float64))
+    mean = float(d.mean())
+    if len(d) < 2 or np.ptp(d) < 1e-12:
+        return {"difference": mean, "low": None, "high": None, "p": 1.0}
+    error = float(d.std(ddof=1) / np.sqrt(len(d)))
+    half = float(stats.t.ppf(0.975, len(d) - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, len(d) - 1))
+    return {"difference": mean, "low": mean - half, "high": mean + half, "p": p}
