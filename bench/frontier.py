@@ -1,13 +1,14 @@
-"""Where to operate: guarded compliance against perplexity over a grid, on the VALIDATION split.
+"""Where each method operates: guarded compliance against perplexity, on the VALIDATION split.
 
 python -m bench.frontier --config=configs/stories.py --workdir=runs/stories \\
-    --out=docs/results/stories_frontier --grid=3e-4:0.1:150,1e-3:0.1:150 \\
-    [--methods=trace] [--jobs=2] [--config.key=value]
+    --out=docs/results/stories_frontier --methods=trace,dpo_gold --grid=1e-4:0.1:150,2e-4:0.1:150 \\
+    [--jobs=2] [--config.key=value]
 
-A grid point is learning rate : beta : steps. Every point runs once (the config's seed) over the
-prepared workdir. Writes OUT.json and OUT.png and names the best point by guarded compliance at T=1
-among those whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test
-prompts are never read.
+A grid point is learning rate : beta : steps; every method gets the same points, and each runs once
+(the config's seed) over the prepared workdir, evaluated on validation prompts as it trains. Writes
+OUT.json and OUT.png and names each method's best point by guarded compliance at T=1 among those
+whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test prompts are
+never read.
 """
 
 import platform
@@ -18,9 +19,11 @@ from pathlib import Path
 from absl import flags
 
 from trace_jax import compare, launch, records
+from trace_jax import config as config_lib
 from trace_jax.errors import InputError
 
 LIMIT = 1.10  # perplexity over M_ref's
+EVALUATIONS = 5  # of a run, the last after its last step
 
 
 def machine() -> dict[str, str]:
@@ -48,83 +51,90 @@ def points(grid: list[str], method: str) -> list[compare.Variant]:
     return found
 
 
-def frontier(config, prepared: Path, variants: list[compare.Variant], jobs: int) -> dict:
-    """Validation figures of all points and M_ref; the best point, None if none keeps the limit."""
+def frontier(config, prepared: Path, methods: list[str], grid: list[str], jobs: int) -> dict:
+    """Validation figures of all points of all methods and of M_ref, with their way there."""
     launch.realign(config, prepared, only=",".join(compare.SHARED))
-    own = {"evaluate.splits": ("validation",), "seed": config.seed}
-    todo = [(prepared / "frontier" / v.name, v.overrides | own) for v in variants]
+    variants = {method: points(grid, method) for method in methods}
+    todo = []
+    for variant in (v for of in variants.values() for v in of):
+        every = max(1, round(int(variant.overrides["train.total_steps"]) / EVALUATIONS))
+        own = {"evaluate.splits": ("validation",), "seed": config.seed}
+        own |= {"train.evaluate_every": every, "train.evaluate_prompts": 100}
+        todo.append((prepared / "frontier" / variant.name, variant.overrides | own))
     evaluated = compare.run_all(config, prepared, todo, jobs)
-    rows = []
-    for variant, found in zip(variants, evaluated, strict=True):
-        figures = {
-            k: found[k]["rate"] for k in ("compliance_guarded", "compliance", "compliance_greedy")
-        }
-        rows.append(
-            {
-                "name": variant.name,
-                **variant.overrides,
-                **figures,
-                "perplexity": found["perplexity"],
-            }
-        )
+    rows = {
+        target.name: _row(variant_of, found, target)
+        for (target, variant_of), found in zip(todo, evaluated, strict=True)
+    }
     ref = {k: evaluated[0]["ref"][k]["rate"] for k in ("compliance_guarded", "compliance")}
     ref["perplexity"] = evaluated[0]["ref"]["perplexity"]
-    allowed = [r for r in rows if r["perplexity"] <= LIMIT * ref["perplexity"]]
-    best = max(allowed, key=lambda r: r["compliance_guarded"], default=None)
     return {
         "split": "validation",
         "limit": LIMIT,
         "ref": ref,
-        "points": rows,
-        "best": best,
+        "methods": {
+            method: _method([rows[v.name] for v in of], LIMIT * ref["perplexity"])
+            for method, of in variants.items()
+        },
         **machine(),
     }
 
 
+def _row(overrides: dict, found: dict, target: Path) -> dict:
+    figures = ("compliance_guarded", "compliance", "compliance_greedy")
+    rows = [row for _, row in records.read_jsonl(target / "pauses.jsonl")]
+    way = [
+        {k: row[k] for k in ("step", "compliance_guarded", "perplexity")}
+        for row in rows
+        if row["kind"] == "evaluation"
+    ]
+    return {
+        "learning_rate": float(overrides["train.learning_rate"]),
+        "beta": float(overrides["train.beta"]),
+        "steps": int(overrides["train.total_steps"]),
+        **{k: found[k]["rate"] for k in figures},
+        "perplexity": found["perplexity"],
+        "way": way,
+    }
+
+
+def _method(rows: list[dict], limit: float) -> dict:
+    """A method's points and the best of those within the limit, None if there is none."""
+    allowed = [r for r in rows if r["perplexity"] <= limit]
+    best = max(allowed, key=lambda r: r["compliance_guarded"], default=None)
+    return {"points": rows, "best": best and {k: v for k, v in best.items() if k != "way"}}
+
+
 def plot(found: dict, path: Path) -> None:
-    """Guarded compliance against perplexity, one mark a point, the limit as a line."""
+    """Guarded compliance against perplexity: the way of every run, its end as a mark."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for beta in sorted({r["train.beta"] for r in found["points"]}, key=float):
-        rows = sorted(
-            (r for r in found["points"] if r["train.beta"] == beta), key=lambda r: r["perplexity"]
-        )
-        axes.plot(
-            [r["perplexity"] for r in rows],
-            [100 * r["compliance_guarded"] for r in rows],
-            "o-",
-            label=f"beta {beta}",
-        )
-        for r in rows:
-            label = f"{float(r['train.learning_rate']):g}, {r['train.total_steps']} steps"
-            axes.annotate(
-                label,
-                (r["perplexity"], 100 * r["compliance_guarded"]),
-                fontsize=7,
-                xytext=(3, 4),
-                textcoords="offset points",
-            )
-    axes.plot(
-        found["ref"]["perplexity"],
-        100 * found["ref"]["compliance_guarded"],
-        "k*",
-        markersize=12,
-        label="M_ref",
-    )
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    ref = found["ref"]
+    start = (ref["perplexity"], 100 * ref["compliance_guarded"])
+    for index, (method, of) in enumerate(found["methods"].items()):
+        for i, row in enumerate(of["points"]):
+            path_ = [*row["way"], row]
+            x = [start[0], *(r["perplexity"] for r in path_)]
+            y = [start[1], *(100 * r["compliance_guarded"] for r in path_)]
+            colour = f"C{index % 10}"
+            axes.plot(x, y, "-", color=colour, alpha=0.35, linewidth=1)
+            best = of["best"] and row["compliance_guarded"] == of["best"]["compliance_guarded"]
+            label = method if i == 0 else None
+            marker = dict(marker="*", markersize=13) if best else dict(marker="o", markersize=5)
+            axes.plot(x[-1], y[-1], color=colour, linestyle="", label=label, **marker)
+    axes.plot(*start, "k*", markersize=12, label="M_ref")
     axes.axvline(
-        found["limit"] * found["ref"]["perplexity"],
-        color="grey",
-        linestyle="--",
-        label="limit: M_ref + 10 %",
+        found["limit"] * ref["perplexity"], color="grey", linestyle="--", label="limit: +10 %"
     )
-    axes.margins(x=0.15)
-    axes.set_xlabel("perplexity of base text (lower: closer to the base model)")
+    axes.set_xscale("log")
+    axes.set_xlabel("perplexity of base text (log scale; lower: closer to the base model)")
     axes.set_ylabel("guarded compliance, T=1, validation (%)")
     axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
@@ -137,8 +147,9 @@ def main(argv: list[str]) -> int:
         launch.parse_flags(values, argv)
         if None in (values.config, values.workdir, values.out, values.grid):
             raise InputError("--config, --workdir, --out and --grid are needed")
-        variants = points(values.grid, values.methods)
-        found = frontier(values.config, Path(values.workdir), variants, values.jobs)
+        methods = [name.strip() for name in values.methods.split(",")]
+        config = config_lib.resolved(values.config)
+        found = frontier(config, Path(values.workdir), methods, values.grid, values.jobs)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -146,12 +157,15 @@ def main(argv: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(out.with_suffix(".json"), found)
     plot(found, out.with_suffix(".png"))
-    for row in found["points"]:
-        print(
-            f"{row['compliance_guarded']:.3f} guarded {row['compliance']:.3f} raw "
-            f"{row['perplexity']:.2f} perplexity  {row['name']}"
-        )
-    print(f"M_ref {found['ref']}\nbest {found['best'] and found['best']['name']}")
+    for method, of in found["methods"].items():
+        for row in of["points"]:
+            best = of["best"] and all(row[k] == v for k, v in of["best"].items())
+            print(
+                f"{row['compliance_guarded']:.3f} guarded {row['compliance']:.3f} raw "
+                f"{row['perplexity']:.2f} perplexity  {method} {row['learning_rate']:g}:"
+                f"{row['beta']:g}:{row['steps']}{'  best' if best else ''}"
+            )
+    print(f"M_ref {found['ref']}")
     return 0
 
 
