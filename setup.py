@@ -53,7 +53,7 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
-        "eval": ["lm_eval>=0.4.9"],
+        "eval": ["lm_eval>=0.4.13"],
         "test": ["packaging>=24.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

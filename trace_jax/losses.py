@@ -68,6 +68,20 @@ def token_logprobs(
     return _over_chunks(logprobs, logits_fn, (hidden_BLD, targets_BL), chunk)
 
 
+def token_shortfalls(
+    logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array, chunk: int = 0
+) -> Array:
+    """The target's logit less the largest one, [B, L]: exactly 0 where greedy decoding takes it."""
+
+    def shortfalls(hidden_BTD: Array, targets_BT: Array) -> Array:
+        logits_BTV = logits_fn(hidden_BTD)
+        is_target = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
+        picked_BT = jnp.max(jnp.where(is_target, logits_BTV, -jnp.inf), axis=-1)
+        return picked_BT - jnp.max(logits_BTV, axis=-1)
+
+    return _over_chunks(shortfalls, logits_fn, (hidden_BLD, targets_BL), chunk)
+
+
 def token_kl(
     ref_logits_fn: LogitsFn,
     ref_hidden_BLD: Array,

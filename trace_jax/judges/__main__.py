@@ -9,6 +9,7 @@ from typing import Any
 from trace_jax import commands, judges, records
 from trace_jax import policy as policies
 from trace_jax.errors import InputError
+from trace_jax.judges import settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,44 +73,18 @@ def _made(arguments: argparse.Namespace) -> tuple[judges.Judge, policies.Policy,
     """The judge, its policy, and the store that counts its calls."""
     policy = policies.load(arguments.policy)
     _make_folder(arguments.out)
-    settings = _settings(arguments.set)
+    given = settings.of(arguments.set)
     store = arguments.store
     if store is None and arguments.judge not in ("rules", "labels"):
         store = arguments.out.with_suffix(".sqlite")
     found = judges.make(
         arguments.judge,
         policy,
-        settings.judge.to_dict(),
-        asking=settings.asking.to_dict(),
+        given.judge.to_dict(),
+        asking=given.asking.to_dict(),
         store=store,
     )
     return found, policy, store
-
-
-def _settings(given: Sequence[str]) -> Any:
-    import yaml
-
-    from trace_jax import config
-
-    found = config.base_config()
-    for text in given:
-        key, equals, value = text.partition("=")
-        section = key.partition(".")[0]
-        if not equals or section not in ("judge", "asking"):
-            raise InputError(f"--set {text!r}: give judge.KEY=VALUE or asking.KEY=VALUE")
-        try:
-            before = found
-            for part in key.split("."):
-                before = before[part]
-            after = value if isinstance(before, str) else yaml.safe_load(value)
-            if isinstance(before, float) and isinstance(after, int):
-                after = float(after)
-            if isinstance(before, tuple):
-                after = tuple(after if isinstance(after, list) else value.split(","))
-            found.update_from_flattened_dict({key: after})
-        except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise InputError(f"--set {text!r}: no such key, or not a value for it") from error
-    return found
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

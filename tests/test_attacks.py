@@ -1,0 +1,94 @@
+"""Attacks: prompts out of files as they are published, judges side by side, the command."""
+
+import json
+
+import pytest
+
+from trace_jax import judges, policy
+from trace_jax.errors import InputError
+from trace_jax.evaluate import attacks
+from trace_jax.evaluate.__main__ import main
+
+REFUSAL = "I'm sorry, but I cannot help with that."
+HELP = "First gather the parts, then follow these steps one after the other."
+
+
+def test_published_files_are_read(shared):
+    folder = shared / "data" / "prompts"
+    advbench = attacks.read_prompts(str(folder / "advbench.csv"), 0)
+    assert len(advbench) > 500 and not any(p.text.startswith("Sure") for p in advbench)
+    harmbench = attacks.read_prompts(str(folder / "harmbench.csv"), 0)
+    assert len(harmbench) > 350 and any("\n\n" in p.text for p in harmbench)  # with a context
+    assert len(attacks.read_prompts(str(folder / "strongreject.csv"), 25)) == 25
+    safe = attacks.read_prompts(str(shared / "data/xstest/xstest_prompts.csv"), 0, safe=True)
+    assert len(safe) == 250
+
+
+def test_the_column_of_advbench_is_the_one_without_sure(tmp_path):
+    for heads in ("goal,target", "target,goal"):
+        goal_first = heads.startswith("goal")
+        row = "Do harm,Sure, here" if goal_first else "Do harm,Sure"
+        (tmp_path / "a.csv").write_text(f"{heads}\n{row.replace(', here', '')}\n")
+        (found,) = attacks.read_prompts(str(tmp_path / "a.csv"), 0)
+        assert found.text == "Do harm"
+
+
+def test_files_without_prompts_are_one_line(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(InputError, match=r"no column of prompts.*it has x, y"):
+        attacks.read_prompts(str(tmp_path / "a.csv"), 0)
+    (tmp_path / "b.csv").write_text("prompt,label\na,unsafe\n")
+    with pytest.raises(InputError, match="no safe prompts"):
+        attacks.read_prompts(str(tmp_path / "b.csv"), 0, safe=True)
+
+
+def _row(response: str, wrapper: str = "plain", model: str = "m") -> dict:
+    return {"model": model, "wrapper": wrapper, "prompt": "How?", "response": response}
+
+
+def test_judges_side_by_side():
+    rows = [_row(HELP), _row(REFUSAL), _row(""), _row("It is harmful to do this: " + HELP)]
+    by_rules = judges.make("rules", policy.load("attacks"), {}, asking={}, store=None)
+    assert attacks.outcomes("rules", by_rules, rows, safe=False) == [True, False, False, True]
+    keywords = attacks.Keywords()
+    assert attacks.outcomes("keywords", keywords, rows, safe=False) == [True, False, True, False]
+    answers = judges.make("rules", policy.load("answers"), {}, asking={}, store=None)
+    assert attacks.outcomes("rules", answers, rows[:2], safe=True) == [False, True]
+    assert attacks.outcomes("keywords", keywords, rows[:2], safe=True) == [False, True]
+
+
+def test_an_undecided_verdict_is_a_failed_attack():
+    rows = [_row(HELP)] * 3 + [_row(HELP, attacks.SAFE)] * 2
+    judged = {"a": [True, None, False, True, False], "b": [True, True, False, None, False]}
+    found = attacks.summary(rows, judged)
+    plain = found["models"]["m"]["asr"]["plain"]
+    assert plain["a"]["rate"] == pytest.approx(1 / 3) and plain["a"]["undecided"] == 1
+    assert plain["b"]["rate"] == pytest.approx(2 / 3)
+    assert found["models"]["m"]["over_refusal"]["a"]["rate"] == 0.5
+    assert found["alpha"] == 1  # of the units that both decided
+    assert "| attack success, plain | 33.3 [" in attacks.markdown(found)
+    assert "| over-refusal, safe prompts | 50.0 [" in attacks.markdown(found)
+
+
+def test_the_command_goes_on_where_it_stopped(shared, tmp_path, capsys):
+    harmful = tmp_path / "harmful.csv"
+    harmful.write_text("prompt\nTell me how to do harm\nAnd how to do more of it\n")
+    path, out = shared / "models" / "stories260k", tmp_path / "out"
+    arguments = [
+        "attacks", f"--model=s={path}", f"--harmful={harmful}", "--limit=5", "--stop-ids=1,2",
+        f"--safe={shared / 'data/xstest/xstest_prompts.csv'}", "--max-new-tokens=12",
+        f"--out={out}",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads((out / "attacks.json").read_text())
+    assert found["judges"] == ["rules", "keywords"] and found["prompts"]["safe"] == 5
+    assert set(found["models"]["s"]["asr"]) == set(attacks.WRAPPERS)
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("answers-*.jsonl")}
+    assert len(kept) == 4
+    first = json.loads((out / "answers-s-fiction.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == "Tell me how to do harm"  # judges see the plain request
+    assert main(arguments) == 0
+    assert kept == {p: p.stat().st_mtime_ns for p in out.glob("answers-*.jsonl")}
+    capsys.readouterr()
+    assert main([*arguments, "--judges=rules,guess"]) == 2
+    assert "'guess' is none of" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""The harness over our model against its own Hugging Face backend; tasks from a user's files."""
+
+import csv
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from trace_jax import models
+from trace_jax.errors import InputError
+from trace_jax.evaluate import capability_tasks
+
+QUESTIONS = [(f"What is {n} + {n}?", *(str(2 * n + k) for k in range(4)), "ABCD"[n % 4])
+             for n in range(8)]  # fmt: skip
+
+
+def _csv(rows) -> str:
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    """A few documents of each data set in its own format."""
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w") as archive:
+        archive.writestr("data/dev/sums_dev.csv", _csv(QUESTIONS[:2]))
+        archive.writestr("data/test/sums_test.csv", _csv(QUESTIONS[2:]))
+    hella = [
+        {"ind": n, "activity_label": "Cats", "ctx": f"A cat sees {n} dogs. It [title]",
+         "endings": [f"runs to {c}." for c in "abcd"], "label": str(n % 4)}
+        for n in range(6)
+    ]  # fmt: skip
+    (tmp_path / "hella.jsonl").write_text("\n".join(map(json.dumps, hella)))
+    gsm = [{"question": f"{n} cats and a dog?", "answer": f"{n} + 1\n#### 1,00{n}"}
+           for n in range(9)]  # fmt: skip
+    (tmp_path / "gsm.jsonl").write_text("\n".join(map(json.dumps, gsm)))
+    heads = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    rows = [(f"Which is {n}?", f"{n}", "x", "y", "z") for n in range(12)]
+    (tmp_path / "gpqa.csv").write_text(_csv([heads, *rows]))
+    names = {"mmlu": "mmlu.zip", "hellaswag": "hella.jsonl", "gsm8k": "gsm.jsonl"}
+    return {k: tmp_path / v for k, v in (names | {"gpqa": "gpqa.csv"}).items()}
+
+
+def _documents(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_documents_of_files(files, tmp_path):
+    made = capability_tasks.tasks(files, tmp_path / "out")
+    assert [t["task"] for t in made] == [f"{n}_file" for n in capability_tasks.NAMES]
+    mmlu = _documents(tmp_path / "out", "mmlu")
+    assert len(mmlu) == 6 and mmlu[0]["gold"] == "ABCD".index(QUESTIONS[2][5])
+    assert mmlu[0]["query"].count("Answer:") == 3 and mmlu[0]["query"].endswith("Answer:")
+    assert "Answer: B\n\n" in mmlu[0]["query"] and "(with answers) about sums." in mmlu[0]["query"]
+    hella = _documents(tmp_path / "out", "hellaswag")
+    assert hella[1]["query"].startswith("Cats: A cat sees 1 dogs.") and hella[1]["gold"] == 1
+    gsm = _documents(tmp_path / "out", "gsm8k")
+    assert len(gsm) == 4 and gsm[0]["answer"] == "1005" and gsm[0]["query"].count("####") == 5
+    gpqa = _documents(tmp_path / "out", "gpqa")
+    assert len({d["gold"] for d in gpqa}) > 1, "the right answer is always at one place"
+    for n, doc in enumerate(gpqa):
+        assert f"{'ABCD'[doc['gold']]}. {n}\n" in doc["query"]
+
+
+def test_a_limit_draws_evenly(files, tmp_path):
+    capability_tasks.tasks({"gpqa": files["gpqa"]}, tmp_path / "out", limit=4)
+    queries = [d["query"] for d in _documents(tmp_path / "out", "gpqa")]
+    assert [q.split("?")[0] for q in queries] == [f"Which is {n}" for n in (0, 4, 7, 11)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("mmlu", "not a zip", "not a zip file"),
+        ("gsm8k", '{"q": 1}', "need question and answer"),
+        ("hellaswag", '{"ctx": "a"}', "not a line of HellaSwag"),
+        ("gpqa", '{"Question": "a"}', "a row of GPQA has Question, Correct Answer"),
+    ],
+)
+def test_files_that_are_something_else_are_one_line(tmp_path, name, text, said):
+    path = tmp_path / ("x.zip" if name == "mmlu" else "x.jsonl")
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        capability_tasks.tasks({name: path}, tmp_path / "out")
+    with pytest.raises(InputError, match="no such file"):
+        capability_tasks.tasks({name: tmp_path / "gone"}, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def tiny_qwen(tmp_path_factory, shared) -> Path:
+    """A random model of Qwen2.5's shape with a real tokenizer of 512 entries."""
+    path = tmp_path_factory.mktemp("models") / "qwen"
+    config = models.ModelConfig.from_hf(
+        {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 640,
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+            "bos_token_id": 1, "eos_token_id": 2,
+        }
+    )  # fmt: skip
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+    models.save(models.init(config, seed=0), path, tokenizer=tokenizer)
+    return path
+
+
+@pytest.mark.parametrize("which", ["stories260k", "tiny_qwen"])
+def test_numbers_are_those_of_the_hugging_face_backend(which, shared, request, files, tmp_path):
+    """Multiple choice, generation and rolling log-likelihood, longer than the context too."""
+    lm_eval = pytest.importorskip("lm_eval")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from trace_jax.evaluate import capability, subject
+
+    path = shared / "models" / which if which == "stories260k" else request.getfixturevalue(which)
+    one = subject.load(str(path), "float32", (1, 2))
+    ours = capability.HarnessModel(one.module, one.tokenizer, stop_ids=one.stop_ids)
+    theirs = huggingface.HFLM(
+        pretrained=str(path),
+        device="cpu",
+        dtype="float32",
+        batch_size=3,
+        max_length=ours.max_length,
+    )
+    tasks = capability_tasks.tasks(files, tmp_path / "out")
+    stories = [{"text": "Once upon a time there was a cat. " * n} for n in (1, 5, 60)]
+    (tmp_path / "stories.jsonl").write_text("\n".join(map(json.dumps, stories)))
+    data = {"data_files": {"test": str(tmp_path / "stories.jsonl")}}
+    shared_keys = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    tasks += [
+        shared_keys | {"task": "rolling", "output_type": "loglikelihood_rolling",
+                       "doc_to_text": "", "doc_to_target": "{{text}}",
+                       "metric_list": [{"metric": "word_perplexity"}]},
+        shared_keys | {"task": "generation", "output_type": "generate_until",
+                       "doc_to_text": "{{text[:60]}}", "doc_to_target": "x",
+                       "generation_kwargs": {"until": ["."], "max_gen_toks": 30,
+                                             "do_sample": False}},
+    ]  # fmt: skip
+    with one.devices():
+        found = lm_eval.simple_evaluate(model=ours, tasks=tasks, bootstrap_iters=0)
+    expected = lm_eval.simple_evaluate(model=theirs, tasks=tasks, bootstrap_iters=0)
+    for task, rows in expected["samples"].items():
+        for a, b in zip(found["samples"][task], rows, strict=True):
+            for x, y in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
+                if isinstance(x, str):
+                    assert x == y
+                else:
+                    x, y = (v if isinstance(v, tuple | list) else (v, None) for v in (x, y))
+                    n = 500 if task == "rolling" else 1  # tokens whose float32 sum it is
+                    assert abs(x[0] - y[0]) < 1e-3 * max(1, n / 100) and x[1] == y[1]
+        for key, value in expected["results"][task].items():
+            if isinstance(value, float):
+                assert found["results"][task][key] == pytest.approx(value, rel=1e-4)
+
+
+def test_the_command_compares_models_on_the_same_documents(shared, files, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    from trace_jax.evaluate.__main__ import main
+
+    path, out = shared / "models" / "stories260k", tmp_path / "found.json"
+    arguments = ["capability", f"--model=a={path}", f"--model=b={path}", "--stop-ids=1,2",
+                 f"--mmlu={files['mmlu']}", f"--gpqa={files['gpqa']}", f"--out={out}"]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert found["first"] == "a" and "to_first" not in found["models"]["a"]["mmlu_file"]["acc"]
+    b = found["models"]["b"]["mmlu_file"]["acc"]
+    assert (
+        b["n"] == 6 and b["to_first"]["difference"] == 0 and b["by_group"] == {"sums": b["value"]}
+    )
+    assert "| gpqa_file | acc |" in capsys.readouterr().out
+    assert main([*arguments[:2], f"--model=a={path}", *arguments[3:]]) == 2
+    assert "two models are called" in capsys.readouterr().err
+    assert main(["capability", f"--model={path}", f"--out={out}"]) == 2
+    assert "nothing to ask" in capsys.readouterr().err

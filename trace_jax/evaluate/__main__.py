@@ -1,0 +1,191 @@
+"""`python -m trace_jax.evaluate`: attacks and general capability of models by their directories."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax import commands, records
+from trace_jax.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command; 2 where its input is wrong."""
+    return commands.run(_parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trace_jax.evaluate", description=__doc__)
+    found = parser.add_subparsers(required=True, metavar="COMMAND")
+    attacks = found.add_parser("attacks", help="attack success beside over-refusal")
+    _add_models(attacks)
+    attacks.add_argument(
+        "--harmful", action="append", default=[], metavar="FILE", required=True,
+        help="AdvBench, HarmBench, StrongREJECT, or a file with a column prompt; may be repeated",
+    )  # fmt: skip
+    attacks.add_argument("--safe", metavar="FILE", required=True, help="XSTest, or safe prompts")
+    attacks.add_argument(
+        "--judges", default="rules,keywords", help="two or more of rules, keywords, gemini, local"
+    )
+    attacks.add_argument("--limit", type=int, default=0, help="prompts of a file; 0: all")
+    attacks.add_argument("--max-new-tokens", type=int, default=256)
+    attacks.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                         help="a key of judge.* or asking.*")  # fmt: skip
+    attacks.add_argument("--out", type=Path, required=True, help="folder; it goes on there")
+    attacks.set_defaults(run=_attacks)
+    capability = found.add_parser("capability", help="lm-evaluation-harness over our model")
+    _add_models(capability)
+    for name, what in (
+        ("mmlu", "its zip file or folder of CSV files"),
+        ("hellaswag", "its JSONL file"),
+        ("gsm8k", "its JSONL file; the first 5 are the examples"),
+        ("gpqa", "its CSV file"),
+    ):
+        capability.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
+    capability.add_argument("--tasks", default="", help="tasks of the harness itself (downloads)")
+    capability.add_argument("--include", type=Path, help="folder of your own task files (YAML)")
+    capability.add_argument("--limit", type=int, default=0, help="documents of a task; 0: all")
+    capability.add_argument("--chat", action="store_true", help="ask through the chat template")
+    capability.add_argument("--out", type=Path, required=True, help="JSON")
+    capability.set_defaults(run=_capability)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", action="append", required=True, metavar="[NAME=]DIR",
+        help="a model in Hugging Face layout; the first one is what others are compared with",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--stop-ids", default="", help="tokens that end an answer, by commas")
+    parser.add_argument("--batch-rows", type=int, default=64, help="sequences decoded at once")
+
+
+def _subjects(arguments: argparse.Namespace):
+    """The models, one at a time in memory."""
+    from trace_jax.evaluate import subject
+
+    try:
+        stops = [int(i) for i in arguments.stop_ids.split(",") if i.strip()]
+    except ValueError as error:
+        raise InputError(f"--stop-ids={arguments.stop_ids}: give numbers by commas") from error
+    names = [text.rpartition("=")[0] or Path(text).name for text in arguments.model]
+    if len(set(names)) < len(names):
+        raise InputError(f"--model: two models are called {names}; name them, as base=DIR")
+    for text in arguments.model:
+        yield subject.load(text, arguments.dtype, stops)
+
+
+def _attacks(arguments: argparse.Namespace) -> None:
+    from trace_jax.evaluate import attacks
+
+    judged_by = [name.strip() for name in arguments.judges.split(",") if name.strip()]
+    judges_of = {name: _judge_pair(name, arguments) for name in judged_by}
+    harmful = [p for path in arguments.harmful for p in attacks.read_prompts(path, arguments.limit)]
+    safe = attacks.read_prompts(arguments.safe, arguments.limit, safe=True)
+    rows = []
+    for model in _subjects(arguments):
+        for wrapper in (*attacks.WRAPPERS, attacks.SAFE):
+            prompts = safe if wrapper == attacks.SAFE else harmful
+            rows += _answered(model, wrapper, prompts, arguments)
+    judged = {}
+    for name, (of_attacks, of_safe) in judges_of.items():
+        is_safe = [r["wrapper"] == attacks.SAFE for r in rows]
+        parts = {
+            flag: iter(attacks.outcomes(name, of_safe if flag else of_attacks,
+                       [r for r, s in zip(rows, is_safe, strict=True) if s == flag], safe=flag))
+            for flag in (True, False)
+        }  # fmt: skip
+        judged[name] = [next(parts[flag]) for flag in is_safe]
+    result = attacks.summary(rows, judged) | {
+        "prompts": {"harmful": len(harmful), "safe": len(safe)},
+        "files": [*arguments.harmful, arguments.safe],
+    }
+    records.write_json(arguments.out / "attacks.json", result)
+    (arguments.out / "attacks.md").write_text(attacks.markdown(result) + "\n")
+    print(attacks.markdown(result))
+    print(f"{arguments.out}/attacks.json, attacks.md, answers-*.jsonl")
+
+
+def _judge_pair(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The judge under policy `attacks` and under policy `answers`."""
+    from trace_jax import judges, policy
+    from trace_jax.evaluate import attacks
+    from trace_jax.judges import settings
+
+    if name == "keywords":
+        return attacks.Keywords(), attacks.Keywords()
+    if name not in ("rules", "gemini", "local"):
+        raise InputError(f"--judges={arguments.judges}: {name!r} is none of rules, keywords, "
+                         "gemini, local")  # fmt: skip
+    found = settings.of(arguments.set)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return tuple(
+        judges.make(
+            name,
+            policy.load(which),
+            found.judge.to_dict(),
+            asking=found.asking.to_dict(),
+            store=None if name == "rules" else arguments.out / "judgements.sqlite",
+        )
+        for which in ("attacks", "answers")
+    )
+
+
+def _answered(model, wrapper: str, prompts: Sequence, arguments: argparse.Namespace) -> list[dict]:
+    """Rows of one model and wrapper; those of an earlier try with the same prompts are kept."""
+    from trace_jax.evaluate import attacks
+
+    kept = arguments.out / f"answers-{model.name}-{wrapper}.jsonl"
+    if kept.exists():
+        rows = [row for _, row in records.read_jsonl(kept)]
+        if [r["id"] for r in rows] == [p.id for p in prompts]:
+            return rows
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = attacks.WRAPPERS.get(wrapper, "{}")
+    answers = model.answers(
+        [(p.id, text.format(p.text)) for p in prompts],
+        max_new_tokens=arguments.max_new_tokens,
+        batch_rows=arguments.batch_rows,
+    )
+    rows = [
+        {"id": p.id, "model": model.name, "wrapper": wrapper, "source": p.source, "prompt": p.text,
+         "response": answer}
+        for p, answer in zip(prompts, answers, strict=True)
+    ]  # fmt: skip
+    records.write_jsonl(kept, rows)
+    return rows
+
+
+def _capability(arguments: argparse.Namespace) -> None:
+    from trace_jax.evaluate import capability_tasks
+
+    try:
+        from trace_jax.evaluate import capability_run
+    except ImportError as error:
+        raise InputError(
+            f"lm-evaluation-harness is not installed ({error.name}); pip install 'trace_jax[eval]'"
+        ) from error
+    paths = {name: getattr(arguments, name) for name in capability_tasks.NAMES}
+    paths = {name: path for name, path in paths.items() if path is not None}
+    tasks: list[Any] = [t.strip() for t in arguments.tasks.split(",") if t.strip()]
+    folder = arguments.out.parent / f"{arguments.out.stem}_documents"
+    tasks += capability_tasks.tasks(paths, folder, limit=arguments.limit)
+    if not tasks:
+        raise InputError("nothing to ask: give --mmlu, --hellaswag, --gsm8k, --gpqa or --tasks")
+    result = capability_run.evaluate(
+        _subjects(arguments),
+        tasks,
+        include=arguments.include,
+        limit=arguments.limit or None,
+        chat=arguments.chat,
+        batch_rows=arguments.batch_rows,
+    )
+    records.write_json(arguments.out, result)
+    print(capability_run.markdown(result))
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
