@@ -29,7 +29,18 @@ from trace_jax.stages import context
 SHARED = ("prepare", "align", "triage", "baseline", "correct")
 OWN = ("impact", "train", "evaluate")
 _CHANGEABLE = ("triage", "correct")  # a variant that changes one does it and what follows itself
-_FIXED = ("model", "data", "policy", "judge", "asking", "align", "evaluate", "mesh", "seed")
+_FIXED = (
+    "parent",
+    "model",
+    "data",
+    "policy",
+    "judge",
+    "asking",
+    "align",
+    "evaluate",
+    "mesh",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,9 @@ def base_config() -> ml_collections.ConfigDict:
     """
     c = ml_collections.ConfigDict()
     c.seed = 0  # gold batch, data order, sampling: everything random follows from it
+    c.parent = (
+        ""  # workdir of a finished run whose model, records and prompts this one goes on from
+    )
     c.model = _model()
     c.mesh = _mesh()
     c.data = _data()
@@ -56,6 +59,7 @@ def base_config() -> ml_collections.ConfigDict:
 def _model() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.path = ""  # Hugging Face directory of the deployed model; empty: train model.scratch first
+    c.ref_path = ""  # directory of M_ref, where the deployed model is another than model.path
     c.hf_config = ml_collections.ConfigDict()  # its config.json, so that --plan needs no download
     c.dtype = "float32"  # float32 | bfloat16: activations, and weights but for those that train
     c.stop_ids = ()  # token ids that end a response; empty: the model's own EOS
@@ -315,10 +319,13 @@ def _converted(key: str, value: str, kind: type):
 def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A copy as the stages want it.
 
-    A train.method that names a preset is its method with its settings; --config.evaluate.splits may
-    join names by commas.
+    A train.method that names a preset is its method with its settings; a parent decides what
+    `generations.settings` says; --config.evaluate.splits may join names by commas.
     """
+    from trace_jax import generations
+
     config = with_overrides(config, methods.PRESETS.get(config.train.method, {}))
+    config = with_overrides(config, generations.settings(config))
     joined = ",".join(config.evaluate.splits)
     config.evaluate.splits = tuple(name.strip() for name in joined.split(",") if name.strip())
     return config

@@ -258,7 +258,7 @@ def _hours(run, found: dict, work: workload.Work, layouts: dict, chip, chips: in
     prompts = config.data.validation_prompts * ("validation" in config.evaluate.splits)
     prompts += config.data.test_prompts * ("test" in config.evaluate.splits)
     decoded = prompts * (config.evaluate.samples + 1) * config.evaluate.max_new_tokens
-    decoded *= 2 + config.align.enabled
+    decoded *= 2 + run.has_ref
     sample = found["sample"]["flops"] / config.evaluate.batch_rows * decoded
     seconds = train / config.plan.utilisation + sample / config.plan.decode_utilisation
     return seconds / (peak * chips) / 3600

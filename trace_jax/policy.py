@@ -112,8 +112,8 @@ class Diff:
     unchanged: tuple[str, ...]
 
 
-def load(name_or_path: str | os.PathLike[str]) -> Policy:
-    """Loads a policy by shipped name or from a file.
+def load(name_or_path: str | os.PathLike[str], *, extended_by: tuple[str, ...] = ()) -> Policy:
+    """Loads a policy by shipped name or from a file. extended_by: files that want it for theirs.
 
     Raises:
       InputError: anything wrong with it, with file and line.
@@ -121,7 +121,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Policy:
     name = os.fspath(name_or_path)
     if not re.fullmatch(r"\w+", name):
         try:
-            return parse(Path(name).read_text(encoding="utf-8"), name)
+            return parse(Path(name).read_text(encoding="utf-8"), name, extended_by)
         except OSError as error:
             raise InputError(
                 f"{name}: cannot be read ({error.strerror}); check the path"
@@ -145,13 +145,53 @@ def _folder() -> importlib.resources.abc.Traversable:
     return importlib.resources.files("trace_jax") / "policies"
 
 
-def parse(text: str, where: str = "policy") -> Policy:
-    """Reads a policy from YAML text; `where` names it in errors."""
+def parse(text: str, where: str = "policy", extended_by: tuple[str, ...] = ()) -> Policy:
+    """Reads a policy from YAML text; `where` names it in errors, and is what paths start from."""
     data, lines = _parse_yaml(text, where)
     try:
+        if isinstance(data, dict) and "extends" in data:
+            data, lines = _extended(data, lines, where, extended_by)
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)  # whole by itself
         return _policy(data, lines, where, text)
     except RecursionError as error:
         raise InputError(f"{where}: nested too deeply; does an anchor contain itself?") from error
+
+
+def _extended(
+    data: dict[str, Any], lines: Sequence[int], where: str, extended_by: tuple[str, ...]
+) -> tuple[dict[str, Any], list[int]]:
+    """The policy that `extends` names, with this one's clauses in place of those of their ids.
+
+    New clauses come last; those of `without` are gone.
+    """
+    predicates.check_mapping(
+        data, where, ("name", "extends"), ("description", "clauses", "without")
+    )
+    other = predicates.string(data["extends"], f"{where}: extends")
+    if where in extended_by:
+        raise InputError(f"{where}: extends itself, by way of {extended_by[-1]}")
+    path = other if re.fullmatch(r"\w+", other) else os.path.join(os.path.dirname(where), other)
+    base = load(path, extended_by=(*extended_by, where))
+    own = data.get("clauses") or []
+    dropped = data.get("without") or []
+    if not isinstance(own, list) or not isinstance(dropped, list):
+        raise InputError(f"{where}: clauses and without must be lists")
+    places = {clause.id: 0 for clause in base.clauses}
+    merged = {c["id"]: c for c in yaml.safe_load(base.source)["clauses"]}
+    for line, clause in zip(lines, own, strict=True):
+        if not isinstance(clause, dict) or not isinstance(clause.get("id"), str):
+            raise InputError(f"{where}:{line}: a clause needs an id")
+        if places.get(clause["id"]):
+            raise InputError(
+                f"{where}:{line}: two clauses have the id {clause['id']!r}; rename one"
+            )
+        merged[clause["id"]], places[clause["id"]] = clause, line
+    for name in dropped:
+        if merged.pop(name, None) is None:
+            raise InputError(f"{where}: without: {other} has no clause {name!r}")
+        places.pop(name)
+    whole = {"name": data["name"], "description": data.get("description", base.description)}
+    return whole | {"clauses": list(merged.values())}, list(places.values())
 
 
 def _policy(data: Any, lines: Sequence[int], where: str, text: str) -> Policy:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from trace_jax import charts, metrics, policy, records, shortlist
+from trace_jax import charts, generations, metrics, policy, records, shortlist
 
 CONFLICTS = ("INVERT", "PUNISH")
 MODELS = {"base": "base model", "ref": "M_ref (old policy)", "trained": "re-aligned model"}
@@ -71,6 +71,7 @@ def collect(workdir: Path) -> dict[str, Any]:
       training: [chart]; a chart is {"title", "names", "svg"}.
       evaluation: {"rows": [{"model", "rates": [rate], "perplexity"}], "tables": [{"title",
         "columns", "rows"}], "guard"}; a rate is {"rate", "low", "high", "n"} or None.
+      generations: rows of `generations.history`, where the run has a parent.
       samples: [{"prompt", "cells": [{"model", "response", "compliant", "guarded", "violated"}]}].
       stages: [{"stage", "seconds", "summary": [(name, value)]}]. total_seconds: float.
     """
@@ -90,6 +91,7 @@ def collect(workdir: Path) -> dict[str, Any]:
         "training": _training(workdir / "metrics.jsonl"),
         "evaluation": _evaluation(_read_json(workdir / "eval.json")),
         "samples": _samples(_read_jsonl(workdir / "samples.jsonl")),
+        "generations": _generations(workdir),
         "stages": stages,
         "total_seconds": sum(stage["seconds"] for stage in stages),
     }
@@ -185,6 +187,11 @@ def _evaluation(result: Row | None) -> Row | None:
             cells = [{"name": n, "rates": [part.get(n) for part in parts.values()]} for n in names]
             tables.append({"title": title, "columns": list(parts), "rows": cells})
     return {"rows": rows, "tables": tables, "guard": result.get("guard")}
+
+
+def _generations(workdir: Path) -> list[Row] | None:
+    found = generations.history(workdir)
+    return found if len(found) > 1 else None
 
 
 def _samples(rows: Sequence[Row] | None) -> list[Row] | None:

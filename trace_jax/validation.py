@@ -10,7 +10,7 @@ from trace_jax.errors import InputError
 from trace_jax.sources import files, forms
 
 FROM_FILE = ("file", "jsonl")  # two names of one source
-SOURCES = (*FROM_FILE, "synth", "self_sampled")
+SOURCES = (*FROM_FILE, "synth", "self_sampled", "parent")
 ADAPTERS = ("none", "lora")
 
 
@@ -102,6 +102,15 @@ def _validate_u2a(c: ml_collections.ConfigDict) -> None:
 
 
 def _validate_model(config: ml_collections.ConfigDict) -> None:
+    ref = config.model.ref_path
+    if ref and not (Path(ref) / "config.json").is_file():
+        raise InputError(
+            f"model.ref_path={ref}: no config.json there; give a Hugging Face directory"
+        )
+    if ref and config.align.enabled:
+        raise InputError("model.ref_path gives M_ref, so set --config.align.enabled=False")
+    if config.data.source == "parent" and not config.parent:
+        raise InputError("data.source='parent' needs --config.parent=WORKDIR")
     path = config.model.path
     tokenizer = config.model.scratch.tokenizer
     from_records = config.data.source in FROM_FILE and tokenizer

@@ -51,20 +51,28 @@ def _column(path: Path, key: str) -> dict[str, Any]:
     return {row["id"]: row[key] for _, row in records.read_jsonl(path) if row.get(key) is not None}
 
 
+def relabelled(
+    item: records.TriagedRecord, corrections: Mapping[str, records.Text]
+) -> tuple[records.Text, records.Text] | None:
+    """(better, worse) of a record under the new policy; None where it has no such pair."""
+    record = item.record
+    if item.action == "INVERT":
+        return record.rejected, record.chosen
+    if item.action == "PUNISH" and record.id in corrections:
+        return corrections[record.id], record.chosen
+    return (record.chosen, record.rejected) if item.action == "RETAIN" else None
+
+
 def _preference(
     found: Sequence[records.TriagedRecord],
     corrections: Mapping[str, str],
     weights: Mapping[str, float],
 ) -> Iterator[dict[str, Any]]:
     for item in found:
-        record = item.record
-        better, worse = record.chosen, record.rejected
-        if item.action == "INVERT":
-            better, worse = worse, better
-        elif item.action == "PUNISH" and record.id in corrections:
-            better, worse = corrections[record.id], record.chosen
-        elif item.action != "RETAIN":
+        record, pair = item.record, relabelled(item, corrections)
+        if pair is None:
             continue
+        better, worse = pair
         row = {"id": record.id, "prompt": record.prompt}
         row |= {"chosen": _side(record.prompt, better), "rejected": _side(record.prompt, worse)}
         yield row | _common(item, weights)

@@ -36,7 +36,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("prepare", ("seed", "model", "data", "policy.old"), (),
+    Stage("prepare", ("seed", "parent", "model", "data", "policy.old"), (),
           ("base.json", "records.jsonl", "prompts.jsonl"),
           ("base", "base_tokenizer", "base_checkpoints", "openings.jsonl", "continuations.jsonl"),
           on_host=True),

@@ -10,7 +10,7 @@ def run(run: context.Context) -> dict:
     if not run.config.align.enabled:
         if processes.is_first():
             target.mkdir(exist_ok=True)
-            text = f"M_ref is the model at {run.base_directory} (align.enabled=False).\n"
+            text = f"M_ref is the model at {run.ref_directory} (align.enabled=False).\n"
             (target / "README.md").write_text(text)
         return {"aligned": False}
     found = [

@@ -14,13 +14,13 @@ def run(run: context.Context) -> dict:
     found = []
     for split in run.config.evaluate.splits:
         found += responses.rows_of(run, run.base, "base", split)
-        if run.config.align.enabled:
+        if run.has_ref:
             found += responses.rows_of(run, run.ref, "ref", split)
     perplexities = {}
     for split in run.config.evaluate.splits:
         text = [r for r in found if r["model"] == "base" and r["split"] == split]
         perplexities[split] = {"base": responses.perplexity(run, run.base, text, "base")}
-        if run.config.align.enabled:
+        if run.has_ref:
             perplexities[split]["ref"] = responses.perplexity(run, run.ref, text, "ref")
     records.write_json(run.workdir.path / "perplexity.json", perplexities)
     first = run.config.evaluate.splits[0]

@@ -48,7 +48,12 @@ class Context:
         if stage in ("prepare", "baseline", "evaluate"):
             found["policy.old/hash"] = self.old_policy.hash
         if stage == "prepare":
-            for key in ("model.path", "data.path", "data.prompts_path"):
+            keys = ("model.path", "model.ref_path", "data.path", "data.prompts_path")
+            if self.config.data.source == "parent":
+                parent, keys = Path(self.config.parent), keys[:2]
+                for name in ("triage.jsonl", "corrections.jsonl", "prompts.jsonl"):
+                    found[f"parent/{name}"] = workdir.hash_path(parent / name)
+            for key in keys:
                 if self.flat_config[key]:
                     found[f"{key}/hash"] = files.digest(str(self.flat_config[key]))
         if stage == "export" and (evaluated := self.workdir.finished("evaluate")):
@@ -155,7 +160,10 @@ class Context:
         """What the base model is and how texts meet it; later stages are redone when it changes."""
         keys = ("model.dtype", "model.stop_ids", "data.max_length", "data.append_stop")
         values = {key: self.flat_config[key] for key in (*keys, "data.too_long")}
-        return values | {"hash": workdir.hash_path(self.base_directory)}
+        values["hash"] = workdir.hash_path(self.base_directory)
+        if self.config.model.ref_path:
+            values["ref_hash"] = workdir.hash_path(self.ref_directory)
+        return values
 
     @functools.cached_property
     def tokenizer(self):
@@ -230,9 +238,11 @@ class Context:
         """
         from trace_jax.models import hf_weights
 
-        found = hf_weights.check(self.base_directory)
-        hf_weights.check_tokenizer(found, self.tokenizer)
-        self._check_planned(found, self.base_directory)
+        for directory in (self.base_directory, self.config.model.ref_path):
+            if directory:
+                found = hf_weights.check(Path(directory))
+                hf_weights.check_tokenizer(found, self.tokenizer)
+                self._check_planned(found, Path(directory))
 
     def _check_planned(self, found, directory: Path) -> None:
         from trace_jax import models
@@ -271,9 +281,19 @@ class Context:
     @functools.cached_property
     def ref(self):
         """M_ref: aligned to the old policy."""
-        return (
-            self.load_model(self.file("align", "ref")) if self.config.align.enabled else self.base
-        )
+        return self.load_model(self.ref_directory) if self.has_ref else self.base
+
+    @property
+    def has_ref(self) -> bool:
+        """Whether M_ref is another model than the base."""
+        return bool(self.config.align.enabled or self.config.model.ref_path)
+
+    @property
+    def ref_directory(self) -> Path:
+        """Hugging Face directory of M_ref."""
+        if self.config.align.enabled:
+            return self.file("align", "ref")
+        return Path(self.config.model.ref_path) if self.has_ref else self.base_directory
 
     @functools.cached_property
     def trained(self):

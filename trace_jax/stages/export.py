@@ -24,7 +24,7 @@ def run(run: context.Context) -> dict:
     if run.config.train.adapters == "lora":
         settings, checkpoints = run.settings("train"), run.file("train", "checkpoints")
         adapted = fit.restore(run.ref, settings, checkpoints, merge=False)
-        base = run.file("align", "ref") if run.config.align.enabled else run.base_directory
+        base = run.ref_directory
         models.save_adapter(adapted, run.workdir.path / "adapter", base=str(base))
         metrics.say(f"  {run.workdir.path / 'adapter'} (base: {base})")
     return {}

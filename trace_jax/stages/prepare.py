@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trace_jax import (
+    generations,
     metrics,
     processes,
     records,
@@ -262,7 +264,15 @@ def _documents(run: context.Context, found: list, encoder) -> list:
     ]
 
 
+def _from_parent(run: context.Context) -> tuple[list, list[dict]]:
+    parent = Path(run.config.parent)
+    unique = {r.id: r for r in generations.relabelled(parent)}
+    held_out = [row for _, row in records.read_jsonl(parent / "prompts.jsonl")]
+    return list(unique.values()), held_out
+
+
 _SOURCES = {
+    "parent": _from_parent,
     "file": _from_file,
     "jsonl": _from_file,
     "synth": _from_synth,
