@@ -1,6 +1,7 @@
 """Offline, CPU, 8 fake devices, no silent rank promotion: set before anything imports jax."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,17 @@ def straight(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProces
     command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}", f"--workdir={path}"]
     root = Path(__file__).resolve().parents[1]
     return path, subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    with sync_api.sync_playwright() as driver:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        found = driver.chromium.launch(executable_path=path, args=options)
+        yield found
+        found.close()

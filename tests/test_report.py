@@ -404,3 +404,17 @@ def test_histogram_counts_every_value():
 def test_ticks_are_round_and_inside():
     axis = charts._Axis(-0.37, 1.13, 0, 100)
     assert axis.ticks() == pytest.approx([0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_complaint(straight, browser, scheme, width):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+    tab, said = context.new_page(), []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: said.append(request.url) if "http" in request.url else None)
+    tab.goto((straight[0] / "report.html").as_uri())
+    assert tab.locator("h2").count() >= 6 and said == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()

@@ -21,6 +21,7 @@ CONFLICTS = ("INVERT", "PUNISH")
 MODELS = {"base": "base model", "ref": "M_ref (old policy)", "trained": "re-aligned model"}
 SAMPLES_SHOWN = 12
 DOUBTFUL_SHOWN = 6
+INFLUENTIAL_SHOWN = 5  # of the most and of the least influential records
 _RATES = ("compliance_guarded", "compliance", "compliance_greedy")
 _EVALUATION_TABLES = (
     ("Guarded compliance by action", "compliance_guarded", "by_action"),
@@ -28,7 +29,8 @@ _EVALUATION_TABLES = (
 )
 _TRAINING_CHARTS = (
     ("Loss and its parts", ("loss/total", "loss/preference", "loss/npo", "loss/nll")),
-    ("Log-ratio of y0 and y1 in preference pairs", ("train/logratio_0", "train/logratio_1")),
+    ("log p of y0 and y1 in preference pairs, nats", ("train/logp_0", "train/logp_1")),
+    ("The same against M_ref (log-ratio)", ("train/logratio_0", "train/logratio_1")),
     ("KL to M_ref on RETAIN, nats a token", ("train/kl",)),
     ("Share of pairs with the wanted order", ("train/pairs_won",)),
     ("Gradient norm", ("train/grad_norm",)),
@@ -85,10 +87,8 @@ def collect(workdir: Path) -> dict[str, Any]:
         "versions": _read_json(workdir / "versions.json") or {},
         "policy": changes,
         "triage": _triage(workdir),
-        "impact": _impact(
-            _read_json(workdir / "impact_summary.json"), _read_jsonl(workdir / "impact.jsonl")
-        ),
-        "training": _training(workdir / "metrics.jsonl"),
+        "impact": _impact(workdir),
+        "training": _training(workdir),
         "evaluation": _evaluation(_read_json(workdir / "eval.json")),
         "samples": _samples(_read_jsonl(workdir / "samples.jsonl")),
         "generations": _generations(workdir),
@@ -133,7 +133,11 @@ def _triage(workdir: Path) -> Row | None:
     }
 
 
-def _impact(summary: Row | None, rows: Sequence[Row] | None) -> Row | None:
+def _impact(workdir: Path) -> Row | None:
+    summary, rows = (
+        _read_json(workdir / "impact_summary.json"),
+        _read_jsonl(workdir / "impact.jsonl"),
+    )
     if summary is None:
         return None
     scored = [row for row in rows or () if row["score"] is not None and not row["gold"]]
@@ -142,7 +146,31 @@ def _impact(summary: Row | None, rows: Sequence[Row] | None) -> Row | None:
         _histogram("Impact scores", "score", scored),
         _histogram("Weights in the loss", "weight", weighted),
     ]
-    return summary | {"charts": [chart for chart in charts_found if chart["names"]]}
+    triaged = {row["id"]: row for row in _read_jsonl(workdir / "triage.jsonl") or ()}
+    ranked = sorted(scored, key=lambda row: -row["score"])
+    ends = {"most": ranked[:INFLUENTIAL_SHOWN], "least": ranked[::-1][:INFLUENTIAL_SHOWN]}
+    if len(ranked) < 2 * INFLUENTIAL_SHOWN:
+        ends = {}
+    return summary | {
+        "charts": [chart for chart in charts_found if chart["names"]],
+        "influential": {
+            name: [row | _reasons(triaged[row["id"]]) for row in of if row["id"] in triaged]
+            for name, of in ends.items()
+        },
+    }
+
+
+def _reasons(row: Row) -> Row:
+    """Texts of a triaged record, and the clauses that each side violates."""
+    sides = {}
+    for side in ("chosen", "rejected"):
+        clauses = row[f"{side}_verdict"]["clauses"]
+        sides[f"{side}_violates"] = [c for c, s in clauses.items() if _status(s) == "violating"]
+    return sides | {key: row[key] for key in ("prompt", "chosen", "rejected")}
+
+
+def _status(clause: Any) -> str:
+    return clause["status"] if isinstance(clause, Mapping) else clause
 
 
 def _histogram(title: str, key: str, rows: Sequence[Row]) -> Row:
@@ -152,11 +180,19 @@ def _histogram(title: str, key: str, rows: Sequence[Row]) -> Row:
     return {"title": title, "names": list(groups), "svg": svg}
 
 
-def _training(path: Path) -> list[Row] | None:
+def _training(workdir: Path) -> list[Row] | None:
+    path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
     rows = metrics.read_metrics(path)
     found = []
+    pauses = _read_jsonl(workdir / "pauses.jsonl") or ()
+    evaluations = [row for row in pauses if row["kind"] == "evaluation"]
+    if evaluations:
+        names = ("compliance_guarded", "compliance", "kept")
+        series = {n: [(row["step"], row[n]) for row in evaluations] for n in names}
+        svg = charts.line_chart(series, "Validation prompts by step")
+        found.append({"title": "Validation prompts", "names": list(names), "svg": svg})
     for title, names in _TRAINING_CHARTS:
         series = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
         series = {name: points for name, points in series.items() if any(y for _, y in points)}

@@ -131,6 +131,8 @@ def example_losses(
         "n_pairs": is_pair_RS,
         "logratio_0": is_pair_RS * r0_RS,
         "logratio_1": is_pair_RS * r1_RS,
+        "logp_0": is_pair_RS * logp_R2S.reshape(R, S2 // 2, 2)[..., 0],
+        "logp_1": is_pair_RS * logp_R2S.reshape(R, S2 // 2, 2)[..., 1],
         "pairs_won": is_pair_RS * (r0_RS - r1_RS > _TIE),
     }
     return sum(parts.values()), {**parts, **diagnostics}
@@ -265,7 +267,7 @@ def _metrics(loss: Array, parts: dict[str, Array], options: Options) -> dict[str
         found["train/kl"] = parts.pop("kl") / options.n_retain
     if parts:
         n_pairs = jnp.maximum(parts.pop("n_pairs"), 1.0)
-        for name in ("logratio_0", "logratio_1", "pairs_won"):
+        for name in ("logratio_0", "logratio_1", "logp_0", "logp_1", "pairs_won"):
             found[f"train/{name}"] = parts.pop(name) / n_pairs
     return found | {f"loss/{k}": v / options.n_conflict for k, v in parts.items()}
 
