@@ -1,12 +1,13 @@
 """The LM head in chunks against all logits at once: peak temporaries and time.
 
-python -m bench.head [--quick] [--topology v5e:2x4] [--out FILE]
+python -m bench.head [--quick] [--topology v5e:2x4] [--step] [--out FILE]
 
 Log-probs (value, gradient, directional derivative) and KL (gradient) of 2,048 tokens, a head of
 width 512 and 32k, 128k and 256k entries, float32. Temporaries are the compiler's (memory_analysis),
 on this machine and, with --topology, ahead of time for one TPU chip of that slice in bfloat16;
 seconds, of value and gradient of log-probs, are medians of alternating runs here. The unchunked
-form is the same code with one chunk.
+form is the same code with one chunk. --step (two minutes, needs libtpu): the whole train step of
+Gemma-2-9B with LoRA for one v5p chip, against one that keeps all logits for its backward pass.
 """
 
 import argparse
@@ -132,11 +133,44 @@ def afar(vocabulary: int, topology: str) -> list[dict]:
     return rows
 
 
+def step(rows: int) -> dict[str, int]:
+    """Temporaries of the 42-layer step: `rows` conflict and as many KL rows of 1,024 tokens."""
+    from jax.experimental import topologies
+
+    from configs import gemma9b
+    from trace_jax import batches, fit, models, programs, sharding
+
+    chips = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5p:1x1x1", chips_per_host_bounds=(1, 1, 1)
+    )
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=list(chips.devices))
+    config = gemma9b.get_config("lora")
+    shape = models.ModelConfig.from_hf(config.model.hf_config.to_dict())
+    settings = fit.Settings.of(config.train, row_length=LENGTH, seed=0)
+    layout = batches.Layout(rows, LENGTH, 3, 1)
+    chunked, found = losses._over_chunks, {}
+    for kind in ("chunked", "kept"):
+        losses._over_chunks = chunked if kind == "chunked" else _kept
+        model = programs.Model(shape, "bfloat16", "layer", config.model.head_chunk)
+        jax.clear_caches()
+        lowered = programs.train_step(model, settings, layout, layout, mesh)
+        found[kind] = programs.memory(lowered).temp_bytes
+    losses._over_chunks = chunked
+    return found
+
+
+def _kept(of_chunk: Callable, logits_fn: Callable, arrays: tuple, chunk: int) -> jax.Array:
+    """What the chunked head stands against: all logits at once, kept for the backward pass."""
+    del logits_fn, chunk
+    return of_chunk(*arrays)
+
+
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="256k alone")
     parser.add_argument("--topology", help="a TPU slice such as v5e:2x4; needs libtpu")
+    parser.add_argument("--step", action="store_true", help="the whole train step as well")
     parser.add_argument("--out", type=Path, default=Path("bench/results/head.json"))
     values = parser.parse_args(argv)
     names = ["256k"] if values.quick else list(VOCABULARIES)
@@ -155,6 +189,10 @@ def main(argv: Sequence[str]) -> int:
         "temp_ratio_256k": last["logprob_gradient"]["temp_ratio"],
         "time_ratio_256k": last["logprob_gradient"]["time_ratio"],
     }
+    if values.step:
+        temp = step(8)
+        result["step"] = {"rows": 16, "length": LENGTH, "temp_bytes": temp}
+        print(f"whole step: {temp['chunked'] / 2**30:.1f} GiB, kept {temp['kept'] / 2**30:.1f} GiB")
     records.write_json(values.out, result)
     print(f"{values.out}: {result['headline']}")
     return 0
