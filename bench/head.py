@@ -190,8 +190,8 @@ def main(argv: Sequence[str]) -> int:
         "time_ratio_256k": last["logprob_gradient"]["time_ratio"],
     }
     if values.step:
-        temp = step(8)
-        result["step"] = {"rows": 16, "length": LENGTH, "temp_bytes": temp}
+        temp = step(4)
+        result["step"] = {"rows": 8, "length": LENGTH, "temp_bytes": temp}
         print(f"whole step: {temp['chunked'] / 2**30:.1f} GiB, kept {temp['kept'] / 2**30:.1f} GiB")
     records.write_json(values.out, result)
     print(f"{values.out}: {result['headline']}")
