@@ -69,6 +69,7 @@ def _paper(train: ml_collections.ConfigDict) -> None:
     train.retain_per_step = 12
     train.final_fraction = 0.0
     train.punish = "dual_npo"
+    train.alpha_nll = 0.0
 
 
 def _paper_objective(c: ml_collections.ConfigDict) -> None:

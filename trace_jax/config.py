@@ -39,7 +39,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.retain_pairs = (
         False  # trace: RETAIN records whose y_l violates are also preference pairs
     )
-    c.train.alpha_nll = 0.0  # trace: weight of the NLL of a pair's better response, a token
+    c.train.alpha_nll = (
+        0.3  # trace: NLL of a pair's better response, a token, beside a pair of weight
+    )
+    # 1; keeps its probability from falling with the worse one's. 0: as the paper
     c.train.alpha_scale = "one"  # one | per_conflict: alpha_kl over the number of conflicts
     c.train.data_share = (
         1.0  # of the triaged records, scored and trained on: how much data is needed
