@@ -98,7 +98,7 @@ def test_data_files_are_packaged():
     data = {
         p
         for p in _tracked()
-        if p.suffix in (".yaml", ".j2", ".css") and ROOT / "trace_jax" in p.parents
+        if p.suffix in (".yaml", ".j2", ".css", ".js") and ROOT / "trace_jax" in p.parents
     }
     assert data and data == packaged
 
