@@ -49,6 +49,27 @@ def test_an_interrupted_baseline_generates_nothing_again(run, straight, config, 
         assert (run / name).read_bytes() == (straight[0] / name).read_bytes()
 
 
+def test_a_judge_that_fails_in_an_evaluation_costs_no_answers(run, config, monkeypatch, capsys):
+    """Its verdicts are kept by its store; the models' answers by the stage."""
+    _forget(run, "evaluate")
+
+    def fails(*_, **__):
+        raise InputError("the judge cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responses.compliance, "judged_rows", fails)
+        assert _main(config, run, "evaluate") == 2
+    assert "the judge cannot be reached" in capsys.readouterr().err
+    kept = [p.name for p in (run / ".responses").iterdir()]
+    assert kept == ["trained-test-sample.texts.json"]
+    calls, respond_ = [], respond.respond
+    monkeypatch.setattr(
+        respond, "respond", lambda *a, **k: calls.append(k["temperature"]) or respond_(*a, **k)
+    )
+    assert _main(config, run, "evaluate") == 0 and calls == [0.0]
+    assert not (run / ".responses").exists()
+
+
 def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, monkeypatch):
     """The judge accepts everything; the first search is cut off after its first acceptance."""
     searched = []

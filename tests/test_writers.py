@@ -189,7 +189,7 @@ def test_the_first_or_the_surest_proposal_stays(pick, kept):
     c.correct.pick, c.correct.guard = pick, False
     prompt = respond.Prompt(records.content_id("Tell"), "Tell")
     triaged = types.SimpleNamespace(record=records.PreferenceRecord("r", "Tell", "a", "b"))
-    run = types.SimpleNamespace(config=c, judge=Judge(), triaged=[triaged])
+    run = types.SimpleNamespace(config=c, triage_judge=Judge(), triaged=[triaged])
     samples = [["no", "short", "the longest", "the latest.", "  "]]
     assert correct._accepted(run, [prompt], samples) == {prompt.id: kept}
 
@@ -208,7 +208,7 @@ def test_tries_are_never_more_than_allowed(tmp_path):
     c = config_lib.base_config()
     c.correct.tries, c.correct.samples_per_round = 8, 3
     run = types.SimpleNamespace(
-        config=c, judge=Judge(), triaged=[], workdir=types.SimpleNamespace(path=tmp_path),
+        config=c, triage_judge=Judge(), triaged=[], workdir=types.SimpleNamespace(path=tmp_path),
         progress=lambda *_: contextlib.nullcontext(types.SimpleNamespace(advance=int)),
     )  # fmt: skip
     found, tries = correct._search(run, Writer(), [respond.Prompt("p", "Tell")])

@@ -171,6 +171,10 @@ def _triage() -> ml_collections.ConfigDict:
     c.soft = False  # a record trains every action, each by its probability
     c.overrides = ""  # JSONL of what people say of records, see trace_jax/overrides.py
     c.noise = 0.0  # share of records whose verdicts are corrupted on purpose: robustness studies
+    c.error = (
+        0.0  # mean share of single verdicts that are wrong on purpose, with probabilities that
+    )
+    # say how sure: robustness studies of soft triage; up to 0.25. Corrections are judged so as well
     c.noise_seed = 42
     c.coverage_least = 20  # warn of clauses that fewer conflicts touch
     return c

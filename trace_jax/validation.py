@@ -138,6 +138,8 @@ def _validate_triage(c: ml_collections.ConfigDict) -> None:
         )
     if not 0 <= c.noise <= 1:
         raise InputError(f"triage.noise={c.noise} is a share of the records, 0 to 1")
+    if not 0 <= c.error <= 0.25:
+        raise InputError(f"triage.error={c.error} is a mean share of wrong verdicts, 0 to 0.25")
     if c.overrides and not Path(c.overrides).is_file():
         raise InputError(f"triage.overrides={c.overrides}: no such file")
 

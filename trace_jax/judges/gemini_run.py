@@ -31,7 +31,8 @@ class Run:
     def __init__(self, reader: "Service", jobs: Sequence[Job]):
         self.reader, self.total, self.done = reader, len(jobs), 0
         self.jobs: Iterator[Job] = iter(jobs)
-        self.client = reader.client()
+        self.http = reader.http()
+        self.client = reader.client(self.http)
         self.pace = pacing.Pace(reader.asking.requests_per_minute)
         self.budget = reader.budget()
         self.rng = random.Random(0)
@@ -48,6 +49,7 @@ class Run:
 
     async def close(self) -> None:
         await self.client.aio.aclose()
+        await self.http.aclose()
 
     async def _work(self) -> None:
         for job in self.jobs:

@@ -40,18 +40,26 @@ class Service:
         """
         run_to_end(self._ask_all(jobs))
 
-    def client(self) -> Any:
-        """A google-genai client; it does not try again by itself."""
-        import google.auth.exceptions
+    def http(self) -> Any:
+        """The connections of a client, to be closed by whoever made them.
+
+        Ours, because google-genai changes its library, and its errors, where aiohttp is installed.
+        """
         import httpx2
-        from google import genai
 
         limits = httpx2.Limits(
             max_connections=self.asking.concurrency,
             max_keepalive_connections=self.asking.concurrency,
         )
+        return httpx2.AsyncClient(limits=limits, follow_redirects=True)
+
+    def client(self, http: Any = None) -> Any:
+        """A google-genai client over `http`; it does not try again by itself."""
+        import google.auth.exceptions
+        from google import genai
+
         options = genai.types.HttpOptions(
-            timeout=int(1000 * self.asking.timeout_seconds), async_client_args={"limits": limits}
+            timeout=int(1000 * self.asking.timeout_seconds), httpx_async_client=http
         )
         try:
             if not self.asking.vertex_project:

@@ -8,7 +8,17 @@ import ml_collections
 import numpy as np
 
 from trace_jax import config as config_lib
-from trace_jax import judges, methods, metrics, policy, processes, records, triage, workdir
+from trace_jax import (
+    judges,
+    methods,
+    metrics,
+    noise,
+    policy,
+    processes,
+    records,
+    triage,
+    workdir,
+)
 from trace_jax.errors import InputError
 from trace_jax.sources import files
 
@@ -109,6 +119,14 @@ class Context:
     def judge(self) -> judges.Judge:
         """The judge of the new policy."""
         return self._judge(self.new_policy)
+
+    @functools.cached_property
+    def triage_judge(self) -> judges.Judge:
+        """Who triages and accepts corrections: the judge, or in a study one that errs."""
+        config = self.config.triage
+        if not config.error:
+            return self.judge
+        return noise.DoubtfulJudge(self.judge, error=config.error, seed=config.noise_seed)
 
     @functools.cached_property
     def old_judge(self) -> judges.Judge:

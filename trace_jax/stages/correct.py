@@ -153,7 +153,7 @@ def _accepted(
     labels = {
         records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged
     }
-    verdicts = run.judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
+    verdicts = run.triage_judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
     complying = [(v.p_compliant, x) for x, v in zip(items, verdicts, strict=True) if v.compliant]
     if run.config.correct.pick == "best":  # stable: of equals the first
         complying.sort(key=lambda pair: -pair[0])

@@ -23,7 +23,12 @@ def rows_of(run: context.Context, module, model: str, split: str) -> list[dict]:
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             prompts = [p for p in run.prompts if p["split"] == split]
-            records.write_jsonl(kept, make_rows(run, module, model, prompts, mode))
+            texts = kept.with_suffix(".texts.json")  # the judge may fail; what was made stays
+            if not texts.exists():
+                records.write_json(texts, _answers(run, module, model, prompts, mode))
+            made = _judged(run, model, prompts, mode, records.read_json(texts))
+            records.write_jsonl(kept, made)
+            workdir.remove(texts)
         rows += [row for _, row in records.read_jsonl(kept)]
     return rows
 
@@ -42,10 +47,16 @@ def make_rows(
     run: context.Context, module, model: str, prompts: Sequence[dict], mode: str
 ) -> list[dict]:
     """Judged rows of `module` on prompts, in one mode."""
+    return _judged(run, model, prompts, mode, _answers(run, module, model, prompts, mode))
+
+
+def _answers(
+    run: context.Context, module, model: str, prompts: Sequence[dict], mode: str
+) -> list[list[str]]:
     config = run.config.evaluate
     samples, temperature = (config.samples, config.temperature) if mode == "sample" else (1, 0.0)
     with run.progress(len(prompts) * samples, f"{model}: {mode}") as bar:
-        responses = respond.respond(
+        return respond.respond(
             module,
             [respond.Prompt(p["id"], p["prompt"]) for p in prompts],
             run.encoder,
@@ -57,14 +68,19 @@ def make_rows(
             batch_rows=config.batch_rows,
             progress=bar.advance,
         )
+
+
+def _judged(
+    run: context.Context, model: str, prompts: Sequence[dict], mode: str, answers: list[list[str]]
+) -> list[dict]:
     return compliance.judged_rows(
         prompts,
-        responses,
+        answers,
         model=model,
         mode=mode,
         judge=run.judge,
         old_judge=run.old_judge,
-        mean_logprobs=base_logprobs(run, prompts, responses),
+        mean_logprobs=base_logprobs(run, prompts, answers),
     )
 
 

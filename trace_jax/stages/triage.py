@@ -19,8 +19,8 @@ def run(run: context.Context) -> dict:
         for _, row in records.read_jsonl(run.file("prepare", "records.jsonl"))
     ]
     settings = _settings(run, [r.id for r in found])
-    with run.progress(2 * len(found), f"triage by {run.judge.id}") as bar:
-        counts = triage.run(found, run.judge, path, settings, progress=bar.advance)
+    with run.progress(2 * len(found), f"triage by {run.triage_judge.id}") as bar:
+        counts = triage.run(found, run.triage_judge, path, settings, progress=bar.advance)
     clauses = coverage.of(run.new_policy, triage.read(path), least=config.coverage_least)
     records.write_json(
         run.workdir.path / "coverage.json", [dataclasses.asdict(clause) for clause in clauses]
