@@ -1,0 +1,172 @@
+"""Curves: judge noise, amount of data, soft against hard triage, and a gold that is gold.
+
+python -m bench.studies --config=configs/quickstart.py --workdir=runs/quickstart --name=synth \\
+    [--studies=noise,size,soft,gold] [--seeds=3] [--jobs=2] [--config.key=value]
+
+Every point is a variant of a comparison over one prepared run, at the operating point that
+`bench.frontier` chose for its method (docs/results/NAME_frontier.json). Writes
+docs/results/NAME_studies.json and .png.
+
+noise   the paper's corruption of 0, 10, 20 % of the records
+size    25, 50, 100 % of the records
+soft    a judge that errs on 10 or 20 % of its verdicts and says how sure it is: actions by the more
+        likely verdict, against a share of every action by its probability
+gold    dpo_gold on exact verdicts; the others see only such a judge: here the share of the gap
+        closed means what the paper means
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from bench import frontier, realign
+from trace_jax import compare, launch, records
+from trace_jax.errors import InputError
+
+NOISE, SIZE, ERROR = (0.0, 0.1, 0.2), (0.25, 0.5, 1.0), (0.1, 0.2)
+
+
+def _point(study: str, method: str, x: float, label: str, **overrides: object) -> dict:
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    return {"study": study, "method": method, "x": x, "line": label, "overrides": keys}
+
+
+def points() -> list[dict]:
+    """All points of all studies."""
+    found = [
+        _point("noise", m, x, m, triage__noise=x)
+        for m in ("trace", "u2a", "dpo_gold")
+        for x in NOISE
+    ]
+    found += [
+        _point("size", m, x, m, train__data_share=x)
+        for m in ("trace", "naive_oracle_dpo")
+        for x in SIZE
+    ]
+    for x in ERROR:
+        for soft in (False, True):
+            label = "trace, soft" if soft else "trace, hard"
+            found.append(_point("soft", "trace", x, label, triage__error=x, triage__soft=soft))
+        found += [_point("gold", m, x, m, triage__error=x) for m in ("trace", "u2a")]
+    return [*found, _point("gold", "dpo_gold", 0.0, "dpo_gold, exact")]
+
+
+def variant(point: dict, tuned: dict) -> compare.Variant:
+    """A point as a variant; points that differ in their study alone are one run."""
+    (at,) = realign.variants([point["method"]], tuned)
+    neutral = {
+        "triage.noise": 0.0,
+        "triage.error": 0.0,
+        "triage.soft": False,
+        "train.data_share": 1,
+    }
+    changed = {k: v for k, v in point["overrides"].items() if v != neutral[k]}
+    name = "+".join([point["method"], *(f"{k}={v}" for k, v in changed.items())])
+    return compare.Variant(name, at.overrides | changed)
+
+
+def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int, jobs: int) -> dict:
+    """Figures of every point, and the gap closed under each error."""
+    from trace_jax import comparison
+    from trace_jax.evaluate import paired
+
+    chosen = [p for p in points() if p["study"] in studies]
+    variants = {v.name: v for v in (variant(p, tuned) for p in chosen)}
+    found = compare.compare(config, prepared, list(variants.values()), seeds, jobs, winrate=False)
+    rows = []
+    for p in chosen:
+        of = found["methods"][variant(p, tuned).name]
+        figures = {k: {n: of[k][n] for n in ("rate", "low", "high")} for k in comparison.TESTED}
+        rows.append({k: p[k] for k in ("study", "line", "x")} | figures
+                    | {"perplexity": of["perplexity"]})  # fmt: skip
+    out = {"points": rows, "seeds": found["seeds"], "split": found["split"]}
+    if "gold" in studies:
+        out["gap_closed"] = {}
+        for x in ERROR:
+            names = [variant(p, tuned).name for p in chosen
+                     if p["study"] == "gold" and p["x"] in (0.0, x)]  # fmt: skip
+            by_method = {name.split("+")[0]: variants[name] for name in names}
+            of = {
+                m: [
+                    comparison.rows_of(
+                        compare.folder(prepared, v, s) / "samples.jsonl", "trained",
+                        found["split"], (),
+                    )
+                    for s in found["seeds"]
+                ]
+                for m, v in by_method.items()
+            }  # fmt: skip
+            outcomes = [comparison.outcomes(of[m], "compliance_guarded")
+                        for m in ("trace", "u2a", "dpo_gold")]  # fmt: skip
+            out["gap_closed"][str(x)] = paired.gap_closed(*outcomes)
+    return out
+
+
+def plot(found: dict, path: Path) -> None:
+    """A panel a study."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    studies = list(dict.fromkeys(p["study"] for p in found["points"]))
+    labels = {"noise": "share of records corrupted", "size": "share of the records",
+              "soft": "mean error of the judge", "gold": "mean error of the judge"}  # fmt: skip
+    figure, panels = pyplot.subplots(
+        1, len(studies), figsize=(4.2 * len(studies), 3.8), layout="constrained", squeeze=False
+    )
+    for axes, study in zip(panels[0], studies, strict=True):
+        of_study = [p for p in found["points"] if p["study"] == study]
+        for line in dict.fromkeys(p["line"] for p in of_study):
+            rows = sorted((p for p in of_study if p["line"] == line), key=lambda p: p["x"])
+            rate = [100 * p["compliance_guarded"]["rate"] for p in rows]
+            error = [
+                [r - 100 * p["compliance_guarded"]["low"] for r, p in zip(rate, rows, strict=True)],
+                [
+                    100 * p["compliance_guarded"]["high"] - r
+                    for r, p in zip(rate, rows, strict=True)
+                ],
+            ]
+            axes.errorbar([p["x"] for p in rows], rate, yerr=error, fmt="o-", capsize=3, label=line)
+        axes.set_title(study)
+        axes.set_xlabel(labels[study])
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("guarded compliance, T=1 (%)")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 done, 2 bad input."""
+    values = compare.define_flags(argv)
+    flags.DEFINE_string("name", None, "Name of the result files.", flag_values=values)
+    flags.DEFINE_list("studies", "noise,size,soft,gold", "Which.", flag_values=values)
+    try:
+        launch.parse_flags(values, argv)
+        if None in (values.config, values.workdir, values.name):
+            raise InputError("--config, --workdir and --name are needed")
+        start = time.time()
+        tuned = records.read_json(realign.RESULTS / f"{values.name}_frontier.json")
+        found = measure(
+            values.config, Path(values.workdir), tuned, values.studies, values.seeds, values.jobs
+        )
+        found |= {"wall_seconds": round(time.time() - start), **frontier.machine()}
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = realign.RESULTS / f"{values.name}_studies.json"
+    records.write_json(out, found)
+    plot(found, out.with_suffix(".png"))
+    for p in found["points"]:
+        g = p["compliance_guarded"]
+        print(f"{p['study']:6} {p['line']:18} {p['x']:.2f}: {g['rate']:.1%} [{g['low']:.1%}, "
+              f"{g['high']:.1%}], perplexity {p['perplexity']:.2f}")  # fmt: skip
+    for x, gap in found.get("gap_closed", {}).items():
+        print(f"gap closed at error {x}: {gap}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
