@@ -23,7 +23,7 @@ from trace_jax.errors import InputError
 # Name in the tables -> (method or variant, the tuned method whose operating point it takes).
 METHODS = {
     "trace": ("trace", "trace"),
-    "trace_weighted": ("trace+impact.weights=impact", "trace"),
+    "trace_no_impact": ("trace_no_impact", "trace_no_impact"),
     "trace_no_nll": ("trace+train.alpha_nll=0", "trace"),
     "trace_no_kl": ("trace_no_kl", "trace"),
     "trace_no_triage": ("trace_no_triage", "trace"),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trace_jax import compare, launch, policy, validation
+from trace_jax import compare, launch, policy, study, validation
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
+from trace_jax.evaluate import __main__ as evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -53,23 +54,30 @@ def test_a_value_out_of_range_is_one_clear_line(key, value, said):
         validation.validate(c)
 
 
-def _readme_commands() -> list[list[str]]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("evaluation", "methods", "replication"))]
+
+
+def _commands(page: str) -> list[list[str]]:
+    text = (ROOT / page).read_text().replace("\\\n", " ")
     lines = (line.strip() for line in text.splitlines())
     return [shlex.split(line) for line in lines if line.startswith("python -m trace_jax.")]
 
 
-def test_the_commands_of_the_readme_parse(monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_pages_parse(monkeypatch, page):
     monkeypatch.chdir(ROOT)
-    commands = _readme_commands()
-    assert len(commands) >= 3
-    for command in commands:
+    found = _commands(page)
+    assert len(found) >= {"README.md": 3, "docs/methods.md": 0}.get(page, 2)
+    flagged = {"launch": launch.define_flags, "compare": compare.define_flags}
+    parsers = {"evaluate": evaluate._parser, "study": study._parser}
+    for command in found:
         module, *arguments = command[2:]
-        define = {
-            "trace_jax.launch": launch.define_flags,
-            "trace_jax.compare": compare.define_flags,
-        }
+        name = module.removeprefix("trace_jax.")
+        if name in parsers:
+            parsers[name]().parse_args(arguments)
+            continue
         argv = [module, *arguments]
-        values = define[module](argv)
+        values = flagged[name](argv)
         launch.parse_flags(values, argv)
-        validation.validate(values.config, planning="--plan" in arguments)
+        validation.validate(config_lib.resolved(values.config), planning=page != "README.md"
+                            or "--plan" in arguments)  # fmt: skip

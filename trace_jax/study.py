@@ -28,6 +28,10 @@ TIE = "tie"
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command; 2 where its input is wrong."""
+    return commands.run(_parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trace_jax.study", description=__doc__)
     found = parser.add_subparsers(required=True, metavar="COMMAND")
     make = found.add_parser("make", help="a page to be voted on, and its key")
@@ -46,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     score.add_argument("votes", type=Path, nargs="+", help="files that raters saved")
     score.add_argument("--out", type=Path, required=True, help="JSON")
     score.set_defaults(run=_score)
-    return commands.run(parser, argv)
+    return parser
 
 
 @dataclasses.dataclass(frozen=True)
