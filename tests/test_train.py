@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 from tiny import quick_compiles  # noqa: F401
 
-from trace_jax import batches, logprobs, train
+from trace_jax import batches, logprobs, preemption, train
 from trace_jax.errors import InputError
 
 CONFLICT = [
@@ -273,7 +273,7 @@ def test_init_state_copies(data):
     assert all(np.isfinite(leaf).all() for leaf in tiny.leaves(params))
 
 
-def loop(total_steps, bad_step=None, start=0, save_every=3):
+def loop(total_steps, bad_step=None, start=0, save_every=3, due=None):
     """Runs `train.loop` on a fake step; returns (what happened in order, the exception)."""
     events = []
 
@@ -293,8 +293,9 @@ def loop(total_steps, bad_step=None, start=0, save_every=3):
             on_metrics=lambda step, values: events.append(("metrics", step)),
             save=lambda step, state: events.append(("save", step, state)),
             save_every=save_every,
+            due=lambda step: step == due,
         )
-    except InputError as error:
+    except (InputError, preemption.Preempted) as error:
         return events, str(error)
     return events, None
 
@@ -317,6 +318,15 @@ def test_the_loop_reads_metrics_one_step_late_and_saves():
     ]
     assert loop(5, start=3)[0] == events[7:]
     assert loop(5, start=5)[0] == []
+
+
+def test_a_preempted_loop_saves_its_step_and_goes_on_from_there():
+    events, said = loop(5, due=2)
+    assert said == "step 2 is saved"
+    assert events == [
+        ("run", 0), ("run", 1), ("metrics", 1), ("metrics", 2), ("save", 2, 2)
+    ]  # fmt: skip
+    assert [e for e in loop(5, start=2)[0] if e[0] == "run"] == [("run", 2), ("run", 3), ("run", 4)]
 
 
 @pytest.mark.parametrize("bad_step", [1, 2, 4])

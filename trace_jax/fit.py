@@ -19,6 +19,7 @@ from trace_jax import (
     feed,
     methods,
     metrics,
+    preemption,
     processes,
     records,
     sharding,
@@ -213,17 +214,19 @@ def fit(
 
             while True:
                 end = cuts[segment + 1]
-                state = train.loop(
-                    state,
-                    data,
-                    step_fn,
-                    start=max(start, cuts[segment]),
-                    total_steps=end,
-                    record_ids=source.record_ids,
-                    on_metrics=on_metrics,
-                    save=lambda step, state, data=data: saved.save(step, state, data),
-                    save_every=settings.save_every,
-                )
+                with preemption.stepping():
+                    state = train.loop(
+                        state,
+                        data,
+                        step_fn,
+                        start=max(start, cuts[segment]),
+                        total_steps=end,
+                        record_ids=source.record_ids,
+                        on_metrics=on_metrics,
+                        save=lambda step, state, data=data: saved.save(step, state, data),
+                        save_every=settings.save_every,
+                        due=preemption.due,
+                    )
                 if end == total:
                     break
                 reweighed = pauses(end, module_of(state, merge=False), kept)

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import metrics, plan, processes, stages, validation, workdir
+from trace_jax import metrics, plan, preemption, processes, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
         )
         if values.plan or values.topology or values.json:
             return _plan(values)
+        preemption.watch()
         command = shlex.join(["python", "-m", "trace_jax.launch", *argv[1:]])
         realign(
             values.config, _directory(values), only=values.stages, redo=values.redo, command=command
@@ -54,6 +55,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return processes.leave(130)
+    except preemption.Preempted as told:
+        print(f"preempted ({told}); the same command goes on from here", file=sys.stderr)
+        return processes.leave(preemption.EXIT_CODE)
     return 0
 
 

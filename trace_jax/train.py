@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trace_jax import batches, logprobs, losses, sharding
+from trace_jax import batches, logprobs, losses, preemption, sharding
 from trace_jax.errors import InputError
 
 Array = jax.Array
@@ -332,10 +332,15 @@ def loop(
     on_metrics: Callable[[int, dict[str, float]], None],
     save: Callable[[int, TrainState], None],
     save_every: int,
+    due: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Runs steps start..total_steps-1. Metrics of step n are read after step n + 1 was dispatched.
 
-    A non-finite step changes nothing; it stops the run with an InputError that names its records.
+    due: asked after every step; where it is true the step is saved and the run ends.
+
+    Raises:
+      InputError: a step was not finite; it changed nothing, and its records are named.
+      preemption.Preempted: due was true.
     """
     pending: tuple[int, dict[str, Array]] | None = None
     for index in range(start, total_steps):
@@ -347,6 +352,11 @@ def loop(
             _report(*pending, record_ids, on_metrics)
             pending = None
             save(index + 1, state)
+        if due(index + 1):
+            if pending is not None:
+                _report(*pending, record_ids, on_metrics)
+            save(index + 1, state)
+            raise preemption.Preempted(f"step {index + 1} is saved")
     return state
 
 

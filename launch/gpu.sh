@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# One job on the GPUs of this machine: installs into .venv if need be, and starts again what was interrupted.
+#
+#   launch/gpu.sh [--dry-run]
+#
+# Variables, from the environment or edited here:
+: "${CONFIG:=configs/llama8b.py:lora}"
+: "${WORKDIR:=runs/llama8b}"
+: "${FLAGS:=}"          # more flags, as in --config.policy.new=policy.yaml
+: "${GPUS:=}"           # 0,1: these alone; empty: all
+: "${ATTEMPTS:=5}"      # starts, the first included
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DRY_RUN=false
+case "${1:-}" in
+  "") ;;
+  --dry-run) DRY_RUN=true ;;
+  *)
+    sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'
+    exit 2
+    ;;
+esac
+
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  $DRY_RUN || "$@"
+}
+
+if [ -n "$GPUS" ]; then export CUDA_VISIBLE_DEVICES="$GPUS"; fi
+if [ ! -x .venv/bin/python ]; then
+  run python3 -m venv .venv
+  run .venv/bin/pip install -q -c constraints.txt -e '.[cuda]'
+fi
+read -r -a flags <<<"$FLAGS"
+for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
+  code=0
+  run .venv/bin/python -m trace_jax.launch --config="$CONFIG" --workdir="$WORKDIR" "${flags[@]}" || code=$?
+  case "$code" in
+    0) exit 0 ;;
+    2 | 130) exit "$code" ;; # wrong input; stopped by hand
+  esac
+  echo "attempt $attempt ended with $code; the job goes on from its last checkpoint" >&2
+done
+exit 1

@@ -1,0 +1,83 @@
+"""Scripts that start jobs elsewhere: what they would do, and that a shell would understand them."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+SCRIPTS = ("tpu_pod.sh", "gpu.sh", "slurm.sbatch")
+
+
+def _run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        capture_output=True, text=True, cwd=LAUNCH.parent, env=os.environ | variables,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_has_nothing_to_say(script):
+    if shutil.which("shellcheck") is None:
+        assert subprocess.run(["bash", "-n", str(LAUNCH / script)]).returncode == 0
+        pytest.skip("needs shellcheck; bash itself understands the script")
+    done = subprocess.run(["shellcheck", str(LAUNCH / script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_of_a_pod_starts_the_program_and_shows_no_secret():
+    secret = "very-secret-key"
+    own = {"PROJECT": "p", "NAME": "mine", "QUEUED": "true", "SPOT": "true", "WORKDIR": "/mnt/r"}
+    own |= {"CONFIG": "configs/llama8b.py:full", "GEMINI_API_KEY": secret}
+    done = _run("tpu_pod.sh", "run", "--dry-run", **own)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.replace("\\ ", " ")
+    assert "queued-resources create mine-queue" in said and "--spot" in said
+    assert (
+        "trace_jax.launch --config=configs/llama8b.py:full --workdir=/mnt/r --distributed" in said
+    )
+    assert "mine:/mnt/r runs/mine" in said and secret not in done.stdout + done.stderr
+
+
+def test_dry_runs_elsewhere():
+    done = _run("slurm.sbatch", "--dry-run", FLAGS="--config.seed=3 --config.train.beta=0.2")
+    assert (
+        done.returncode == 0
+        and "--distributed --config.seed=3 --config.train.beta=0.2" in done.stdout
+    )
+    done = _run("gpu.sh", "--dry-run", CONFIG="configs/qwen7b.py:lora")
+    assert done.returncode == 0 and "--config=configs/qwen7b.py:lora" in done.stdout
+    for script in ("tpu_pod.sh", "gpu.sh"):
+        assert _run(script, "--help", PROJECT="p").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "starts", "ends"), [(0, 1, 0), (75, 3, 1), (2, 1, 2), (130, 1, 130)]
+)
+def test_what_was_interrupted_is_started_again(tmp_path, code, starts, ends):
+    """With a program in place of python that counts its starts and ends as told."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho start >> {tmp_path}/starts\nexit {code}\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch" / "gpu.sh")],
+        capture_output=True, env=os.environ | {"ATTEMPTS": "3"},
+    )  # fmt: skip
+    assert done.returncode == ends
+    assert (tmp_path / "starts").read_text().count("start") == starts
+
+
+def test_the_jobset_starts_one_process_a_host():
+    found = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    (job,) = found["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == 4
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert "--distributed" in container["args"]
+    assert "GEMINI_API_KEY=" not in yaml.safe_dump(found)  # keys come from a Secret
