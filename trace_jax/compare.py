@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from trace_jax import config as config_lib
-from trace_jax import launch, methods, metrics, policy, records, stages, validation, workdir
+from trace_jax import launch, locks, methods, metrics, policy, records, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -79,7 +79,8 @@ def run_variant(config: dict, prepared: Path, target: Path, own: Sequence[str] =
     directory = workdir.Workdir(target, workdir.Workdir(prepared), shared)
     target.mkdir(parents=True, exist_ok=True)
     run = context.Context(settings, directory)
-    stages.run(run, stages.chosen(",".join(own)), redo=True)
+    with locks.of(target):
+        stages.run(run, stages.chosen(",".join(own)), redo=True)
     return records.read_json(target / "eval.json")
 
 

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import metrics, plan, preemption, processes, stages, validation, workdir
+from trace_jax import locks, metrics, plan, preemption, processes, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import closing, context
 
@@ -92,8 +92,9 @@ def realign(
     run = context.Context(config, workdir.Workdir(Path(directory)))
     run.load_judges()
     _environment()
-    stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
-    closing.show(run)
+    with locks.of(run.workdir.path):
+        stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
+        closing.show(run)
     return run
 
 

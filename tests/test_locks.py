@@ -1,0 +1,69 @@
+"""Two runs in one workdir: the second is refused, unless the first is dead."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trace_jax import locks
+from trace_jax.errors import InputError
+
+HOLD = "import sys, time; from pathlib import Path; from trace_jax import locks\n"
+HOLD += "with locks.of(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path/run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
+    with pytest.raises(InputError, match=f"another run is at work there .process {holder.pid} on"):
+        with locks.of(tmp_path / "run"):
+            pass
+    with locks.of(tmp_path / "other"):
+        pass
+
+
+def test_a_dead_owner_holds_nothing(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with locks.of(tmp_path / "run"):
+        pass
+
+
+def test_the_lock_ends_with_its_block_and_leaves_an_empty_file(tmp_path):
+    for _ in range(2):
+        with locks.of(tmp_path), pytest.raises(InputError, match="another run"):
+            with locks.of(tmp_path):
+                pass
+        assert (tmp_path / locks.NAME).read_bytes() == b""
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        with locks.of(tmp_path / "file" / "run"):
+            pass
+
+
+def test_the_program_is_refused(holder, config, tmp_path):
+    command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}"]
+    command += [f"--workdir={tmp_path / 'run'}", "--stages=prepare"]
+    begin = time.monotonic()
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(said) == 1 and "another run is at work there" in said[0]
+    assert time.monotonic() - begin < 30

@@ -1,0 +1,80 @@
+"""One run at a time in a workdir: a lock that ends with its owner, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from trace_jax import metrics, processes
+from trace_jax.errors import InputError
+
+NAME = ".lock"
+_BUSY = (errno.EAGAIN, errno.EACCES)
+_NOT_HERE = (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)  # some network file systems
+
+
+@contextlib.contextmanager
+def of(directory: Path) -> Iterator[None]:
+    """Holds the workdir; of several processes the first one does.
+
+    The system drops the lock with the process that holds it, so none is left behind by a kill.
+
+    Raises:
+      InputError: on every process, where another run holds it, or it cannot be written to.
+    """
+    held: list[int] = []
+
+    def take() -> None:
+        held.append(_taken(Path(directory)))
+
+    processes.from_first(take)
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _taken(directory: Path) -> int:
+    path = directory / NAME
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot be written to ({error.strerror}); use another --workdir"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NOT_HERE:
+            metrics.say(f"  warning: {directory} cannot be locked; start no second run there")
+            return descriptor
+        os.close(descriptor)
+        if error.errno not in _BUSY:
+            raise
+        raise InputError(
+            f"{directory}: another run is at work there{_owner(path)}; wait for its end, or use "
+            "another --workdir"
+        ) from error
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    return descriptor
+
+
+def _owner(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text())
+        return f" (process {found['process']} on {found['host']}, since {found['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
