@@ -4,6 +4,7 @@ One path for every method and stage.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,8 @@ from trace_jax import (
 from trace_jax.errors import InputError
 from trace_jax.models import lora
 
-_GOOD, _STOPPED = "good", "stopped.json"  # below the checkpoints of a run that may stop early
+BEGAN = "began.json"  # beside the checkpoints: from which step this try goes on, and since when
+_GOOD, _STOPPED = "good", "stopped.json"  # of a run that may stop early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +198,8 @@ def fit(
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
         state = train.init_state(params, settings.options())
         start = saved.latest_step or 0
+        if processes.is_first():
+            records.write_json(directory / BEGAN, {"step": start, "time": time.time()})
         segment = next(i for i in range(len(cuts) - 1) if start <= cuts[i + 1])
         for past in cuts[1 : segment + 1]:
             kept = pauses(past, None, kept)

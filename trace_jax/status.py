@@ -1,0 +1,153 @@
+"""What a run is doing: `python -m trace_jax.status WORKDIR [--json]`. Reads its files alone.
+
+Done, running and waiting stages; of a running training its step, speed and when it will end; who
+holds the workdir; what the judge has cost. Imports no jax.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax import commands, locks, metrics, records, stages, workdir
+from trace_jax.errors import InputError
+
+# Of each stage that trains: its section of the config, its metrics and its checkpoints.
+_TRAINING = {
+    "prepare": (
+        ("model", "scratch", "training"), "base_checkpoints/metrics.jsonl", "base_checkpoints"
+    ),
+    "align": (("align",), "ref_checkpoints/metrics.jsonl", "ref_checkpoints"),
+    "train": (("train",), "metrics.jsonl", "checkpoints"),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 told, 2 no run there."""
+    parser = argparse.ArgumentParser(prog="python -m trace_jax.status", description=__doc__)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=_tell)
+    return commands.run(parser, argv)
+
+
+def of(directory: Path, now: float | None = None) -> dict[str, Any]:
+    """{"workdir", "running", "owner", "stages": [...], "judge", "seconds"}.
+
+    A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting; one
+    that trains has "step", "total_steps", "steps_per_second" and "seconds_left" as well.
+    """
+    path = Path(directory)
+    if not (path / "config.json").exists() and not (path / ".stages").is_dir():
+        raise InputError(f"{path}: no run there (no config.json, no .stages)")
+    config = records.read_json(path / "config.json") if (path / "config.json").exists() else {}
+    owner = _owner(path)
+    found, run = [], workdir.Workdir(path)
+    for name in stages.NAMES:
+        done, begun = run.finished(name), path / ".stages" / f"{name}.started.json"
+        row: dict[str, Any] = {"stage": name, "state": "waiting", "seconds": None}
+        if done is not None:
+            row |= {"state": "done", "seconds": done["seconds"]}
+        elif begun.exists():
+            seconds = (now or time.time()) - begun.stat().st_mtime
+            row |= {"state": "running" if owner else "interrupted", "seconds": seconds}
+            row |= _steps(path, name, config)
+        found.append(row)
+    return {
+        "workdir": str(path),
+        "running": owner is not None,
+        "owner": owner,
+        "stages": found,
+        "seconds": sum(row["seconds"] or 0.0 for row in found if row["state"] == "done"),
+        "judge": _judge(path, config),
+    }
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    """Who holds the workdir now, None if nobody does."""
+    lock = path / locks.NAME
+    if not lock.exists():
+        return None
+    descriptor = os.open(lock, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        text = lock.read_text()
+        return json.loads(text) if text else {}
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Where a training is; its speed is that of this try, not of those before it."""
+    if stage not in _TRAINING:
+        return {}
+    section, name, checkpoints = _TRAINING[stage]
+    file, began = path / name, path / checkpoints / "began.json"
+    for key in section:
+        config = config.get(key, {})
+    if not file.exists() or not began.exists() or "total_steps" not in config:
+        return {}
+    rows, begin, total = metrics.read_metrics(file), records.read_json(began), config["total_steps"]
+    step = int(rows[-1]["step"]) if rows else 0
+    found = {"step": step, "total_steps": total}
+    made = step - begin["step"]
+    if made <= 0:
+        return found
+    speed = made / max(1e-9, file.stat().st_mtime - begin["time"])
+    return found | {"steps_per_second": speed, "seconds_left": (total - step) / speed}
+
+
+def _judge(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the judgement store of the run has counted, None where there is none."""
+    store = Path(config.get("asking", {}).get("store") or path / "judgements.sqlite")
+    if not store.exists():
+        return None
+    from trace_jax.judges import store as stores
+
+    spent = stores.Store(store).spent()
+    return {"calls": spent.calls, "input_tokens": spent.input_tokens,
+            "output_tokens": spent.output_tokens, "price_usd": spent.price}  # fmt: skip
+
+
+def _tell(arguments: argparse.Namespace) -> None:
+    found = of(arguments.workdir)
+    if arguments.json:
+        metrics.show(json.dumps(found))
+        return
+    metrics.table(found["workdir"], [_line(row) for row in found["stages"]])
+    owner = found["owner"]
+    if owner:
+        metrics.show(
+            f"at work: process {owner['process']} on {owner['host']} since {owner['since']}"
+        )
+    elif found["running"]:
+        metrics.show("at work")
+    else:
+        rest = [row["stage"] for row in found["stages"] if row["state"] != "done"]
+        metrics.show("nobody is at work; " + (f"next: {rest[0]}" if rest else "all is done"))
+    if found["judge"]:
+        j = found["judge"]
+        metrics.show(f"judge: {j['calls']} calls, {j['price_usd']:.4f} US dollars")
+
+
+def _line(row: dict[str, Any]) -> dict[str, str]:
+    left = row.get("seconds_left")
+    return {
+        "stage": row["stage"],
+        "state": row["state"],
+        "time": "" if row["seconds"] is None else metrics.duration(row["seconds"]),
+        "step": f"{row['step']}/{row['total_steps']}" if "step" in row else "",
+        "steps/s": f"{row['steps_per_second']:.2f}" if "steps_per_second" in row else "",
+        "left": "" if left is None else metrics.duration(left),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
