@@ -21,7 +21,6 @@ from trace_jax import (
     methods,
     metrics,
     preemption,
-    processes,
     records,
     sharding,
     train,
@@ -198,8 +197,7 @@ def fit(
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
         state = train.init_state(params, settings.options())
         start = saved.latest_step or 0
-        if processes.is_first():
-            records.write_json(directory / BEGAN, {"step": start, "time": time.time()})
+        records.write_json(directory / BEGAN, {"step": start, "time": time.time()})
         segment = next(i for i in range(len(cuts) - 1) if start <= cuts[i + 1])
         for past in cuts[1 : segment + 1]:
             kept = pauses(past, None, kept)
@@ -267,8 +265,7 @@ def _stop(directory: Path, state: train.TrainState, step: int) -> train.TrainSta
             f"training went wrong before its first evaluation (step {step}), so there is nothing "
             "to go back to; lower train.learning_rate, or evaluate earlier (train.evaluate_every)"
         )
-    if processes.is_first():
-        records.write_json(directory / _STOPPED, {"step": found[0], "stopped_at": step})
+    records.write_json(directory / _STOPPED, {"step": found[0], "stopped_at": step})
     return found[1]
 
 
