@@ -9,6 +9,8 @@ A grid point is learning rate : beta : steps; every method gets the same points,
 OUT.json and OUT.png and names each method's best point by guarded compliance at T=1 among those
 whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test prompts are
 never read.
+
+python -m bench.frontier --readme    writes the tables of docs/results/*_frontier.json to README.md
 """
 
 import platform
@@ -23,6 +25,7 @@ from trace_jax import config as config_lib
 from trace_jax.errors import InputError
 
 LIMIT = 1.10  # perplexity over M_ref's
+WIDEST = 2.0  # of M_ref's perplexity, in the plot
 EVALUATIONS = 5  # of a run, the last after its last step
 
 
@@ -115,7 +118,10 @@ def _method(rows: list[dict], limit: float) -> dict:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Guarded compliance against perplexity: the way of every run, its end as a mark."""
+    """Guarded compliance against perplexity: the way of every run, its end as a mark.
+
+    What lies beyond WIDEST times M_ref's perplexity stands at the right edge, as an arrow.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,37 +129,80 @@ def plot(found: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     ref = found["ref"]
+    edge = WIDEST * ref["perplexity"]
     start = (ref["perplexity"], 100 * ref["compliance_guarded"])
     for index, (method, of) in enumerate(found["methods"].items()):
         for i, row in enumerate(of["points"]):
             path_ = [*row["way"], row]
-            x = [start[0], *(r["perplexity"] for r in path_)]
+            x = [start[0], *(min(edge, r["perplexity"]) for r in path_)]
             y = [start[1], *(100 * r["compliance_guarded"] for r in path_)]
             colour = f"C{index % 10}"
             axes.plot(x, y, "-", color=colour, alpha=0.35, linewidth=1)
             best = of["best"] and row["compliance_guarded"] == of["best"]["compliance_guarded"]
             label = method if i == 0 else None
             marker = dict(marker="*", markersize=13) if best else dict(marker="o", markersize=5)
+            if row["perplexity"] > edge:
+                marker = dict(marker=">", markersize=7)
             axes.plot(x[-1], y[-1], color=colour, linestyle="", label=label, **marker)
     axes.plot(*start, "k*", markersize=12, label="M_ref")
     axes.axvline(
         found["limit"] * ref["perplexity"], color="grey", linestyle="--", label="limit: +10 %"
     )
-    axes.set_xscale("log")
-    axes.set_xlabel("perplexity of base text (log scale; lower: closer to the base model)")
+    axes.set_xlabel(f"perplexity of base text (arrows: over {edge:.1f})")
     axes.set_ylabel("guarded compliance, T=1, validation (%)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
+def markdown(name: str, found: dict) -> str:
+    """The best point of every method, percent."""
+    ref = found["ref"]
+    lines = [
+        f"**{name}**: M_ref {100 * ref['compliance_guarded']:.1f} guarded at perplexity "
+        f"{ref['perplexity']:.2f}; limit {found['limit'] * ref['perplexity']:.2f}; "
+        f"commit {found['commit']}.",
+        "",
+        "| | learning rate, beta | guarded | raw | perplexity | most within the limit on any way |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, of in found["methods"].items():
+        row = of["best"] or min(of["points"], key=lambda p: p["perplexity"])
+        most = "-" if of["within_limit"] is None else f"{100 * of['within_limit']:.1f}"
+        cells = [
+            f"{row['learning_rate']:g}, {row['beta']:g}"
+            + ("" if of["best"] else " (over the limit)"),
+            f"{100 * row['compliance_guarded']:.1f}",
+            f"{100 * row['compliance']:.1f}",
+            f"{row['perplexity']:.2f}",
+            most,
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def write_readme() -> None:
+    """The tables between the two marks of README.md."""
+    path = Path("README.md")
+    begin, end = "<!-- frontier: python -m bench.frontier --readme -->", "<!-- end of frontier -->"
+    before, rest = path.read_text().split(begin)
+    files = sorted(Path("docs/results").glob("*_frontier.json"))
+    read = {f.stem.removesuffix("_frontier"): records.read_json(f) for f in files}
+    tables = [markdown(name, found) for name, found in read.items() if "methods" in found]
+    path.write_text(before + begin + "\n\n" + "\n".join(tables) + "\n" + end + rest.split(end)[1])
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
     values = compare.define_flags(argv)
+    flags.DEFINE_bool("readme", False, "Only write the tables of README.md.", flag_values=values)
     flags.DEFINE_string("out", None, "Results, without ending.", flag_values=values)
     flags.DEFINE_list("grid", None, "Points lr:beta:steps.", flag_values=values)
     try:
         launch.parse_flags(values, argv)
+        if values.readme:
+            write_readme()
+            return 0
         if None in (values.config, values.workdir, values.out, values.grid):
             raise InputError("--config, --workdir, --out and --grid are needed")
         methods = [name.strip() for name in values.methods.split(",")]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ def _run(script: str, *arguments: str, **variables: str) -> subprocess.Completed
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_has_nothing_to_say(script):
-    if shutil.which("shellcheck") is None:
+    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    checker = shutil.which("shellcheck", path=places)
+    if checker is None:
         assert subprocess.run(["bash", "-n", str(LAUNCH / script)]).returncode == 0
         pytest.skip("needs shellcheck; bash itself understands the script")
-    done = subprocess.run(["shellcheck", str(LAUNCH / script)], capture_output=True, text=True)
+    done = subprocess.run([checker, str(LAUNCH / script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import multiprocessing
 import sqlite3
@@ -175,3 +176,11 @@ def test_files_that_are_no_store_of_this_version(tmp_path):
             store.Store(path)
     with pytest.raises(InputError, match="cannot be used"):
         store.Store(tmp_path)
+
+
+def test_many_open_a_new_store_at_once(tmp_path):
+    """The first to come makes it; SQLite lets no two switch its journal at the same time."""
+    for n in range(30):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            opened = list(pool.map(lambda _, n=n: store.Store(tmp_path / f"{n}.sqlite"), range(8)))
+        assert [s.spent().calls for s in opened] == [0] * 8

@@ -12,7 +12,8 @@ import datetime
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +168,13 @@ class Store:
                 "status = excluded.status, probability = excluded.probability, call = excluded.call"
                 " WHERE excluded.status != 'error' OR verdicts.status = 'error'",
                 [
-                    (item, self._reader(db, reader), self._clause(db, clause), *_values(v), number)
+                    (
+                        item,
+                        self._reader(db, reader),
+                        self._clause(db, clause),
+                        *(v.status, v.probability),
+                        number,
+                    )
                     for clause, v in verdicts.items()
                 ],
             )
@@ -348,7 +355,7 @@ def _connect(path: str) -> sqlite3.Connection:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     # Answers may arrive in a thread of their own; one at a time.
     db = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA journal_mode = WAL")
+    _keep_trying(lambda: db.execute("PRAGMA journal_mode = WAL"))
     db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut the last seconds
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -368,16 +375,23 @@ def _connect(path: str) -> sqlite3.Connection:
     return db
 
 
+def _keep_trying(action: Callable[[], object]) -> object:
+    """For what SQLite refuses at once, whatever its timeout, while another opens the same file."""
+    for left in reversed(range(600)):
+        try:
+            return action()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or not left:
+                raise
+            time.sleep(0.05)
+
+
 def _other_version(path: str, version: int) -> InputError:
     kind = "a newer trace_jax" if version > VERSION else "another program or an older trace_jax"
     return InputError(
         f"{path}: written by {kind} (schema {version}, this one is {VERSION}); use that version to "
         "export it, or give another file with --config.asking.store=FILE"
     )
-
-
-def _values(verdict: records.ClauseVerdict) -> tuple[str, float | None]:
-    return verdict.status, verdict.probability
 
 
 def _parts(values: list, size: int) -> Iterator[list]:
