@@ -162,19 +162,13 @@ class Store:
         """
         with self._writing() as db:
             item = self._item(db, prompt, response)
-            number = self._add_call(db, reader, item, call)
+            number, who = self._add_call(db, reader, item, call), self._reader(db, reader)
             db.executemany(
                 "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                 "status = excluded.status, probability = excluded.probability, call = excluded.call"
                 " WHERE excluded.status != 'error' OR verdicts.status = 'error'",
                 [
-                    (
-                        item,
-                        self._reader(db, reader),
-                        self._clause(db, clause),
-                        *(v.status, v.probability),
-                        number,
-                    )
+                    (item, who, self._clause(db, clause), v.status, v.probability, number)
                     for clause, v in verdicts.items()
                 ],
             )
