@@ -47,6 +47,8 @@ def variants(names: list[str], tuned: dict) -> list[compare.Variant]:
 
     A method none of whose points kept the perplexity limit takes the one nearest to it.
     """
+    if "methods" not in tuned:
+        raise InputError("the frontier is of an older bench.frontier; run it again")
     found = []
     for name in names:
         if name not in METHODS:

@@ -3,8 +3,8 @@
 python -m trace_jax.launch --config=configs/stories.py --workdir=runs/stories
     --config.model.path=../shared/models/stories260k
 
-2 CPU cores, about 4 minutes. Expect guarded compliance with the new policy of 9 % for M_ref and
-45 to 50 % re-aligned (docs/results/stories.json).
+2 CPU cores, about 3 minutes. Expect guarded compliance with the new policy of 9 % for M_ref and
+about 65 % re-aligned.
 """
 
 from trace_jax import config
@@ -25,7 +25,7 @@ def get_config():
     # The operating point: best guarded compliance on the validation prompts among those within the
     # perplexity limit (docs/results/stories_frontier.json).
     c.train.learning_rate = 1e-4
-    c.train.beta = 0.17
+    c.train.beta = 0.05
     c.train.total_steps = 150
     c.train.retain_per_step = 8  # RETAIN is a seventh of the records
     c.evaluate.splits = ("test", "validation")

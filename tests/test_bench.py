@@ -36,6 +36,8 @@ def test_methods_of_the_table_take_their_operating_points():
     assert paper.overrides["train.learning_rate"] == 1e-4
     with pytest.raises(InputError, match="no points of npo"):
         realign.variants(["npo"], tuned)
+    with pytest.raises(InputError, match="an older bench.frontier"):
+        realign.variants(["trace"], {"points": []})
     far = [POINT | {"perplexity": 3.0}, POINT | {"perplexity": 2.0, "beta": 0.7}]
     (npo,) = realign.variants(["npo"], _tuned("npo", best=None, points=far))
     assert npo.overrides["train.beta"] == 0.7
