@@ -176,3 +176,16 @@ def test_the_command_compares_models_on_the_same_documents(shared, files, tmp_pa
     assert "two models are called" in capsys.readouterr().err
     assert main(["capability", f"--model={path}", f"--out={out}"]) == 2
     assert "nothing to ask" in capsys.readouterr().err
+
+
+def test_a_context_too_short_for_a_task_is_told_before_any_other(straight, files, tmp_path, capsys):
+    """The tiny run's model takes 64 tokens in all."""
+    pytest.importorskip("lm_eval")
+    from trace_jax.evaluate.__main__ import main
+
+    arguments = ["capability", f"--model={straight[0] / 'base'}", f"--mmlu={files['mmlu']}",
+                 f"--gsm8k={files['gsm8k']}", f"--out={tmp_path / 'found.json'}"]  # fmt: skip
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "gsm8k_file wants 256 new tokens, the model takes 64 in all" in said
+    assert "log-likelihoods" not in said

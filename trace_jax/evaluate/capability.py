@@ -144,18 +144,23 @@ class HarnessModel(TemplateLM):
                 out[i] = text
         return out
 
+    def check_room(self, new_tokens: int, task: str) -> int:
+        """Tokens left for the context; InputError where there are none."""
+        room = self.max_length - new_tokens
+        if room <= 0:
+            raise InputError(
+                f"{task} wants {new_tokens} new tokens, the model takes {self.max_length} in all; "
+                "leave the task out, or set its max_gen_toks"
+            )
+        return room
+
     def _generate(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         new = int(settings.get("max_gen_toks", 256))
         sampled = settings.get("do_sample", False)
         temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
-        room = self.max_length - new
-        if room <= 0:
-            raise InputError(
-                f"a task wants {new} new tokens, the model takes {self.max_length} in all; leave "
-                "the task out, or set its max_gen_toks"
-            )
+        room = self.check_room(new, "a task")
         prompts = [self.tok_encode(text)[-room:] for text in contexts]
         with metrics.progress(len(prompts), "generations") as bar:
             found = sampling.generate(

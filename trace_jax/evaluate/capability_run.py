@@ -28,6 +28,9 @@ def evaluate(
         model = capability.HarnessModel(
             one.module, one.tokenizer, stop_ids=one.stop_ids, batch_rows=batch_rows
         )
+        for task in tasks:  # before hours of others
+            if isinstance(task, dict) and "generation_kwargs" in task:
+                model.check_room(task["generation_kwargs"]["max_gen_toks"], task["task"])
         metrics.say(f"[{one.name}]")
         with one.devices():
             found = lm_eval.simple_evaluate(
