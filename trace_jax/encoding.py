@@ -127,8 +127,8 @@ class Encoder:
         return self._cache[key]
 
     def _tokenise(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
-        out = self.tokenizer(
-            prompt + response, add_special_tokens=False, return_offsets_mapping=True
+        out = self.tokenizer(  # not verbose: what is too long is our affair
+            prompt + response, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         tokens, ends = list(out["input_ids"]), [end for _, end in out["offset_mapping"]]
         n_prompt = sum(end <= len(prompt) for end in ends)

@@ -87,9 +87,9 @@ class HarnessModel(TemplateLM):
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             if bos and string.startswith(bos):
-                return self.tokenizer.encode(string, add_special_tokens=False)
-            return self.tokenizer.encode(string)
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+                return self.tokenizer.encode(string, add_special_tokens=False, verbose=False)
+            return self.tokenizer.encode(string, verbose=False)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any

@@ -78,7 +78,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
             shown.append(record)
         texts = [encoder.prompt_text(record.prompt)]
         texts += [judges.response_text(y) for y in (record.chosen, record.rejected)]
-        return [len(ids) for ids in encoder.tokenizer(texts, add_special_tokens=False).input_ids]
+        return [
+            len(ids)
+            for ids in encoder.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        ]
 
     found = inspection.inspect(
         _found(arguments), count if encoder else None, max_length=arguments.max_length
