@@ -145,8 +145,8 @@ def test_too_long_examples_are_dropped_by_name(base, tmp_path):
 class Pauses:
     """Doubles every coefficient at each pause; stops at `stop`; tells what it was asked."""
 
-    def __init__(self, *steps: int, stop: int | None = None):
-        self.steps, self.stop, self.may_stop, self.asked = steps, stop, stop is not None, []
+    def __init__(self, *steps: int, stop: int | None = None, good: tuple[int, ...] = ()):
+        self.steps, self.stop, self.good, self.asked = steps, stop, good, []
 
     def __call__(self, step, module, examples):
         self.asked.append((step, module is not None))
@@ -191,9 +191,11 @@ def test_a_run_with_pauses_goes_on_as_it_would_have(base, tmp_path, monkeypatch,
 
 
 def test_a_pause_that_stops_gives_the_model_of_the_one_before(base, tmp_path):
-    fitted = tiny.fit(base, tmp_path, pauses=Pauses(2, 4, stop=4))
+    fitted = tiny.fit(base, tmp_path, pauses=Pauses(2, 4, stop=4, good=(2, 4)))
     assert fitted.stopped_at == 4 and fitted.steps_run == 4
-    shorter = tiny.fit(base, tmp_path / "other", pauses=Pauses(2, 4, stop=4))
+    # A pause between that was not found good does not count.
+    shorter = tiny.fit(base, tmp_path / "other", pauses=Pauses(2, 3, 5, stop=5, good=(2, 5)))
+    assert shorter.stopped_at == 5
     tiny.assert_same(nnx.state(fitted.module), nnx.state(shorter.module))
     restored = fit.restore(base, tiny.settings(), tmp_path / "checkpoints")
     tiny.assert_same(nnx.state(restored), nnx.state(fitted.module))
@@ -203,4 +205,4 @@ def test_a_pause_that_stops_gives_the_model_of_the_one_before(base, tmp_path):
 
 def test_a_first_pause_that_stops_leaves_nothing_to_go_back_to(base, tmp_path):
     with pytest.raises(InputError, match="before its first evaluation .step 2."):
-        tiny.fit(base, tmp_path, pauses=Pauses(2, stop=2))
+        tiny.fit(base, tmp_path, pauses=Pauses(2, stop=2, good=(2,)))

@@ -5,7 +5,7 @@ One path for every method and stage.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -119,7 +119,7 @@ class Fitted:
     """The trained module (adapters merged) and what the run is worth knowing of.
 
     stopped_at: the step after which a pause ended the run, or None. The module is then that of the
-    last pause before it.
+    last good pause before it.
     """
 
     module: nnx.Module
@@ -133,11 +133,11 @@ class Pauses(Protocol):
 
     Attributes:
       steps: after how many updates, in order.
-      may_stop: whether it can end the run; the state of the last pause is then kept.
+      good: of these, those whose state is kept once they go on, for a later one that stops.
     """
 
     steps: Sequence[int]
-    may_stop: bool
+    good: Collection[int]
 
     def __call__(
         self, step: int, module: nnx.Module | None, examples: Sequence[methods.Example]
@@ -236,7 +236,7 @@ def fit(
                     stopped_at = end
                     state = _stop(directory, state, end)
                     break
-                if pauses.may_stop:
+                if end in pauses.good:
                     _keep_good(directory, state, end)
                 kept = reweighed
                 source.reweigh(kept)

@@ -73,7 +73,6 @@ class Subject:
 def load(text: str, dtype: str, stop_ids: Sequence[int] = ()) -> Subject:
     """The model of "NAME=DIRECTORY" or "DIRECTORY" (or a name on the hub), over all devices."""
     import jax
-    import transformers
 
     from trace_jax import models
 
@@ -82,11 +81,7 @@ def load(text: str, dtype: str, stop_ids: Sequence[int] = ()) -> Subject:
     name = name or directory.name
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1) if jax.device_count() > 1 else None
     module = models.load(directory, dtype=dtype, mesh=mesh)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory}: no tokenizer could be loaded ({first})") from error
+    tokenizer = hf_weights.load_tokenizer(directory)
     hf_weights.check_tokenizer(module.config, tokenizer)
     known = [*module.config.eos_token_ids, tokenizer.eos_token_id]
     stops = tuple(stop_ids) or tuple(dict.fromkeys(i for i in known if i is not None))

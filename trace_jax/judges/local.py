@@ -230,17 +230,11 @@ def fingerprint(directory: Path) -> str:
 
 
 def _load(directory: Path, dtype: str) -> tuple[Any, Any]:
-    import transformers
-
     from trace_jax import models
     from trace_jax.models import hf_weights
 
     module = models.load(directory, dtype=dtype)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory}: no tokenizer could be loaded ({first})") from error
+    tokenizer = hf_weights.load_tokenizer(directory)
     hf_weights.check_tokenizer(module.config, tokenizer)
     return module, tokenizer
 

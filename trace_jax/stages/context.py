@@ -189,13 +189,9 @@ class Context:
         return self._tokenizer_at(self.base_directory)
 
     def _tokenizer_at(self, directory: Path):
-        import transformers
+        from trace_jax.models import hf_weights
 
-        try:
-            return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise InputError(f"{directory}: no tokenizer could be loaded ({first})") from error
+        return hf_weights.load_tokenizer(directory)
 
     @functools.cached_property
     def encoder(self):

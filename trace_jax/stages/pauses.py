@@ -25,7 +25,7 @@ class Pauses:
         self._refresh = _every(every, total)
         self._evaluate = _every(config.evaluate_every, total)
         self.steps = sorted(self._refresh | self._evaluate)
-        self.may_stop = bool(self._evaluate and config.stop_below)
+        self.good = self._evaluate if config.stop_below else set()
         self._path = run.workdir.path / _FILE
         rows = records.read_jsonl(self._path) if self._path.exists() else ()
         self._done = {(row["step"], row["kind"]): row for _, row in rows}
@@ -40,7 +40,7 @@ class Pauses:
             examples = self._reweighed(step, module, examples)
         if step in self._evaluate and module is not None:
             row = self._row(step, "evaluation", lambda: self._evaluation.of(module, step))
-            if self.may_stop and row["kept"] < self._run.config.train.stop_below * row["kept_ref"]:
+            if self.good and row["kept"] < self._run.config.train.stop_below * row["kept_ref"]:
                 metrics.say(
                     f"  step {step}: {row['kept']:.0%} of the samples keep what does not change "
                     f"(M_ref {row['kept_ref']:.0%}); training ends here, the model is that of the "
