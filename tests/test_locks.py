@@ -1,9 +1,11 @@
 """Two runs in one workdir: the second is refused, unless the first is dead."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,3 +69,14 @@ def test_the_program_is_refused(holder, config, tmp_path):
     said = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(said) == 1 and "another run is at work there" in said[0]
     assert time.monotonic() - begin < 30
+
+
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path):
+    """As `status` looks: shared, and not for long."""
+    with locks.of(tmp_path):
+        pass
+    with open(tmp_path / locks.NAME) as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.3, lambda: fcntl.flock(look, fcntl.LOCK_UN)).start()
+        with locks.of(tmp_path):
+            pass

@@ -63,21 +63,16 @@ def test_other_work_stops_at_once(config, tmp_path):
     assert _end(process)[0] == 75
 
 
-@pytest.fixture
-def watched():
+def test_a_signal_waits_for_the_step_in_training_and_for_nothing_elsewhere():
     before = signal.getsignal(signal.SIGTERM)
-    preemption.watch()
-    yield
-    signal.signal(signal.SIGTERM, before)
-    preemption._State.asked = False
-
-
-def test_a_signal_waits_for_the_step_in_training_and_for_nothing_elsewhere(watched):
-    with preemption.stepping():
+    with preemption.watched(), preemption.stepping():
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.due(1)
-    preemption.watch()
-    assert not preemption.due(1)
-    with pytest.raises(preemption.Preempted):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with preemption.watched():
+        assert not preemption.due(1)
+        with pytest.raises(preemption.Preempted):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    preemption._State.asked = False
+    assert signal.getsignal(signal.SIGTERM) is before

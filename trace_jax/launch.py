@@ -44,11 +44,10 @@ def main(argv: list[str]) -> int:
         )
         if values.plan or values.topology or values.json:
             return _plan(values)
-        preemption.watch()
         command = shlex.join(["python", "-m", "trace_jax.launch", *argv[1:]])
-        realign(
-            values.config, _directory(values), only=values.stages, redo=values.redo, command=command
-        )
+        directory = _directory(values)
+        with preemption.watched():
+            realign(values.config, directory, only=values.stages, redo=values.redo, command=command)
     except InputError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return processes.leave(2)

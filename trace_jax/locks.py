@@ -52,7 +52,7 @@ def _taken(directory: Path) -> int:
             f"{directory}: cannot be written to ({error.strerror}); use another --workdir"
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     except OSError as error:
         if error.errno in _NOT_HERE:
             metrics.say(f"  warning: {directory} cannot be locked; start no second run there")
@@ -70,6 +70,17 @@ def _taken(directory: Path) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
     return descriptor
+
+
+def _lock(descriptor: int) -> None:
+    """Tries for a second: `status` looks at the lock for a moment."""
+    for left in reversed(range(10)):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _BUSY or not left:
+                raise
+            time.sleep(0.1)
 
 
 def _owner(path: Path) -> str:

@@ -23,14 +23,21 @@ class _State:
     stepping = False  # training runs, and looks for itself
 
 
-def watch() -> None:
-    """Lets SIGTERM stop this program in order, from here on.
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """In here SIGTERM stops this program in order; behind it stands what stood before.
 
     Of several processes each has jax's own handler, which tells the others.
     """
-    if processes.count() == 1 and threading.current_thread() is threading.main_thread():
-        _State.asked = False
-        signal.signal(signal.SIGTERM, _told)
+    _State.asked = False
+    if processes.count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _told)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _told(*_) -> None:
