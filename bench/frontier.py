@@ -4,11 +4,12 @@ python -m bench.frontier --config=configs/stories.py --workdir=runs/stories \\
     --out=docs/results/stories_frontier --methods=trace,dpo_gold --grid=1e-4:0.1:150,2e-4:0.1:150 \\
     [--jobs=2] [--config.key=value]
 
-A grid point is learning rate : beta : steps; every method gets the same points, and each runs once
-(the config's seed) over the prepared workdir, evaluated on validation prompts as it trains. Writes
-OUT.json and OUT.png and names each method's best point by guarded compliance at T=1 among those
-whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test prompts are
-never read.
+A grid point is learning rate : beta : steps. Every method gets as many points: the common ones, or
+those of its own where there are any (npo@1e-5:0.1:50), for methods that the common ones destroy.
+Each runs once (the config's seed) over the prepared workdir, evaluated on validation prompts as it
+trains. Writes OUT.json and OUT.png and names each method's best point by guarded compliance at T=1
+among those whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test
+prompts are never read.
 
 python -m bench.frontier --readme    writes the tables of docs/results/*_frontier.json to README.md
 """
@@ -42,9 +43,10 @@ def machine() -> dict[str, str]:
 
 
 def points(grid: list[str], method: str) -> list[compare.Variant]:
-    """Grid points as variants of one method."""
+    """Grid points as variants of one method: those marked as its own, or else the common ones."""
+    own = [text.partition("@")[2] for text in grid if text.startswith(f"{method}@")]
     found = []
-    for text in grid:
+    for text in own or [text for text in grid if "@" not in text]:
         parts = text.split(":")
         if len(parts) != 3:
             raise InputError(f"--grid={text}: a point reads learning_rate:beta:steps")
@@ -56,8 +58,11 @@ def points(grid: list[str], method: str) -> list[compare.Variant]:
 
 def frontier(config, prepared: Path, methods: list[str], grid: list[str], jobs: int) -> dict:
     """Validation figures of all points of all methods and of M_ref, with their way there."""
-    launch.realign(config, prepared, only=",".join(compare.SHARED))
     variants = {method: points(grid, method) for method in methods}
+    if len({len(of) for of in variants.values()}) > 1:
+        counts = ", ".join(f"{method} {len(of)}" for method, of in variants.items())
+        raise InputError(f"--grid: the methods do not have as many points each: {counts}")
+    launch.realign(config, prepared, only=",".join(compare.SHARED))
     todo = []
     for variant in (v for of in variants.values() for v in of):
         every = max(1, round(int(variant.overrides["train.total_steps"]) / EVALUATIONS))
@@ -197,7 +202,7 @@ def main(argv: list[str]) -> int:
     values = compare.define_flags(argv)
     flags.DEFINE_bool("readme", False, "Only write the tables of README.md.", flag_values=values)
     flags.DEFINE_string("out", None, "Results, without ending.", flag_values=values)
-    flags.DEFINE_list("grid", None, "Points lr:beta:steps.", flag_values=values)
+    flags.DEFINE_list("grid", None, "Points [method@]lr:beta:steps.", flag_values=values)
     try:
         launch.parse_flags(values, argv)
         if values.readme:

@@ -24,7 +24,6 @@ from bench import frontier
 from trace_jax import (
     batches,
     compare,
-    feed,
     fit,
     impact,
     launch,
@@ -61,7 +60,8 @@ def _gold(run: context.Context, size: int):
 
 def objective(run: context.Context, module, gold, encoded, ref_n2: np.ndarray) -> float:
     """J of a model: mean logistic loss of the gold pairs."""
-    logp_n2 = logprobs.of_texts(module, encoded, row_length=feed.longest_row(encoded), micro_rows=4)
+    row_length = batches.longest_row(encoded)
+    logp_n2 = logprobs.of_texts(module, encoded, row_length=row_length, micro_rows=4)
     r_n2 = logp_n2 - ref_n2
     margin = run.config.impact.gold_beta * (r_n2[:, 0] - r_n2[:, 1])
     return float(np.mean(np.logaddexp(0.0, -margin)))
@@ -81,7 +81,7 @@ def datamodelling(config, prepared: Path, n_subsets: int, steps: int, scratch: P
     ids, actions = [e.record_id for e in examples], [e.action for e in examples]
     usable = [t for t in run.triaged if t.record.id not in gold_ids and t.action != "UNRESOLVED"]
     gold_encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in gold]
-    row_length = feed.longest_row(gold_encoded)
+    row_length = batches.longest_row(gold_encoded)
     ref_n2 = logprobs.of_texts(run.ref, gold_encoded, row_length=row_length, micro_rows=4)
     falls, members = [], []
     done = scratch / "subsets.jsonl"

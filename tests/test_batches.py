@@ -287,3 +287,8 @@ def test_plans_of_a_step_share_their_micro_batches(n_rows, micro_rows, shards, e
 
 
 ROW = encoding.Encoded(tuple(range(17)), (tuple(range(16)),), (0,))  # fills a row of 32
+
+
+def test_rows_are_as_long_as_the_devices_need():
+    assert batches.round_row(193, "cpu") == 200 and batches.round_row(193, "tpu") == 256
+    assert batches.round_row(200) == 200  # the tests run on CPU

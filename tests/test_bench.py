@@ -27,6 +27,17 @@ def test_points_of_studies_differ_in_what_they_say():
     assert len(by_name) == 20 and all(compare.own_stages(v) for v in by_name.values())
 
 
+def test_a_method_has_points_of_its_own_or_the_common_ones():
+    grid = ["1e-4:0.1:150", "npo@1e-5:0.1:50", "2e-4:0.1:150", "npo@3e-6:0.5:50"]
+    rates = {m: [v.overrides["train.learning_rate"] for v in frontier.points(grid, m)]
+             for m in ("npo", "trace")}  # fmt: skip
+    assert rates == {"npo": ["1e-5", "3e-6"], "trace": ["1e-4", "2e-4"]}
+    with pytest.raises(InputError, match="reads learning_rate:beta:steps"):
+        frontier.points(["npo@1e-5"], "npo")
+    with pytest.raises(InputError, match="as many points each: trace 2, npo 1"):
+        frontier.frontier(None, None, ["trace", "npo"], grid[:3], 1)
+
+
 def test_methods_of_the_table_take_their_operating_points():
     tuned = _tuned("trace", "trace_paper")
     shuffled, paper = realign.variants(["trace_shuffled", "trace_paper"], tuned)

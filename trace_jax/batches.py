@@ -126,6 +126,23 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def longest_row(encoded: Sequence[Encoded]) -> int:
+    """Tokens of the longest example, rounded up for the devices here."""
+    return round_row(max(e.row_length for e in encoded))
+
+
+def round_row(tokens: int, platform: str | None = None) -> int:
+    """Length of rows that hold so many tokens: a multiple of 8 on CPU, of 64 on an accelerator.
+
+    platform: "cpu" or another; by default that of the devices here.
+    """
+    if platform is None:
+        import jax
+
+        platform = jax.default_backend()
+    return round_up(tokens, 8 if platform == "cpu" else 64)
+
+
 class PackPlan:
     """Which examples make each step and share rows: a pure function of lengths and seed.
 

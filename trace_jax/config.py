@@ -107,7 +107,7 @@ def _data() -> ml_collections.ConfigDict:
     c.too_long = "error"  # a response that does not fit: error | drop (counted and named) | cut
     c.as_chat = False  # prompts that are plain text become a user's turn under the chat template
     c.append_stop = True  # put the first stop id behind every response
-    c.row_length = 0  # tokens of a packed row; 0: the longest example, rounded up to 64
+    c.row_length = 0  # tokens of a packed row; 0: the longest example, rounded up
     c.pairs = 2000  # synth, self_sampled: most pairs
     c.validation_prompts = 200  # held out for choosing an operating point
     c.test_prompts = 400  # held out for the figures that are reported

@@ -9,7 +9,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from trace_jax import batches, encoding, logprobs, methods, processes, sharding
+from trace_jax import batches, logprobs, methods, processes, sharding
 
 
 class Steps:
@@ -75,7 +75,7 @@ def steps(module, examples, encoded, settings, directory: Path, progress) -> Ste
 
     conflict = [i for i, e in enumerate(examples) if not e.kl]
     retain = [i for i, e in enumerate(examples) if e.kl]
-    row_length = settings.row_length or longest_row(encoded)
+    row_length = settings.row_length or batches.longest_row(encoded)
     found = Steps(
         source(conflict, settings.examples_per_step, row_length),
         source(retain, settings.retain_per_step, row_length),
@@ -87,11 +87,6 @@ def steps(module, examples, encoded, settings, directory: Path, progress) -> Ste
         shards=sharding.shards_in_context(),
     )
     return found
-
-
-def longest_row(encoded: Sequence[encoding.Encoded]) -> int:
-    """Tokens of the longest example, rounded up to 64."""
-    return batches.round_up(max(e.row_length for e in encoded), 64)
 
 
 def reference_logprobs(

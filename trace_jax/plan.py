@@ -31,7 +31,7 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
     sharding.check_model(mesh, shape)
     model = programs.Model(shape, config.model.dtype, config.model.remat, config.model.head_chunk)
     work = workload.of(run)
-    layouts = _layouts(run, work, sharding.row_shards(mesh))
+    layouts = _layouts(run, work, sharding.row_shards(mesh), devices[0].platform)
     found = _programs(run, model, layouts, mesh)
     parameters = _parameters(model, run.settings("train"))
     flops = _flops(run, shape, layouts, parameters)
@@ -130,13 +130,15 @@ def model_shape(run: context.Context):
     return models.scratch(config.scratch.to_dict(), written.get_vocab_size())
 
 
-def _layouts(run: context.Context, work: workload.Work, shards: int) -> dict[str, Any]:
+def _layouts(
+    run: context.Context, work: workload.Work, shards: int, platform: str
+) -> dict[str, Any]:
     """Layouts of a step's conflict and KL rows, of the impact pass, and the length of rows."""
     from trace_jax import batches
 
     settings = run.settings("train")
     longest = max(work.conflict + work.retain)
-    row_length = settings.row_length or batches.round_up(longest, 64)
+    row_length = settings.row_length or batches.round_row(longest, platform)
 
     def packed(lengths: list[int], per_step: int):
         return batches.PackPlan(

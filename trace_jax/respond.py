@@ -66,7 +66,7 @@ def mean_logprobs(
     if not filled:
         return out
     encoded = [encoder.encode(pairs[i][0], [pairs[i][1]]) for i in filled]
-    row_length = max(row_length, batches.round_up(max(e.row_length for e in encoded), 64))
+    row_length = max(row_length, batches.longest_row(encoded))
     logp = logprobs.of_texts(
         module, encoded, row_length=row_length, micro_rows=micro_rows, progress=progress
     )

@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
         """(log p of the continuation, is it what greedy decoding gives) of every request."""
         encoded, places = _by_context([self._fitting(c, y) for _, c, y in requests])
         graphdef, state = nnx.split(self.module)
-        row_length = batches.round_up(max(e.row_length for e in encoded), 64)
+        row_length = batches.longest_row(encoded)
         with metrics.progress(len(encoded), "log-likelihoods") as bar:
             found = logprobs.map_packed(
                 lambda rows, n: _scores(graphdef, state, rows, n),

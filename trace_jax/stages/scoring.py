@@ -15,7 +15,6 @@ from trace_jax import (
     batches,
     curvature,
     encoding,
-    feed,
     fit,
     impact,
     logprobs,
@@ -51,7 +50,7 @@ def scores(
     elif path == "jvp":
         path = "jvp_losses"
     graphdef, params, frozen = nnx.split(module, fit.trainable(settings), ...)
-    row_length = run.config.data.row_length or feed.longest_row(encoded)
+    row_length = run.config.data.row_length or batches.longest_row(encoded)
     gradients = [
         _gold_gradient(run, half, graphdef, params, frozen, row_length)
         for half in (gold[::2], gold[1::2])
@@ -73,7 +72,7 @@ def _gold_gradient(
 ) -> nnx.State:
     config = run.config.impact
     encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in half]
-    row_length = max(row_length, feed.longest_row(encoded))
+    row_length = max(row_length, batches.longest_row(encoded))
     step = batches.Step(
         _one_step(run, half, encoded, row_length, _reference(run, encoded, row_length)), None
     )
@@ -118,7 +117,7 @@ def _tangents(
     rng = np.random.default_rng([run.config.seed, 0xC0BE])
     chosen = sorted(rng.permutation(len(examples))[: config.curvature_examples])
     used, texts = [examples[i] for i in chosen], [encoded[i] for i in chosen]
-    row_length = feed.longest_row(texts)
+    row_length = batches.longest_row(texts)
     ref = _reference(run, texts, row_length)
     arguments = {"graphdef": graphdef, "options": settings.options()}
     if config.curvature == "fisher_diag":
@@ -182,7 +181,7 @@ def _by_response(
         d_n2G = logprobs.map_packed(
             compute,
             encoded,
-            row_length=config.data.row_length or feed.longest_row(encoded),
+            row_length=config.data.row_length or batches.longest_row(encoded),
             micro_rows=config.impact.micro_rows,
             progress=bar.advance,
         )
@@ -239,7 +238,7 @@ def _by_example(
     """Paths jvp_losses and vmap_grad: derivatives of the per-example losses themselves."""
     config, settings = run.config, run.settings("train")
     by_loss = _BY_LOSS[path]
-    row_length = feed.longest_row(encoded)
+    row_length = batches.longest_row(encoded)
     ref = _reference(run, encoded, row_length)
     if path == "vmap_grad":
         layout, groups = _one_a_row(len(encoded), row_length, config.impact.micro_rows)
