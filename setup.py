@@ -27,7 +27,19 @@ setuptools.setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=setuptools.find_packages(include=["trace_jax", "trace_jax.*"]),
+    license_files=["LICENSE"],
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    # configs/ is installed as trace_jax/configs/, so that --config=configs/NAME.py works anywhere.
+    packages=[
+        *setuptools.find_packages(include=["trace_jax", "trace_jax.*"]),
+        "trace_jax.configs",
+    ],
+    package_dir={"trace_jax": "trace_jax", "trace_jax.configs": "configs"},
     package_data={"trace_jax": ["policies/*.yaml", "templates/*"]},
     python_requires=">=3.11",
     install_requires=[
@@ -54,6 +66,6 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "eval": ["lm_eval>=0.4.13"],
-        "test": ["packaging>=24.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": ["build>=1.2", "packaging>=24.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

@@ -132,7 +132,7 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
     """Parses `argv`; whatever is wrong with it, or with the config file, is an InputError."""
     try:
-        rest = values(argv)
+        rest = values(_with_shipped_config(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(_one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's: anything may come
@@ -141,6 +141,28 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
     _check_config(values["config"])
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; flags start with --")
+
+
+def _with_shipped_config(argv: list[str]) -> list[str]:
+    """argv where --config=configs/NAME.py, if no such file is here, names the one installed."""
+    out = list(argv)
+    for i, argument in enumerate(out):
+        flag, _, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        if not value and i + 1 < len(out):
+            i, value, flag = i + 1, out[i + 1], ""
+        name, colon, variant = value.partition(":")
+        path = Path(name)
+        if path.parts[:-1] != ("configs",) or path.is_file():
+            continue
+        package = Path(__file__).parent
+        for folder in (package / "configs", package.parent / "configs"):
+            if (folder / path.name).is_file():
+                found = f"{folder / path.name}{colon}{variant}"
+                out[i] = f"{flag}={found}" if flag else found
+                break
+    return out
 
 
 def _check_config(flag: flags.Flag) -> None:
