@@ -60,12 +60,14 @@ setuptools.setup(
         "rich>=13.7",
         "safetensors>=0.6",
         "scipy>=1.13",
+        "tensorboardX>=2.6.4",
         "transformers>=5.0",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "eval": ["lm_eval>=0.4.13"],
+        "wandb": ["wandb>=0.19"],
         "test": ["build>=1.2", "packaging>=24.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

@@ -22,9 +22,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from trace_jax import config as config_lib
-from trace_jax import launch, locks, methods, metrics, policy, records, stages, validation, workdir
+from trace_jax import launch, methods, metrics, policy, records, stages, validation, workdir
 from trace_jax.errors import InputError
-from trace_jax.stages import context
+from trace_jax.stages import at_work, context
 
 SHARED = ("prepare", "align", "triage", "baseline", "correct")
 OWN = ("impact", "train", "evaluate")
@@ -79,7 +79,7 @@ def run_variant(config: dict, prepared: Path, target: Path, own: Sequence[str] =
     directory = workdir.Workdir(target, workdir.Workdir(prepared), shared)
     target.mkdir(parents=True, exist_ok=True)
     run = context.Context(settings, directory)
-    with locks.of(target):
+    with at_work.at_work(run):
         stages.run(run, stages.chosen(",".join(own)), redo=True)
     return records.read_json(target / "eval.json")
 

@@ -56,6 +56,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.u2a = _u2a()
     c.evaluate = _evaluate()
     c.plan = _plan()
+    c.tracking = _tracking()
     return c.lock()
 
 
@@ -279,6 +280,14 @@ def _plan() -> ml_collections.ConfigDict:
     c.peak_tflops = 0.0  # of one device, bfloat16; 0: known for TPUs and common GPUs
     c.prompt_tokens = 60  # of a record, where the data is not here
     c.response_tokens = 150
+    return c
+
+
+def _tracking() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()  # beside metrics.jsonl
+    c.tensorboard = True  # event files in WORKDIR/tensorboard
+    c.wandb = ""  # project of Weights & Biases (WANDB_API_KEY, WANDB_MODE); empty: none
+    c.stuck_after = 300.0  # seconds without progress until a warning says what waits; 0: never
     return c
 
 

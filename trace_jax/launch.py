@@ -21,9 +21,9 @@ from ml_collections import config_flags
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import locks, metrics, plan, preemption, processes, stages, validation, workdir
+from trace_jax import metrics, plan, preemption, processes, stages, validation, workdir
 from trace_jax.errors import InputError
-from trace_jax.stages import closing, context
+from trace_jax.stages import at_work, closing, context
 
 _ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
@@ -91,7 +91,7 @@ def realign(
     run = context.Context(config, workdir.Workdir(Path(directory)))
     run.load_judges()
     _environment()
-    with locks.of(run.workdir.path):
+    with at_work.at_work(run):
         stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
         closing.show(run)
     return run

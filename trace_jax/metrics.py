@@ -13,7 +13,7 @@ from rich import console, text
 from rich import progress as rich_progress
 from rich import table as rich_table
 
-from trace_jax import processes, records
+from trace_jax import heartbeat, processes, records, tracking
 from trace_jax.errors import InputError
 
 _PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
@@ -21,7 +21,7 @@ _PLAIN_WIDTH = 200  # columns of a table where there is no terminal
 
 
 class MetricsWriter:
-    """Appends lines {"step": n, "train/loss": ...} to a JSONL file; `write` flushes each.
+    """Appends lines {"step": n, "train/loss": ...} to a JSONL file, and tells `tracking`.
 
     resume_after: the step of the checkpoint that the run resumes from, 0 for a fresh run. Lines of
     later steps are dropped, since they will be written again.
@@ -32,6 +32,7 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(self.path) if resume_after and self.path.exists() else []
         records.write_jsonl(self.path, [row for row in kept if row["step"] <= resume_after])
+        self._kind = tracking.kind_of(self.path)
         where = self.path if processes.is_first() else Path(os.devnull)
         self._file = where.open("a", encoding="utf-8")
 
@@ -47,6 +48,7 @@ class MetricsWriter:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), **row}) + "\n")
         self._file.flush()
+        tracking.scalars(self._kind, step, values)
 
     def close(self) -> None:
         """Closes the file; the writer is of no use afterwards."""
@@ -71,6 +73,12 @@ def say(line: str) -> None:
         _stderr().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def warn(line: str) -> None:
+    """As `say`, but of every process, which it names where there are several."""
+    which = f"process {processes.index()}: " if processes.count() > 1 else ""
+    _stderr().print(f"warning: {which}{line}", markup=False, highlight=False, soft_wrap=True)
+
+
 def show(line: str) -> None:
     """One line of the result, on stdout."""
     if processes.is_first():
@@ -90,6 +98,12 @@ def progress(total: int | None, description: str, start: int = 0) -> Iterator[Pr
 
     total: None where it is not known. start: items that an earlier run had done.
     """
+    with heartbeat.doing(description), _shown(total, description, start) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _shown(total: int | None, description: str, start: int) -> Iterator[Progress]:
     screen = _stderr()
     if not screen.is_terminal or not processes.is_first():
         plain = _PlainProgress(total, description, start)
@@ -113,6 +127,7 @@ class _LiveProgress:
 
     def advance(self, n: int = 1) -> None:
         self._live.advance(self._task, n)
+        heartbeat.moved(f"{self._live.tasks[0].completed:.0f}")
 
 
 class _PlainProgress:
@@ -123,6 +138,7 @@ class _PlainProgress:
 
     def advance(self, n: int = 1) -> None:
         self._done += n
+        heartbeat.moved(self._count)
         is_last = self._done == self._total
         if not is_last and time.monotonic() - self._shown >= _PLAIN_INTERVAL_S:
             self.show()
@@ -130,11 +146,14 @@ class _PlainProgress:
     def show(self) -> None:
         self._shown = time.monotonic()
         seconds, done = self._shown - self._began, self._done - self._first
-        count = str(self._done) if self._total is None else f"{self._done}/{self._total}"
         left = ""
         if self._total is not None and 0 < done and self._done < self._total:
             left = f", about {duration(seconds * (self._total - self._done) / done)} left"
-        say(f"{self._description}: {count} in {duration(seconds)}{left}")
+        say(f"{self._description}: {self._count} in {duration(seconds)}{left}")
+
+    @property
+    def _count(self) -> str:
+        return str(self._done) if self._total is None else f"{self._done}/{self._total}"
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from trace_jax import heartbeat
 from trace_jax.errors import InputError
 
 
@@ -61,6 +62,11 @@ def is_first() -> bool:
     return _this.index == 0
 
 
+def index() -> int:
+    """Which of the processes this is."""
+    return _this.index
+
+
 def count() -> int:
     """How many processes there are."""
     return _this.count
@@ -71,7 +77,8 @@ def wait(name: str) -> None:
     if _this.count > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        with heartbeat.doing(f"{heartbeat.WAITING} ({name})"):
+            multihost_utils.sync_global_devices(name)
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -86,9 +93,10 @@ def from_first(make: Callable[[], Any]) -> Any:
     from jax.experimental import multihost_utils
 
     data = json.dumps(_outcome(make)).encode() if is_first() else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.frombuffer(data.ljust(size), np.uint8)
-    kind, value = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    with heartbeat.doing(f"{heartbeat.WAITING} (for what the first one found)"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+        padded = np.frombuffer(data.ljust(size), np.uint8)
+        kind, value = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
     if kind == "error":
         raise InputError(value)
     return value

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import commands, locks, metrics, records, stages, workdir
+from trace_jax import commands, heartbeat, locks, metrics, records, stages, workdir
 from trace_jax.errors import InputError
 
 # Of each stage that trains: its section of the config, its metrics and its checkpoints.
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def of(directory: Path, now: float | None = None) -> dict[str, Any]:
-    """{"workdir", "running", "owner", "stages": [...], "judge", "seconds"}.
+    """{"workdir", "running", "owner", "processes", "stages": [...], "judge", "seconds"}.
 
     A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting; one
     that trains has "step", "total_steps", "steps_per_second" and "seconds_left" as well.
@@ -62,6 +62,7 @@ def of(directory: Path, now: float | None = None) -> dict[str, Any]:
         "workdir": str(path),
         "running": owner is not None,
         "owner": owner,
+        "processes": heartbeat.read(path) if owner is not None else [],
         "stages": found,
         "seconds": sum(row["seconds"] or 0.0 for row in found if row["state"] == "done"),
         "judge": _judge(path, config),
@@ -132,6 +133,13 @@ def _tell(arguments: argparse.Namespace) -> None:
     else:
         rest = [row["stage"] for row in found["stages"] if row["state"] != "done"]
         metrics.show("nobody is at work; " + (f"next: {rest[0]}" if rest else "all is done"))
+    for row in found["processes"]:
+        still = metrics.duration(max(0.0, time.time() - row["since"]))
+        gone = "; gives no sign of life" if heartbeat.is_dead(row) else ""
+        metrics.show(
+            f"process {row['process']} on {row['host']}: {row['doing']} "
+            f"(last progress {still} ago{gone})"
+        )
     if found["judge"]:
         j = found["judge"]
         metrics.show(f"judge: {j['calls']} calls, {j['price_usd']:.4f} US dollars")

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 
-from trace_jax import metrics, processes, workdir
+from trace_jax import heartbeat, metrics, processes, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import context
 
@@ -125,7 +125,8 @@ def run(
         run.workdir.start(stage.name, wanted)
         metrics.say(f"[{stage.name}]")
         clock = workdir.Clock()
-        summary = _compute(stage, run)
+        with heartbeat.doing(f"stage {stage.name}"):
+            summary = _compute(stage, run)
         run.workdir.finish(stage.name, wanted, stage.outputs, clock.seconds, summary)
         run.intact.add(stage.name)
 

@@ -1,6 +1,6 @@
 """Stage evaluate: the re-aligned model on the held-out prompts, beside the base model and M_ref."""
 
-from trace_jax import records
+from trace_jax import records, tracking
 from trace_jax.evaluate import compliance, guard
 from trace_jax.stages import context, responses
 
@@ -27,6 +27,13 @@ def run(run: context.Context) -> dict:
                 "perplexity": perplexities[split][model]
             }
         found[split] = figures
+        told = {k: figures[k]["rate"] for k in ("compliance_guarded", "compliance")}
+        told["perplexity"] = figures["perplexity"]
+        tracking.scalars(
+            "evaluate",
+            run.config.train.total_steps,
+            {f"{split}/{name}": value for name, value in told.items()},
+        )
     first, *others = run.config.evaluate.splits
     out = found[first] | {
         "split": first,

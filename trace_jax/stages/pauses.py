@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from flax import nnx
 
-from trace_jax import methods, metrics, policy, records
+from trace_jax import methods, metrics, policy, records, tracking
 from trace_jax.errors import InputError
 from trace_jax.evaluate import compliance, guard, statistics
 from trace_jax.stages import context, impact, responses, scoring
@@ -128,6 +128,7 @@ class _Evaluation:
             "perplexity": responses.perplexity(run, module, self._base, f"step {step}"),
             "prompts": len(self._prompts),
         }
+        tracking.scalars("train", step, {f"validation/{k}": v for k, v in found.items()})
         metrics.say(
             f"  step {step}: {found['compliance_guarded']:.1%} guarded, "
             f"{found['compliance']:.1%} raw, {found['kept']:.1%} kept, "

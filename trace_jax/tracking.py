@@ -1,0 +1,138 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard event files, and Weights & Biases if asked.
+
+Only the first process writes. Neither is ever a reason for a run to fail.
+"""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from trace_jax import processes
+from trace_jax.errors import InputError
+
+
+class Sink(Protocol):
+    """One place that metrics go to."""
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Metrics after `step` updates of training `kind`: base, ref, train, or evaluate."""
+
+    def close(self) -> None:
+        """Writes what is held back."""
+
+
+@dataclasses.dataclass
+class _State:
+    sinks: list[Sink] = dataclasses.field(default_factory=list)
+
+
+_state = _State()
+_KINDS = {"base_checkpoints": "base", "ref_checkpoints": "ref"}
+
+
+@contextlib.contextmanager
+def to(settings: Mapping[str, Any], directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """In here `scalars` reaches the sinks of the config's section `tracking`.
+
+    directory: the workdir. config: keys and values, for W&B.
+
+    Raises:
+      InputError: a package that was asked for is not installed, or W&B refuses.
+    """
+    if not processes.is_first():
+        yield
+        return
+    before = _state.sinks
+    _state.sinks = []
+    try:
+        if settings["tensorboard"]:
+            _state.sinks.append(_TensorBoard(Path(directory)))
+        if settings["wandb"]:
+            _state.sinks.append(_Wandb(settings["wandb"], Path(directory), config))
+        yield
+    finally:
+        for sink in _state.sinks:
+            sink.close()
+        _state.sinks = before
+
+
+def scalars(kind: str, step: int, values: Mapping[str, float]) -> None:
+    """Metrics for all sinks; outside of `to` there are none."""
+    for sink in _state.sinks:
+        sink.scalars(kind, step, values)
+
+
+def kind_of(metrics_path: Path) -> str:
+    """What a metrics.jsonl is of: base, ref or train."""
+    return _KINDS.get(Path(metrics_path).parent.name, "train")
+
+
+class _TensorBoard:
+    """Event files in tensorboard/KIND; a run that resumes writes a file more."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory / "tensorboard"
+        self._writers: dict[str, Any] = {}
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if kind not in self._writers:
+            os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "upb")
+            import tensorboardX
+
+            # Events of this step and later ones, of a try before this one, no longer count.
+            self._writers[kind] = tensorboardX.SummaryWriter(
+                str(self._directory / kind),
+                purge_step=step,
+                flush_secs=10,
+                filename_suffix=f".{time.time_ns()}",  # two tries in one second are two files
+            )
+        with contextlib.suppress(OSError):  # a full disk is told of where it matters
+            for name, value in values.items():
+                self._writers[kind].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases; the key comes from WANDB_API_KEY, the mode from WANDB_MODE."""
+
+    def __init__(self, project: str, directory: Path, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(
+                "tracking.wandb is set, but wandb is not installed; pip install wandb, or leave "
+                "the key empty"
+            ) from error
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = directory / ".wandb_id"
+        try:
+            name = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
+            kept.write_text(name)
+            self._run = wandb.init(
+                project=project, name=directory.name, id=name, resume="allow", dir=str(directory),
+                config=dict(config), settings=wandb.Settings(console="off"),
+            )  # fmt: skip
+        except Exception as error:  # its errors have no common class
+            what = " ".join(str(error).split())
+            raise InputError(
+                f"Weights & Biases refuses the run ({what}); set WANDB_API_KEY, or "
+                "WANDB_MODE=offline, or leave tracking.wandb empty"
+            ) from error
+        for kind in ("base", "ref", "train", "evaluate"):
+            self._run.define_metric(f"{kind}/step")
+            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({f"{kind}/step": step} | {f"{kind}/{k}": v for k, v in values.items()})
+
+    def close(self) -> None:
+        self._run.finish()
