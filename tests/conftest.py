@@ -96,3 +96,23 @@ def browser():
         found = driver.chromium.launch(executable_path=path, args=options)
         yield found
         found.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """size in KiB -> a folder on a file system of that size, unmounted in the end."""
+    mounted = []
+
+    def make(size: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        options = ["-t", "tmpfs", "-o", f"size={size}k", "tmpfs"]
+        done = subprocess.run(["mount", *options, folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)

@@ -112,3 +112,50 @@ def test_only_the_newest_are_kept(straight):
 def test_an_empty_directory_gives_nothing(base, tmp_path):
     with checkpoints.Checkpoints(tmp_path, keep=2) as saved:
         assert saved.latest_step is None and saved.restore(state_of(base)) is None
+
+
+def _damage(folder, how: str) -> None:
+    """Harms the largest file of a checkpoint."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    elif how == "cut":
+        del data[-7:]
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, straight, tmp_path, capsys, how):
+    with pytest.raises(Killed):
+        tiny.fit(base, tmp_path, progress=killer(5))
+    _damage(tmp_path / "checkpoints" / "4", how)
+    resumed = tiny.fit(base, tmp_path)
+    assert "checkpoints/4 is damaged; deleted, the one before it is used" in capsys.readouterr().err
+    assert resumed.steps_run == 4  # from step 2
+    tiny.assert_same(nnx.state(resumed.module), nnx.state(straight[1].module))
+    assert sorted(p.stem for p in (tmp_path / "checkpoints" / "checksums").iterdir()) == ["4", "6"]
+
+
+def test_an_intact_checkpoint_is_left_as_it_is(base, straight):
+    before = {p: p.read_bytes() for p in straight[0].rglob("*") if p.is_file()}
+    with checkpoints.Checkpoints(straight[0] / "checkpoints", keep=2) as saved:
+        assert saved.restore(state_of(base))[0] == 6
+    assert {p: p.read_bytes() for p in straight[0].rglob("*") if p.is_file()} == before
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_one_before_stays(base, small_disk):
+    """Room for one checkpoint, not for two."""
+    folder = small_disk(256)
+    state = state_of(base)
+    with pytest.raises(InputError, match=r"step \d cannot be written .*goes on from"):
+        with checkpoints.Checkpoints(folder / "c", keep=9) as saved:
+            for step in range(1, 9):
+                saved.save(step, state)
+    (folder / "ballast").unlink(missing_ok=True)
+    with checkpoints.Checkpoints(folder / "c", keep=9) as saved:
+        assert saved.latest_step >= 1
+        tiny.assert_same(saved.restore(state)[1], state)

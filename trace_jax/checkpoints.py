@@ -1,50 +1,129 @@
-"""Checkpoints of a training run: {train state, data position}, saved as one (Orbax)."""
+"""Checkpoints of a training run: {train state, data position}, saved as one (Orbax).
+
+They are written behind the back of the training; each has the hashes of its files beside it, and a
+damaged one is never restored.
+"""
 
 import logging
+import shutil
+import threading
 from pathlib import Path
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from trace_jax import train
+from trace_jax import metrics, processes, records, train, workdir
 from trace_jax.errors import InputError
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file at INFO
+_SUMS = "checksums"  # folder of STEP.json, the hash of a checkpoint
 
 
 class Checkpoints:
-    """Checkpoints below `directory`: the newest `keep`, each complete before an older one goes."""
+    """Checkpoints below `directory`: the newest `keep`, each complete before an older one goes.
+
+    Damaged ones are deleted on the way in, with a word.
+    """
 
     def __init__(self, directory: Path, *, keep: int):
         policy = ocp.training.preservation_policies.LatestN(keep)
         self.directory = Path(directory).resolve()
+        if processes.is_first():
+            self._drop_damaged()
+        processes.wait(f"checked {self.directory}")
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policy, cleanup_tmp_directories=True
         )
+        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+        self._failed = False
+        threading.excepthook = _quiet_about_orbax
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            try:
+                self._checkpointer.close()
+            except Exception:
+                if not self._failed:  # else it says again what was said
+                    raise
+        if processes.is_first():
+            for kept in self.directory.glob(f"{_SUMS}/*.json"):
+                if not (self.directory / kept.stem).is_dir():
+                    kept.unlink()
 
     @property
     def latest_step(self) -> int | None:
-        """Updates completed in the newest checkpoint, or None."""
+        """Updates completed in the newest checkpoint, also one that is being written, or None."""
+        if self._saving is not None:
+            return self._saving[0]
         latest = self._checkpointer.latest
         return None if latest is None else int(latest.step)
 
     def save(self, step: int, state: train.TrainState, data=None) -> None:
-        """Saves the state after `step` updates with the position of the Grain iterator `data`."""
+        """Saves the state after `step` updates with the position of the Grain iterator `data`.
+
+        Returns once the state is copied; it is on disk after `wait`, the next `save` or the end.
+
+        Raises:
+          InputError: this one or the one before cannot be written.
+        """
         if self.latest_step == step:
             return
+        self.wait()
         what = {"state": state} | ({} if data is None else {"data": data})
-        self._checkpointer.save_checkpointables(
-            step, what, custom_metadata={"shapes": _shapes(state)}
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step, what, custom_metadata={"shapes": _shapes(state)}
+            )
+        except OSError as error:
+            raise self._unwritten(step, error) from error
+        if response is not None:
+            self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Returns once what was saved is on disk, complete."""
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()
+        except Exception as error:  # whatever the background threads of Orbax met
+            raise self._unwritten(step, error) from error
+        if processes.is_first():
+            digest = workdir.hash_path(self.directory / str(step))
+            (self.directory / _SUMS).mkdir(exist_ok=True)
+        else:
+            digest = ""
+        records.write_json(self.directory / _SUMS / f"{step}.json", {"sha256": digest})
+
+    def _unwritten(self, step: int, error: Exception) -> InputError:
+        self._failed = True
+        what = " ".join(str(error).split())
+        what = "No space left on device" if "No space left" in what else what[:200]
+        return InputError(
+            f"{self.directory}: the checkpoint of step {step} cannot be written ({what}); make "
+            "room or mend the disk, and the same command goes on from the checkpoint before"
         )
+
+    def _drop_damaged(self) -> None:
+        for kept in sorted(self.directory.glob(f"{_SUMS}/*.json")):
+            path = self.directory / kept.stem
+            try:
+                intact = workdir.hash_path(path) in ("", records.read_json(kept)["sha256"])
+            except (InputError, KeyError):  # the sum itself is damaged: it says nothing
+                intact = True
+            if not intact:
+                metrics.say(f"  warning: {path} is damaged; deleted, the one before it is used")
+                shutil.rmtree(path)
+                kept.unlink()
 
     def restore(self, state: train.TrainState, data=None) -> tuple[int, train.TrainState] | None:
         """(step, state) of the newest checkpoint, sharded like `state`; moves `data` there."""
+        self.wait()
         latest = self._checkpointer.latest
         if latest is None:
             return None
@@ -64,6 +143,12 @@ class Checkpoints:
                 f"first {names[0]}: checkpoint {found.get(names[0])}, this run "
                 f"{wanted.get(names[0])}); use another --workdir or the model it was made with"
             )
+
+
+def _quiet_about_orbax(told: threading.ExceptHookArgs) -> None:
+    """What its threads meet, `wait` raises; a traceback besides helps nobody."""
+    if not type(told.thread).__module__.startswith("orbax."):
+        threading.__excepthook__(told)
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
