@@ -206,3 +206,19 @@ def test_a_pause_that_stops_gives_the_model_of_the_one_before(base, tmp_path):
 def test_a_first_pause_that_stops_leaves_nothing_to_go_back_to(base, tmp_path):
     with pytest.raises(InputError, match="before its first evaluation .step 2."):
         tiny.fit(base, tmp_path, pauses=Pauses(2, stop=2, good=(2,)))
+
+
+def test_steps_with_nan_gradients_are_left_out_and_counted_or_end_the_run(base, tmp_path):
+    """One record gives a gradient that is not a number whenever its turn comes."""
+    examples = list(EXAMPLES)
+    examples[1] = dataclasses.replace(examples[1], pref=float("nan"))
+    fitted = tiny.fit(base, tmp_path / "all", examples=examples, skip_steps=99)
+    rows = metrics.read_metrics(tmp_path / "all" / "metrics.jsonl")
+    skipped = [row["step"] for row in rows if row["train/skipped"]]
+    assert len(rows) == 6 and len(skipped) == 2
+    assert all(np.isfinite(leaf).all() for leaf in tiny.leaves(nnx.state(fitted.module)))
+    for _ in range(2):  # a second try counts those of the first
+        with pytest.raises(InputError, match=f"step {skipped[1]}: .*let train.skip_steps be more"):
+            tiny.fit(base, tmp_path / "one", examples=examples, skip_steps=1)
+    again = tiny.fit(base, tmp_path / "one", examples=examples, skip_steps=99)
+    tiny.assert_same(nnx.state(again.module), nnx.state(fitted.module))

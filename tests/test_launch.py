@@ -264,9 +264,9 @@ def test_a_killed_training_goes_on_to_the_same_end(straight, run, config, monkey
 
     def killed(*arguments, on_metrics, **others):
         def stop_after_3(step, values):
-            on_metrics(step, values)
-            if step == 3:
+            if step == 4:
                 raise KeyboardInterrupt
+            return on_metrics(step, values)
 
         return straight_loop(*arguments, on_metrics=stop_after_3, **others)
 

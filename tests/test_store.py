@@ -184,3 +184,37 @@ def test_many_open_a_new_store_at_once(tmp_path):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             opened = list(pool.map(lambda _, n=n: store.Store(tmp_path / f"{n}.sqlite"), range(8)))
         assert [s.spent().calls for s in opened] == [0] * 8
+
+
+def test_a_store_of_version_1_is_brought_up_to_date(tmp_path):
+    """Such a store is one of today without its sums."""
+    path = tmp_path / "old.sqlite"
+    kept = store.Store(path)
+    kept.add(ONE, "x", "y", CALL, {CALM: YES, KIND: UNSURE})
+    kept.add_comparison(ONE, b"q", CALL, "tie")
+    before = kept.find(ONE, [CALM, KIND], [store.item_hash("x", "y")])
+    kept.close()
+    with sqlite3.connect(path) as db:
+        for table in ("verdicts", "comparisons"):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN sum")
+        db.execute("PRAGMA user_version = 1")
+    again = store.Store(path)
+    assert again.find(ONE, [CALM, KIND], [store.item_hash("x", "y")]) == before
+    assert again.find_comparisons(ONE, [b"q"]) == {b"q": "tie"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["status = 'violating'", "probability = 0.1", "item = 2", "sum = sum + 1"],
+)
+def test_a_damaged_answer_is_as_if_it_were_not_there(tmp_path, capsys, damage):
+    path = tmp_path / "s.sqlite"
+    kept = store.Store(path)
+    kept.add(ONE, "x", "y", CALL, {CALM: YES})
+    kept.add(ONE, "other", "y", CALL, {})
+    kept.close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"UPDATE verdicts SET {damage}")
+    items = [store.item_hash("x", "y"), store.item_hash("other", "y")]
+    assert store.Store(path).find(ONE, [CALM], items) == {}
+    assert "a damaged verdict is left out" in capsys.readouterr().err

@@ -290,7 +290,9 @@ def loop(total_steps, bad_step=None, start=0, save_every=3, due=None):
             start=start,
             total_steps=total_steps,
             record_ids=lambda step: [f"r{step}", "shared", f"r{step}"],
-            on_metrics=lambda step, values: events.append(("metrics", step)),
+            on_metrics=lambda step, values: (
+                events.append(("metrics", step)) or not values["train/skipped"]
+            ),
             save=lambda step, state: events.append(("save", step, state)),
             save_every=save_every,
             due=lambda step: step == due,

@@ -6,7 +6,6 @@ damaged one is never restored.
 
 import logging
 import shutil
-import threading
 from pathlib import Path
 
 import jax
@@ -15,7 +14,10 @@ from orbax.checkpoint import v1 as ocp
 from trace_jax import metrics, processes, records, train, workdir
 from trace_jax.errors import InputError
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file at INFO
+_log = logging.getLogger("absl")
+_log.setLevel(logging.WARNING)  # Orbax logs every file at INFO
+# What its threads meet, `wait` raises as one line; their tracebacks besides help nobody.
+_log.addFilter(lambda told: not (told.exc_info and "orbax" in told.pathname))
 _SUMS = "checksums"  # folder of STEP.json, the hash of a checkpoint
 
 
@@ -36,7 +38,6 @@ class Checkpoints:
         )
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
         self._failed = False
-        threading.excepthook = _quiet_about_orbax
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -143,12 +144,6 @@ class Checkpoints:
                 f"first {names[0]}: checkpoint {found.get(names[0])}, this run "
                 f"{wanted.get(names[0])}); use another --workdir or the model it was made with"
             )
-
-
-def _quiet_about_orbax(told: threading.ExceptHookArgs) -> None:
-    """What its threads meet, `wait` raises; a traceback besides helps nobody."""
-    if not type(told.thread).__module__.startswith("orbax."):
-        threading.__excepthook__(told)
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trace_jax.errors import InputError
+from trace_jax.errors import InputError, of_the_machine
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -22,4 +22,10 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:  # head, less
         sys.stderr.close()
+    except Exception as error:
+        told = of_the_machine(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     return 0

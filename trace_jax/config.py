@@ -53,6 +53,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.evaluate_prompts = 64
     c.train.stop_below = 0.0  # end early where the share of samples that keep the unchanged clauses
     # and are not degenerate falls below this part of M_ref's; 0: never
+    c.train.skip_steps = 0  # steps whose loss or gradient is not finite that are left out, and
+    # counted (train/skipped); one more ends the run
     c.u2a = _u2a()
     c.evaluate = _evaluate()
     c.plan = _plan()
@@ -329,7 +331,7 @@ def _converted(key: str, value: str, kind: type):
     try:
         return kind(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={value!r} is not a {kind.__name__}") from error
+        raise InputError(f"{key}={value[:60]!r} is not a {kind.__name__}") from error
 
 
 def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -65,6 +65,7 @@ class Settings:
     save_every: int
     keep: int
     seed: int
+    skip_steps: int = 0
 
     @classmethod
     def of(cls, section, *, row_length: int, seed: int) -> "Settings":
@@ -72,7 +73,7 @@ class Settings:
         own = {"row_length": row_length, "seed": seed}
         own |= {f"lora_{key}": section.lora[key] for key in ("rank", "alpha", "targets")}
         names = [f.name for f in dataclasses.fields(cls) if f.name not in own]
-        return cls(**own, **{name: section[name] for name in names})
+        return cls(**own, **{name: section[name] for name in names if name in section})
 
     def options(self) -> train.Options:
         """What the step is compiled for."""
@@ -210,9 +211,10 @@ def fit(
             progress(total, f"train {directory.name}", start) as bar,
         ):
 
-            def on_metrics(step: int, values: dict[str, float]) -> None:
+            def on_metrics(step: int, values: dict[str, float]) -> bool:
                 writer.write(step, values)
                 bar.advance(1)
+                return writer.total("train/skipped") <= settings.skip_steps
 
             while True:
                 end = cuts[segment + 1]

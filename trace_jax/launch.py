@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import metrics, plan, preemption, processes, stages, validation, workdir
+from trace_jax import errors, metrics, plan, preemption, processes, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import at_work, closing, context
 
@@ -54,6 +54,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return processes.leave(130)
+    except Exception as error:
+        told = errors.of_the_machine(error)
+        if told is None:
+            raise
+        print("error:", told, file=sys.stderr)
+        return processes.leave(2)
     except preemption.Preempted as told:
         print(f"preempted ({told}); the same command goes on from here", file=sys.stderr)
         return processes.leave(preemption.EXIT_CODE)

@@ -1,5 +1,6 @@
 """What a run tells its user while it runs: metrics.jsonl, progress on stderr, tables on stdout."""
 
+import collections
 import contextlib
 import json
 import math
@@ -13,7 +14,7 @@ from rich import console, text
 from rich import progress as rich_progress
 from rich import table as rich_table
 
-from trace_jax import heartbeat, processes, records, tracking
+from trace_jax import errors, heartbeat, processes, records, tracking
 from trace_jax.errors import InputError
 
 _PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
@@ -31,7 +32,11 @@ class MetricsWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(self.path) if resume_after and self.path.exists() else []
-        records.write_jsonl(self.path, [row for row in kept if row["step"] <= resume_after])
+        kept = [row for row in kept if row["step"] <= resume_after]
+        records.write_jsonl(self.path, kept)
+        self._totals: collections.Counter[str] = collections.Counter()
+        for row in kept:
+            self._count(row)
         self._kind = tracking.kind_of(self.path)
         where = self.path if processes.is_first() else Path(os.devnull)
         self._file = where.open("a", encoding="utf-8")
@@ -48,7 +53,15 @@ class MetricsWriter:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), **row}) + "\n")
         self._file.flush()
+        self._count(row)
         tracking.scalars(self._kind, step, values)
+
+    def total(self, name: str) -> float:
+        """Sum of a metric over all steps, those of earlier tries too."""
+        return self._totals[name]
+
+    def _count(self, row: Mapping[str, float | None]) -> None:
+        self._totals.update({name: value for name, value in row.items() if value})
 
     def close(self) -> None:
         """Closes the file; the writer is of no use afterwards."""
@@ -70,13 +83,15 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 def say(line: str) -> None:
     """One line for the person who watches, on stderr; plain text, never markup."""
     if processes.is_first():
-        _stderr().print(line, markup=False, highlight=False, soft_wrap=True)
+        text = errors.printable(line)
+        _stderr().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(line: str) -> None:
     """As `say`, but of every process, which it names where there are several."""
     which = f"process {processes.index()}: " if processes.count() > 1 else ""
-    _stderr().print(f"warning: {which}{line}", markup=False, highlight=False, soft_wrap=True)
+    text = errors.printable(f"warning: {which}{line}")
+    _stderr().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(line: str) -> None:
@@ -185,4 +200,4 @@ def _stderr() -> console.Console:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else errors.printable(str(value))

@@ -170,6 +170,8 @@ def _extended(
     other = predicates.string(data["extends"], f"{where}: extends")
     if where in extended_by:
         raise InputError(f"{where}: extends itself, by way of {extended_by[-1]}")
+    if not other.isprintable():
+        raise InputError(f"{where}: extends: {other!r} is no name and no path")
     path = other if re.fullmatch(r"\w+", other) else os.path.join(os.path.dirname(where), other)
     base = load(path, extended_by=(*extended_by, where))
     own = data.get("clauses") or []
@@ -187,6 +189,8 @@ def _extended(
             )
         merged[clause["id"]], places[clause["id"]] = clause, line
     for name in dropped:
+        if not isinstance(name, str):
+            raise InputError(f"{where}: without: {name!r} is no id of a clause")
         if merged.pop(name, None) is None:
             raise InputError(f"{where}: without: {other} has no clause {name!r}")
         places.pop(name)

@@ -5,7 +5,6 @@ Only the first process writes. Neither is ever a reason for a run to fail.
 
 import contextlib
 import dataclasses
-import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ class _State:
 
 
 _state = _State()
+_FLUSH_S = 10.0
 _KINDS = {"base_checkpoints": "base", "ref_checkpoints": "ref"}
 
 
@@ -78,22 +78,44 @@ class _TensorBoard:
     def __init__(self, directory: Path):
         self._directory = directory / "tensorboard"
         self._writers: dict[str, Any] = {}
+        self._flushed = time.monotonic()
+        self._broken = False
 
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        if kind not in self._writers:
-            os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "upb")
-            import tensorboardX
+        if self._broken:
+            return
+        from tensorboardX.proto import event_pb2, summary_pb2
 
-            # Events of this step and later ones, of a try before this one, no longer count.
-            self._writers[kind] = tensorboardX.SummaryWriter(
-                str(self._directory / kind),
-                purge_step=step,
-                flush_secs=10,
-                filename_suffix=f".{time.time_ns()}",  # two tries in one second are two files
-            )
-        with contextlib.suppress(OSError):  # a full disk is told of where it matters
-            for name, value in values.items():
-                self._writers[kind].add_scalar(name, value, step)
+        rows = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        event = event_pb2.Event(
+            wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=rows)
+        )
+        try:
+            if kind not in self._writers:
+                self._writers[kind] = self._opened(kind, step)
+            self._writers[kind].write_event(event)
+            if time.monotonic() - self._flushed > _FLUSH_S:
+                self._flush()
+        except OSError:  # a full disk is told of where it matters
+            self._broken = True
+
+    def _opened(self, kind: str, step: int):
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+
+        folder = self._directory / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two tries in one second are two files.
+        writer = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # Events of this step and later ones, of a try before this one, no longer count.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+        return writer
+
+    def _flush(self) -> None:
+        self._flushed = time.monotonic()
+        for writer in self._writers.values():
+            writer.flush()
 
     def close(self) -> None:
         for writer in self._writers.values():

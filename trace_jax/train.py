@@ -329,17 +329,19 @@ def loop(
     start: int,
     total_steps: int,
     record_ids: Callable[[int], list[str]],
-    on_metrics: Callable[[int, dict[str, float]], None],
+    on_metrics: Callable[[int, dict[str, float]], bool],
     save: Callable[[int, TrainState], None],
     save_every: int,
     due: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Runs steps start..total_steps-1. Metrics of step n are read after step n + 1 was dispatched.
 
-    due: asked after every step; where it is true the step is saved and the run ends.
+    on_metrics: called once for every step; false where a step that was not finite, which changed
+    nothing, is one too many. due: asked after every step; where it is true the step is saved and
+    the run ends.
 
     Raises:
-      InputError: a step was not finite; it changed nothing, and its records are named.
+      InputError: on_metrics was false; the records of the step are named.
       preemption.Preempted: due was true.
     """
     pending: tuple[int, dict[str, Array]] | None = None
@@ -364,14 +366,13 @@ def _report(
     index: int,
     metrics: dict[str, Array],
     record_ids: Callable[[int], list[str]],
-    on_metrics: Callable[[int, dict[str, float]], None],
+    on_metrics: Callable[[int, dict[str, float]], bool],
 ) -> None:
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    on_metrics(index + 1, values)
-    if values["train/skipped"]:
+    if not on_metrics(index + 1, values):
         raise InputError(
             f"step {index + 1}: the loss or its gradient is not finite "
             f"(loss {values['loss/total']}); stopped, the last good checkpoint is kept. "
             f"Records of that step: {', '.join(sorted(set(record_ids(index))))}. "
-            "Look at those records, or lower train.learning_rate."
+            "Look at those records, lower train.learning_rate, or let train.skip_steps be more."
         )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,7 +151,7 @@ def _answer(answer: Any) -> tuple[str, records.ClauseVerdict]:
         return name, records.ClauseVerdict(status, None)
     if isinstance(confidence, bool) or not isinstance(confidence, int | float):
         raise Malformed("a confidence that is no number")
-    if not math.isfinite(confidence) or not 0 <= confidence <= 1:
+    if not 0 <= confidence <= 1:  # NaN is not either
         raise Malformed("a confidence that is no probability")
     probability = confidence if status == "compliant" else 1 - confidence
     return name, records.ClauseVerdict(status, float(probability))

@@ -12,37 +12,16 @@ import datetime
 import hashlib
 import json
 import sqlite3
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from trace_jax import metrics, records
 from trace_jax import policy as policies
-from trace_jax import records
 from trace_jax.errors import InputError
+from trace_jax.judges import store_file
 
-VERSION = 1  # PRAGMA user_version of the schema below
 _MANY = 400  # parameters of one SELECT; SQLite allows at least 999
 _IS_READER = "(judge, model, parameters, template) = (?, ?, ?, ?)"
-_SCHEMA = """
-CREATE TABLE readers(id INTEGER PRIMARY KEY, judge TEXT NOT NULL, model TEXT NOT NULL,
-  parameters TEXT NOT NULL, template TEXT NOT NULL, UNIQUE(judge, model, parameters, template));
-CREATE TABLE clauses(id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
-  requirement TEXT NOT NULL);
-CREATE TABLE items(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, prompt TEXT NOT NULL,
-  response TEXT NOT NULL);
-CREATE TABLE calls(id INTEGER PRIMARY KEY, reader INTEGER NOT NULL, item INTEGER,
-  date TEXT NOT NULL, outcome TEXT NOT NULL, input_tokens INTEGER NOT NULL,
-  cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, price REAL NOT NULL,
-  rationale TEXT NOT NULL, raw TEXT NOT NULL);
-CREATE TABLE verdicts(item INTEGER NOT NULL, reader INTEGER NOT NULL, clause INTEGER NOT NULL,
-  status TEXT NOT NULL, probability REAL, call INTEGER NOT NULL,
-  PRIMARY KEY(item, reader, clause)) WITHOUT ROWID;
-CREATE TABLE comparisons(reader INTEGER NOT NULL, question BLOB NOT NULL, answer TEXT NOT NULL,
-  call INTEGER NOT NULL, PRIMARY KEY(reader, question)) WITHOUT ROWID;
-CREATE TABLE batches(name TEXT PRIMARY KEY, reader INTEGER NOT NULL, date TEXT NOT NULL,
-  questions TEXT NOT NULL);
-"""
 
 
 class Reader(NamedTuple):
@@ -114,7 +93,7 @@ class Store:
     def __init__(self, path: records.AnyPath):
         self.path = str(path)
         with self._mended():
-            self._db = _connect(self.path)
+            self._db = store_file.connect(self.path)
         self._ids: dict[tuple[str, object], int] = {}  # rows that are there, by table and key
 
     def close(self) -> None:
@@ -136,17 +115,24 @@ class Store:
         marks = ",".join("?" * len(names))
         for part in _parts(list(dict.fromkeys(items)), _MANY):
             rows = self._select(
-                "SELECT items.hash, clause, status, probability, rationale, date, "
+                "SELECT items.hash, clause, status, probability, sum, rationale, date, "
                 "input_tokens + output_tokens, call FROM items "
                 "JOIN verdicts ON verdicts.item = items.id JOIN calls ON calls.id = call "
                 f"WHERE verdicts.reader = ? AND clause IN ({marks}) "
                 f"AND items.hash IN ({','.join('?' * len(part))})",
                 (row[0][0], *names, *part),
             )
-            for item, clause, status, probability, *rest in rows:
+            for item, clause, status, probability, total, *rest in rows:
+                if total != store_file.checksum(item, row[0][0], clause, status, probability):
+                    self._damaged("verdict")
+                    continue
                 verdict = records.ClauseVerdict(status, probability)
                 found.setdefault(item, {})[names[clause]] = Answer(verdict, *rest)
         return found
+
+    def _damaged(self, what: str) -> None:
+        """Damaged answers are as if they were not there."""
+        metrics.say(f"  warning: {self.path}: a damaged {what} is left out, and asked for again")
 
     def add(
         self,
@@ -160,17 +146,21 @@ class Store:
 
         An error never takes the place of an answer.
         """
+        digest = item_hash(prompt, response)
         with self._writing() as db:
             item = self._item(db, prompt, response)
             number, who = self._add_call(db, reader, item, call), self._reader(db, reader)
+            rows = []
+            for clause, v in verdicts.items():
+                which = self._clause(db, clause)
+                total = store_file.checksum(digest, who, which, v.status, v.probability)
+                rows.append((item, who, which, v.status, v.probability, number, total))
             db.executemany(
-                "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                "status = excluded.status, probability = excluded.probability, call = excluded.call"
-                " WHERE excluded.status != 'error' OR verdicts.status = 'error'",
-                [
-                    (item, who, self._clause(db, clause), v.status, v.probability, number)
-                    for clause, v in verdicts.items()
-                ],
+                "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "status = excluded.status, probability = excluded.probability, "
+                "call = excluded.call, sum = excluded.sum "
+                "WHERE excluded.status != 'error' OR verdicts.status = 'error'",
+                rows,
             )
 
     def counts(self, clauses: Sequence[policies.Clause]) -> dict[str, int]:
@@ -185,11 +175,17 @@ class Store:
         """Stored answers of `compare`: question hash -> "a", "b", "tie" or "undecided"."""
         found: dict[bytes, str] = {}
         for part in _parts(list(dict.fromkeys(questions)), _MANY):
-            found |= self._select(
-                f"SELECT question, answer FROM comparisons JOIN readers ON readers.id = reader "
+            rows = self._select(
+                f"SELECT question, answer, reader, sum FROM comparisons "
+                f"JOIN readers ON readers.id = reader "
                 f"WHERE {_IS_READER} AND question IN ({','.join('?' * len(part))})",
                 (*reader, *part),
             )
+            for question, answer, who, total in rows:
+                if total == store_file.checksum(question, who, answer):
+                    found[question] = answer
+                else:
+                    self._damaged("comparison")
         return found
 
     def add_comparison(
@@ -199,8 +195,9 @@ class Store:
         with self._writing() as db:
             number = self._add_call(db, reader, None, call)
             if answer is not None:
-                row = (self._reader(db, reader), question, answer, number)
-                db.execute("INSERT OR REPLACE INTO comparisons VALUES (?, ?, ?, ?)", row)
+                who = self._reader(db, reader)
+                row = (who, question, answer, number, store_file.checksum(question, who, answer))
+                db.execute("INSERT OR REPLACE INTO comparisons VALUES (?, ?, ?, ?, ?)", row)
 
     def add_call(self, reader: Reader, call: Call) -> None:
         """Keeps an attempt that was no judgement, for what it took."""
@@ -337,55 +334,11 @@ class Store:
     def _mended(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:  # the latter of a damaged schema
             raise InputError(
                 f"{self.path}: the judgement store cannot be used ({error}); free space, close "
                 "what holds it, or give another file with --config.asking.store=FILE"
             ) from error
-
-
-def _connect(path: str) -> sqlite3.Connection:
-    if path != ":memory:":
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # Answers may arrive in a thread of their own; one at a time.
-    db = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
-    _keep_trying(lambda: db.execute("PRAGMA journal_mode = WAL"))
-    db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut the last seconds
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        if not tables and not version:
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {VERSION}")
-        elif version != VERSION:
-            raise _other_version(path, version)
-        db.execute("COMMIT")
-    except BaseException:
-        db.rollback()
-        db.close()
-        raise
-    return db
-
-
-def _keep_trying(action: Callable[[], object]) -> object:
-    """For what SQLite refuses at once, whatever its timeout, while another opens the same file."""
-    for left in reversed(range(600)):
-        try:
-            return action()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or not left:
-                raise
-            time.sleep(0.05)
-
-
-def _other_version(path: str, version: int) -> InputError:
-    kind = "a newer trace_jax" if version > VERSION else "another program or an older trace_jax"
-    return InputError(
-        f"{path}: written by {kind} (schema {version}, this one is {VERSION}); use that version to "
-        "export it, or give another file with --config.asking.store=FILE"
-    )
 
 
 def _parts(values: list, size: int) -> Iterator[list]:

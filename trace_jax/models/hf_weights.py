@@ -255,8 +255,8 @@ def _header(file: pathlib.Path, descriptor: int) -> dict[str, _Tensor]:
     try:
         header = json.loads(os.pread(descriptor, length, 8))
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        spans = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        spans = {k: _span(v) for k, v in entries.items()}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise errors.InputError(f"{file} is damaged (bad header); copy it again") from error
     end = 8 + length + max((span[3] for span in spans.values()), default=0)
     if end != size:
@@ -272,6 +272,16 @@ def _header(file: pathlib.Path, descriptor: int) -> dict[str, _Tensor]:
             raise errors.InputError(f"{file} is damaged ({key} has a wrong size); copy it again")
         found[key] = _Tensor(descriptor, 8 + length + begin, tuple(shape), dtype)
     return found
+
+
+def _span(entry: dict[str, Any]) -> tuple[str, list[int], int, int]:
+    """(dtype, shape, first byte, byte behind) of an entry of a header; ValueError for any other."""
+    (begin, stop), shape = entry["data_offsets"], entry["shape"]
+    if not isinstance(shape, list) or not isinstance(entry["dtype"], str):
+        raise ValueError("no shape or no dtype")
+    if any(type(n) is not int or n < 0 for n in (begin, stop, *shape)) or begin > stop:
+        raise ValueError("sizes that are none")
+    return entry["dtype"], shape, begin, stop
 
 
 def _check_names(

@@ -1,0 +1,247 @@
+"""Hostile input of every kind: no traceback, no hang, no wrong verdict.
+
+TRACE_SOAK_INPUTS says how many inputs there are in all (make soak: 100,000).
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import struct
+import types
+
+import pytest
+import yaml
+
+from faults import mutations
+from trace_jax import config as config_lib
+from trace_jax import overrides, policy, sources, validation
+from trace_jax.errors import InputError
+from trace_jax.judges import gemini_reply
+from trace_jax.judges import store as stores
+
+KINDS = 8
+EACH = int(os.environ.get("TRACE_SOAK_INPUTS", "2400")) // KINDS
+HANG_S = 20
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float):
+    def late(*_):
+        raise AssertionError(f"still at it after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _all(name: str, make, attempt) -> None:
+    """make(chance) -> an input; attempt(input) may raise InputError, and nothing else."""
+    refused = 0
+    for number in range(EACH):
+        given = make(random.Random(f"{name} {number}"))
+        try:
+            with _no_longer_than(HANG_S):
+                attempt(given)
+        except InputError as error:
+            refused += 1
+            assert 0 < len(str(error)) < 2000, (number, given)
+        except Exception as error:
+            raise AssertionError(f"{name} {number}: {error!r} for {given!r:.600}") from error
+    assert 0 < refused or EACH < 100, f"{name}: nothing was refused"
+
+
+ROWS = [
+    {"prompt": "Say hello", "chosen": "Hello!", "rejected": "No."},
+    {"id": "b", "prompt": "Q", "chosen": "A", "rejected": "B", "labels": {"chosen": {"x": True}}},
+    {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
+     "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]},
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+    {"prompt": "P", "response_0": "a", "response_1": "b", "is_response_0_safe": True,
+     "is_response_1_safe": False, "better_response_id": 0, "safer_response_id": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_record_files(tmp_path, ending):
+    path = tmp_path / f"pairs.{ending}"
+    table = b'prompt,chosen,rejected\n"a ""b""",c,d\ne,f,"g\nh"\n'
+
+    def make(chance: random.Random) -> bytes:
+        if ending == "csv":
+            return mutations.of_bytes(chance, table)
+        rows = [chance.choice(ROWS)] * 2 if chance.random() < 0.8 else ROWS
+        if chance.random() < 0.6:
+            rows = mutations.of_json(chance, rows)
+            rows = rows if isinstance(rows, list) else [rows]
+        data = "\n".join(json.dumps(row) for row in rows).encode()
+        return mutations.of_bytes(chance, data) if chance.random() < 0.5 else data
+
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        for record in sources.read_records(str(path))[0]:
+            json.dumps(record.to_json(), ensure_ascii=False).encode()  # what records.jsonl holds
+
+    _all(f"records {ending}", make, attempt)
+
+
+def test_policy_files():
+    shipped = [(policy._folder() / f"{name}.yaml").read_text() for name in policy.shipped()]
+
+    def make(chance: random.Random) -> str:
+        text = chance.choice(shipped)
+        if chance.random() < 0.5:
+            changed = mutations.of_json(chance, yaml.safe_load(text))
+            with contextlib.suppress(yaml.YAMLError, UnicodeError):
+                return yaml.safe_dump(changed, allow_unicode=True)
+        return mutations.of_bytes(chance, text.encode()).decode("utf-8", "replace")
+
+    def attempt(text: str) -> None:
+        found = policy.parse(text)
+        assert found.clauses and found.hash
+
+    _all("policy", make, attempt)
+
+
+CLAUSES = [policy.Clause(name, "tier", "a requirement") for name in ("kind", "true")]
+
+
+def _response(text: str, finish: str = "STOP"):
+    part = types.SimpleNamespace(text=text, thought=False)
+    candidate = types.SimpleNamespace(
+        content=types.SimpleNamespace(parts=[part]), finish_reason=finish
+    )
+    return types.SimpleNamespace(candidates=[candidate], prompt_feedback=None)
+
+
+def test_judge_replies():
+    """What is taken for a verdict says so itself, clause by clause; all else is asked again."""
+    answers = [{"clause": c.id, "verdict": "compliant", "confidence": 0.9} for c in CLAUSES]
+    good = {"reason": "because", "answers": answers}
+
+    def make(chance: random.Random) -> str:
+        if chance.random() < 0.6:
+            return json.dumps(mutations.of_json(chance, good))
+        return mutations.of_bytes(chance, json.dumps(good).encode()).decode("utf-8", "replace")
+
+    def attempt(text: str) -> None:
+        try:
+            _, _, verdicts = gemini_reply.verdicts(_response(text), CLAUSES)
+        except gemini_reply.Malformed as error:
+            raise InputError(str(error)) from error
+        said = {a["clause"]: a["verdict"] for a in json.loads(text)["answers"]}
+        meant = {"compliant": "compliant", "violating": "violating", "unsure": "abstain"}
+        assert {c.id: v.status for c, v in verdicts.items()} == {
+            k: meant[v] for k, v in said.items()
+        }
+        for verdict in verdicts.values():
+            assert verdict.probability is None or 0 <= verdict.probability <= 1
+
+    _all("reply", make, attempt)
+
+
+def test_config_overrides():
+    base = config_lib.base_config()
+    keys = list(config_lib.flatten(base))
+
+    def make(chance: random.Random) -> dict[str, str]:
+        chosen = chance.sample(keys, chance.randint(1, 3))
+        if chance.random() < 0.1:
+            chosen[0] += chance.choice((".x", "x", "."))
+        return {key: str(chance.choice(mutations.NASTY)) for key in chosen}
+
+    def attempt(changes: dict[str, str]) -> None:
+        found = config_lib.resolved(config_lib.with_overrides(base, changes))
+        validation.validate(found)
+
+    _all("config", make, attempt)
+
+
+def test_override_files(tmp_path):
+    path = tmp_path / "overrides.jsonl"
+    rows = [{"id": "a", "action": "INVERT"}, {"id": "b", "chosen": "compliant"}]
+
+    def make(chance: random.Random) -> bytes:
+        changed = mutations.of_json(chance, rows)
+        changed = changed if isinstance(changed, list) else [changed]
+        data = "\n".join(json.dumps(row) for row in changed).encode()
+        return mutations.of_bytes(chance, data) if chance.random() < 0.3 else data
+
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        overrides.read(path, {"a", "b"})
+
+    _all("overrides", make, attempt)
+
+
+def test_judgement_stores(tmp_path):
+    """A damaged store is refused, or gives the verdicts that it was given."""
+    path = tmp_path / "store.sqlite"
+    reader = stores.Reader("judge", "model", "template", "settings")
+    statuses = ("compliant", "violating", "abstain")
+    store = stores.Store(path)
+    truth = {}
+    for i in range(40):
+        verdict = policy_verdict(statuses[i % 3])
+        store.add(reader, f"p{i}", "r", stores.Call("ok"), dict.fromkeys(CLAUSES, verdict))
+        truth[stores.item_hash(f"p{i}", "r")] = verdict.status
+    store.close()
+    whole = path.read_bytes()
+
+    def make(chance: random.Random) -> bytes:
+        if chance.random() < 0.5:
+            return mutations.of_bytes(chance, whole)
+        return whole[: chance.randrange(len(whole))]
+
+    def attempt(data: bytes) -> None:
+        for beside in tmp_path.glob("store.sqlite*"):
+            beside.unlink()
+        path.write_bytes(data)
+        found = stores.Store(path)
+        try:
+            for item, answers in found.find(reader, CLAUSES, list(truth)).items():
+                for answer in answers.values():
+                    assert answer.verdict.status == truth[item]
+        finally:
+            with contextlib.suppress(sqlite3.Error):
+                found.close()
+
+    _all("store", make, attempt)
+
+
+def policy_verdict(status: str):
+    from trace_jax import records
+
+    return records.ClauseVerdict(status, None if status == "abstain" else 0.75)
+
+
+def test_safetensors_headers(tmp_path):
+    hf_weights = pytest.importorskip("trace_jax.models.hf_weights")
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+    }
+    path = tmp_path / "model.safetensors"
+
+    def make(chance: random.Random) -> bytes:
+        changed = mutations.of_json(chance, header) if chance.random() < 0.7 else header
+        text = json.dumps(changed).encode()
+        data = struct.pack("<Q", len(text)) + text + bytes(32)
+        return mutations.of_bytes(chance, data) if chance.random() < 0.5 else data
+
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        with contextlib.ExitStack() as files:
+            for tensor in hf_weights._open(tmp_path, files).values():
+                if tensor.shape in ((2, 3), (4,)):  # those that a model would have
+                    read = tensor.read(*(slice(0, n) for n in tensor.shape))
+                    assert read.shape == tensor.shape
+
+    _all("safetensors", make, attempt)
