@@ -19,7 +19,7 @@ from typing import Any
 FOLDER = ".heartbeats"
 WAITING = "waiting for the other processes"
 _INTERVAL_S = 10.0
-_DEAD_AFTER_S = 6 * _INTERVAL_S  # without a sign
+_DEAD_AFTER_S = 3 * _INTERVAL_S  # without a sign
 
 
 @dataclasses.dataclass
@@ -123,21 +123,16 @@ def is_dead(row: dict[str, Any], now: float | None = None) -> bool:
     return (now or time.time()) - row["time"] > _DEAD_AFTER_S
 
 
-def waits(row: dict[str, Any]) -> bool:
-    """Whether a sign is of a process that waits for the others."""
-    return WAITING in row["doing"]
-
-
 def _stuck(folder: Path, process: int, processes: int, still: float) -> str:
-    what = str(_state) or "between two stages"
-    line = f"no progress for {still:.0f} s: {what}"
+    mine = str(_state)
+    line = f"no progress for {still:.0f} s: {mine or 'between two stages'}"
     others = [row for row in read(folder.parent) if row["process"] != process]
     missing = set(range(processes)) - {process} - {row["process"] for row in others}
     late = [
         f"process {row['process']} on {row['host']} "
         + ("gives no sign of life" if is_dead(row) else f"does: {row['doing']}")
         for row in others
-        if is_dead(row) or not waits(row)
+        if is_dead(row) or row["doing"] != mine  # else it waits here as well
     ]
     late += [f"process {i} has not begun, or is gone" for i in sorted(missing)]
     return line + ("; " + "; ".join(late) if late else "")
