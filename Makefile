@@ -1,6 +1,7 @@
 # make quickstart   install into .venv (or the active virtual environment) and run the small example
 # make test         lint, format check and the test suite
 # make soak         50 kills and 100,000 hostile inputs (make test has 3 and 2,400); about half an hour
+# make docs         the documentation as a site, build/site/index.html
 # make bench        the benchmarks under bench/
 # make clean        remove .venv, runs/ and caches
 
@@ -16,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.12 python3.13 python3; do \
 	echo "trace_jax needs Python 3.11 or newer: install it, or activate a virtual environment that has it" >&2; \
 	exit 1
 
-.PHONY: install quickstart test soak bench clean
+.PHONY: install quickstart test soak docs bench clean
 
 install: $(INSTALLED)
 
@@ -30,6 +31,11 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	TRACE_SOAK_KILLS=50 TRACE_SOAK_INPUTS=100000 TRACE_SOAK=1 JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 -m '' tests/faults
+
+docs: $(INSTALLED)
+	$(PYTHON) -m pip install -qq -c constraints.txt -e '.[docs]'
+	$(PYTHON) -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 bench: $(INSTALLED)
 	$(PYTHON) -m bench.impact
