@@ -1,0 +1,38 @@
+"""The Colab notebook runs from top to bottom, holds no output and no secret."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "launch" / "colab.ipynb"
+nbformat = pytest.importorskip("nbformat")
+
+
+def test_it_is_valid_and_has_neither_outputs_nor_secrets():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+    assert not re.search(r"hf_\w{20,}|AIza[\w-]{30,}|sk-\w{20,}", NOTEBOOK.read_text())
+
+
+def test_it_runs_to_its_end(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("TRACE_VARIANT", "smoke")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    run = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=run).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert "re-aligned: " in printed and "comply with the new policy" in printed
+    assert (tmp_path / "runs" / "colab" / "report.html").exists()
+    assert (tmp_path / "runs" / "colab" / "model" / "model.safetensors").exists()
