@@ -6,6 +6,7 @@ them: INVERT turned round, (y_c, y_w) where a correction was found, UNRESOLVED a
 PUNISH records as they were.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
         return {}
     parent = Path(config.parent)
     path = parent / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):  # a name that can be none is not there either
         raise InputError(f"parent={parent}: no run there (no config.json)")
     for needed in ("triage.jsonl", "model/config.json"):
         if not (parent / needed).exists():

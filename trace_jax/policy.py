@@ -220,13 +220,19 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, list[int]]:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         _check_keys_differ(root, where)
-        return loader.construct_document(root) if root else None, _clause_lines(root)
+        data = loader.construct_document(root) if root else None
+        json.dumps(data, ensure_ascii=False, default=str).encode()  # no half of a surrogate pair
+        return data, _clause_lines(root)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f"{where}:{mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
         raise InputError(f"{at}: not valid YAML ({problem})") from error
-    except (ValueError, RecursionError) as error:  # a date like 2024-99-99; 10,000 brackets
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a date like 2024-99-99; 10,000 brackets
         raise InputError(f"{where}: not valid YAML ({error})") from error
 
 

@@ -19,6 +19,14 @@ def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> No
 
     planning: data and model need not be here yet.
     """
+    try:
+        _validate(config, planning=planning)
+    except OSError as error:  # of a name that can be none
+        name = str(error.filename)[:60]
+        raise InputError(f"{name}...: {error.strerror}; check the paths of the config") from error
+
+
+def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _one_of("data.source", config.data.source, SOURCES)
     _one_of("data.form", config.data.form, forms.NAMES)
     _one_of("data.hold_out", config.data.hold_out, ("all", "used"))
