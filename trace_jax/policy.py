@@ -232,7 +232,7 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, list[int]]:
         ValueError,
         TypeError,
         RecursionError,
-    ) as error:  # a date like 2024-99-99; 10,000 brackets
+    ) as error:  # 2024-99-99; 10,000 brackets
         raise InputError(f"{where}: not valid YAML ({error})") from error
 
 
