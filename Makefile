@@ -2,6 +2,7 @@
 # make test         lint, format check and the test suite
 # make soak         50 kills and 100,000 hostile inputs (make test has 3 and 2,400); about half an hour
 # make docs         the documentation as a site, build/site/index.html
+# make audit        known vulnerabilities of the pinned dependencies
 # make bench        the benchmarks under bench/
 # make clean        remove .venv, runs/ and caches
 
@@ -17,7 +18,7 @@ FIND_PYTHON = for candidate in python3.11 python3.12 python3.13 python3; do \
 	echo "trace_jax needs Python 3.11 or newer: install it, or activate a virtual environment that has it" >&2; \
 	exit 1
 
-.PHONY: install quickstart test soak docs bench clean
+.PHONY: install quickstart test soak docs audit bench clean
 
 install: $(INSTALLED)
 
@@ -36,6 +37,10 @@ docs: $(INSTALLED)
 	$(PYTHON) -m pip install -qq -c constraints.txt -e '.[docs]'
 	$(PYTHON) -m mkdocs build --strict --quiet
 	@echo build/site/index.html
+
+audit: $(INSTALLED)
+	$(PYTHON) -m pip install -qq pip-audit
+	$(PYTHON) -m pip_audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(INSTALLED)
 	$(PYTHON) -m bench.impact
