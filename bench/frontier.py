@@ -143,7 +143,7 @@ def plot(found: dict, path: Path) -> None:
             y = [start[1], *(100 * r["compliance_guarded"] for r in path_)]
             colour = f"C{index % 10}"
             axes.plot(x, y, "-", color=colour, alpha=0.35, linewidth=1)
-            best = of["best"] and row["compliance_guarded"] == of["best"]["compliance_guarded"]
+            best = of["best"] and all(row[k] == v for k, v in of["best"].items())
             label = method if i == 0 else None
             marker = dict(marker="*", markersize=13) if best else dict(marker="o", markersize=5)
             if row["perplexity"] > edge:

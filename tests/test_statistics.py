@@ -169,3 +169,12 @@ def test_spearman():
     assert statistics.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert np.isnan(statistics.spearman([1, 1, 1], [1, 2, 3]))
     assert np.isnan(statistics.spearman([1], [2]))
+
+
+@pytest.mark.parametrize("n", [1, 7, 399, 400, 401, 1000])
+def test_an_interval_holds_its_rate_also_at_the_ends(n):
+    for successes in (0, n):
+        low, high = statistics.wilson(successes, n)
+        assert 0 <= low <= successes / n <= high <= 1
+    found = statistics.rate_over_seeds([np.zeros((n, 1)), np.zeros((n, 1))])
+    assert found.low == found.rate == 0.0

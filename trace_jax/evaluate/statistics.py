@@ -68,7 +68,8 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     share = successes / n
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+    # At the ends rounding would leave the share itself outside by 1e-18.
+    return float(min(share, max(0.0, centre - half))), float(max(share, min(1.0, centre + half)))
 
 
 def paired_difference(a_PS: np.ndarray, b_PS: np.ndarray) -> Difference:
