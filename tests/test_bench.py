@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import frontier, realign, studies
+from bench import against_gold, frontier, realign, studies
 from trace_jax import compare
 from trace_jax.errors import InputError
 
@@ -70,3 +70,14 @@ def test_the_best_point_keeps_the_limit():
     assert found["best"] == {"compliance_guarded": 0.5, "perplexity": 1.5}
     assert found["within_limit"] == 0.6
     assert frontier._method(rows[:1], 2.0)["best"] is None
+
+
+def test_trace_meets_dpo_gold_at_no_more_perplexity():
+    """The better point of trace is beyond what dpo_gold needs, so the other one is taken."""
+    far = POINT | {"perplexity": 1.2, "compliance_guarded": 0.9}
+    near = POINT | {"perplexity": 0.9, "compliance_guarded": 0.6, "beta": 0.7}
+    methods = {"trace": {"points": [far, near]}, "dpo_gold": {"points": [POINT], "best": POINT}}
+    trace, gold = against_gold.variants({"methods": methods})
+    assert trace.overrides["train.beta"] == 0.7 and gold.overrides["train.beta"] == 0.1
+    with pytest.raises(InputError, match="no point of trace"):
+        against_gold.variants({"methods": methods | {"trace": {"points": [far]}}})
