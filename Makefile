@@ -1,6 +1,6 @@
 # make quickstart   install into .venv (or the active virtual environment) and run the small example
 # make test         lint, format check and the test suite
-# make soak         50 kills and 100,000 hostile inputs (make test has 3 and 2,400); about half an hour
+# make soak         50 kills and 100,000 hostile inputs (make test has 2 and 1,600); about half an hour
 # make docs         the documentation as a site, build/site/index.html
 # make audit        known vulnerabilities of the pinned dependencies
 # make bench        the benchmarks under bench/

@@ -219,9 +219,8 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, list[int]]:
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
-        _check_keys_differ(root, where)
+        _check_nodes(root, where)
         data = loader.construct_document(root) if root else None
-        json.dumps(data, ensure_ascii=False, default=str).encode()  # no half of a surrogate pair
         return data, _clause_lines(root)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -236,23 +235,27 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, list[int]]:
         raise InputError(f"{where}: not valid YAML ({error})") from error
 
 
-def _check_keys_differ(root: yaml.Node | None, where: str) -> None:
-    """YAML's loader would let the last of two equal keys win."""
+def _check_nodes(root: yaml.Node | None, where: str) -> None:
+    """YAML's loader would let the last of two equal keys win, and halves of characters pass."""
     remaining, seen = [root], set()
     while remaining:
         node = remaining.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        if id(node) in seen or node is None:
             continue
         seen.add(id(node))
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.ScalarNode):
+            if any("\ud800" <= character <= "\udfff" for character in node.value):
+                raise InputError(f"{where}:{line}: half of a surrogate pair; write the character")
+            continue
         if isinstance(node, yaml.SequenceNode):
             remaining += node.value
             continue
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
-            line = node.start_mark.line + 1
             raise InputError(f"{where}:{line}: key {twice!r} is given twice; keep one")
-        remaining += [value for _, value in node.value]
+        remaining += [part for pair in node.value for part in pair]
 
 
 def _clause_lines(root: yaml.Node | None) -> list[int]:

@@ -30,7 +30,7 @@ def test_a_clock_that_jumps_by_days_changes_nothing(straight, config, tmp_path, 
     runs.assert_same_end(tmp_path / "run", straight[0])
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="needs a limit of memory")
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA"), reason="needs a limit of memory")
 def test_memory_that_ends_while_data_is_read_is_one_line(straight, config, tmp_path):
     path, base = tmp_path / "pairs.jsonl", straight[0] / "base"
 
@@ -44,17 +44,17 @@ def test_memory_that_ends_while_data_is_read_is_one_line(straight, config, tmp_p
         flags = ["--stages=prepare", "--config.data.source=file", f"--config.data.path={path}",
                  f"--config.model.path={base}"]  # fmt: skip
         command = runs.command(config, tmp_path / name, *flags)
-        shell = f'ulimit -v {limit}; exec "$@"' if limit else 'exec "$@"'
+        shell = f'ulimit -d {limit}; exec "$@"' if limit else 'exec "$@"'
         return subprocess.run(
             ["bash", "-c", shell, "bash", *command], cwd=runs.ROOT, capture_output=True, text=True,
             check=False, timeout=300,
         )  # fmt: skip
 
     write(100)
-    kib = 1_000_000
+    kib = 600_000
     while prepare("small", kib).returncode:  # what the libraries take
-        kib += 500_000
+        kib += 200_000
         assert kib < 20_000_000
-    write(150_000)
+    write(80_000)
     line = runs.error_of(prepare("large", kib))
     assert "out of memory" in line

@@ -23,7 +23,7 @@ from trace_jax.judges import gemini_reply
 from trace_jax.judges import store as stores
 
 KINDS = 8
-EACH = int(os.environ.get("TRACE_SOAK_INPUTS", "2400")) // KINDS
+EACH = int(os.environ.get("TRACE_SOAK_INPUTS", "1600")) // KINDS
 HANG_S = 20
 
 

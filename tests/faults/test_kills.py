@@ -13,7 +13,7 @@ import time
 
 from faults import runs
 
-KILLS = int(os.environ.get("TRACE_SOAK_KILLS", "3"))
+KILLS = int(os.environ.get("TRACE_SOAK_KILLS", "2"))
 
 
 def _stage(path) -> str:

@@ -47,11 +47,11 @@ def _end(processes: list[subprocess.Popen]) -> list[str]:
 def test_a_process_that_stands_still_is_named_by_the_others(config, tmp_path):
     """It goes on later, and the run ends as if nothing had been."""
     path = tmp_path / "run"
-    both = _start(config, path, 2, "--config.tracking.stuck_after=3", "--stages=prepare,align")
+    both = _start(config, path, 2, "--config.tracking.stuck_after=6", "--stages=prepare,align")
     try:
         _until((path / ".heartbeats" / "1.json").exists)
         os.kill(both[1].pid, signal.SIGSTOP)
-        time.sleep(60)
+        time.sleep(28)  # far below what jax's own timeouts allow
         os.kill(both[1].pid, signal.SIGCONT)
         said = _end(both)
     finally:
