@@ -19,7 +19,7 @@ from typing import Any
 FOLDER = ".heartbeats"
 WAITING = "waiting for the other processes"
 _INTERVAL_S = 10.0
-_DEAD_AFTER_S = 3 * _INTERVAL_S  # without a sign
+_DEAD_AFTER_S = 2.5 * _INTERVAL_S  # without a sign
 
 
 @dataclasses.dataclass
