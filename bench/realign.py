@@ -40,6 +40,19 @@ METHODS = {
 }
 RESULTS = Path("docs/results")
 BEGIN, END = "<!-- results: python -m bench.realign --readme -->", "<!-- end of results -->"
+REPLICATION = Path("docs/replication.md")
+# What the paper reports (Llama-3.1-8B, percent), the method and the figure of ours beside it.
+PAPER = (
+    ("TPA, TRACE, 20k pairs", "70.7", "trace", "compliance_guarded"),
+    ("TPA, Naive Oracle DPO, 20k pairs", "52.2", "naive_oracle_dpo", "compliance_guarded"),
+    ("TPA, without triage", "58.1", "trace_no_triage", "compliance_guarded"),
+    ("TPA, without KL", "71.5", "trace_no_kl", "compliance_guarded"),
+    ("TPA, without impact weights", "62.8", "trace_no_impact", "compliance_guarded"),
+    ("TPA, DPO-Gold", "73.8", "dpo_gold", "compliance_guarded"),
+    ("TPA, U2A", "55.8", "u2a", "compliance_guarded"),
+    ("win rate over U2A, DPO-Gold", "87.1 / 92.4", "dpo_gold", "win_rate_vs_u2a"),
+    ("win rate over U2A, TRACE", "81.8 / 85.3", "trace", "win_rate_vs_u2a"),
+)
 
 
 def variants(names: list[str], tuned: dict) -> list[compare.Variant]:
@@ -87,15 +100,37 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
 
 
 def readme() -> None:
-    """Writes the tables into README.md."""
-    path = Path("README.md")
+    """Writes the tables into README.md, and those beside the paper's into docs/replication.md."""
+    read = [records.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    read = [found for found in read if "operating_points" in found]
+    _fill(Path("README.md"), "\n".join(section(found) for found in read))
+    _fill(REPLICATION, beside_the_paper(read))
+
+
+def _fill(path: Path, text: str) -> None:
     before, _, rest = path.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     if not rest or not after:
-        raise InputError(f"README.md has no {BEGIN} ... {END}")
-    read = {path.stem: records.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
-    sections = [section(found) for found in read.values() if "operating_points" in found]
-    path.write_text(before + BEGIN + "\n\n" + "\n".join(sections) + END + after)
+        raise InputError(f"{path} has no {BEGIN} ... {END}")
+    path.write_text(before + BEGIN + "\n\n" + text + END + after)
+
+
+def beside_the_paper(read: list[dict]) -> str:
+    """The paper's figures and ours, percent with intervals."""
+    names = [found["name"] for found in read]
+    lines = [
+        f"| | paper, Llama-3.1-8B | {' | '.join(f'here, {name}' for name in names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for what, theirs, method, figure in PAPER:
+        cells = [found["methods"].get(method, {}).get(figure) for found in read]
+        ours = ["-" if cell is None else _percent(cell) for cell in cells]
+        lines.append(f"| {what} | {theirs} | {' | '.join(ours)} |")
+    return "\n".join([*lines, ""])
+
+
+def _percent(rate: dict) -> str:
+    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def section(found: dict) -> str:
