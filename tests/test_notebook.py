@@ -25,6 +25,10 @@ def test_it_runs_to_its_end(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("TRACE_VARIANT", "smoke")
+    small = {"data.pairs": 120, "data.test_prompts": 20, "data.validation_prompts": 10,
+             "model.scratch.training.total_steps": 40, "align.total_steps": 20,
+             "train.total_steps": 20, "impact.gold_size": 30}  # fmt: skip
+    monkeypatch.setenv("TRACE_FLAGS", " ".join(f"--config.{k}={v}" for k, v in small.items()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
