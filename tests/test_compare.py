@@ -151,3 +151,12 @@ def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys):
         assert compare.main(["compare", *arguments]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and said[0].startswith("error: "), said
+
+
+def test_a_full_disk_is_one_line(config, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as of a tokenizer
+
+    monkeypatch.setattr(compare, "compare", full)
+    assert compare.main(["compare", f"--config={config}", f"--workdir={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith("error: no space left on device; ")

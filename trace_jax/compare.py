@@ -22,7 +22,17 @@ from absl import flags
 from ml_collections import config_flags
 
 from trace_jax import config as config_lib
-from trace_jax import launch, methods, metrics, policy, records, stages, validation, workdir
+from trace_jax import (
+    errors,
+    launch,
+    methods,
+    metrics,
+    policy,
+    records,
+    stages,
+    validation,
+    workdir,
+)
 from trace_jax.errors import InputError
 from trace_jax.stages import at_work, context
 
@@ -246,7 +256,13 @@ def main(argv: list[str]) -> int:
             values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate
         )
     except InputError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        print("error:", error, file=sys.stderr)
+        return 2
+    except Exception as error:
+        told = errors.of_the_machine(error)
+        if told is None:
+            raise
+        print("error:", told, file=sys.stderr)
         return 2
     print(write(found, target))
     return 0
