@@ -214,7 +214,7 @@ def fit(
             def on_metrics(step: int, values: dict[str, float]) -> bool:
                 writer.write(step, values)
                 bar.advance(1)
-                return writer.total("train/skipped") <= settings.skip_steps
+                return writer.skipped <= settings.skip_steps
 
             while True:
                 end = cuts[segment + 1]

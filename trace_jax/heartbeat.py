@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,11 +57,11 @@ def moved(detail: str = "") -> None:
 @contextlib.contextmanager
 def beating(
     directory: Path, *, stuck_after: float, process: int = 0, processes: int = 1,
-    interval: float = _INTERVAL_S, say: Callable[[str], None] | None = None,
+    interval: float = _INTERVAL_S, say: Callable[[str], None] = print,
 ) -> Iterator[None]:  # fmt: skip
     """In here the thread beats.
 
-    stuck_after: seconds without progress after which `say` (by default stderr) is told what this
+    stuck_after: seconds without progress after which `say` is told what this
     process is doing, and who keeps it waiting; again after twice as long, and so on. 0: never.
     """
     folder, ended = Path(directory) / FOLDER, threading.Event()
@@ -79,7 +78,7 @@ def beating(
                 told = stuck_after
             elif stuck_after and still >= told:
                 told *= 2
-                (say or _say)(_stuck(folder, process, processes, still))
+                say(_stuck(folder, process, processes, still))
             if ended.wait(interval):
                 return
 
@@ -136,7 +135,3 @@ def _stuck(folder: Path, process: int, processes: int, still: float) -> str:
     ]
     late += [f"process {i} has not begun, or is gone" for i in sorted(missing)]
     return line + ("; " + "; ".join(late) if late else "")
-
-
-def _say(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)

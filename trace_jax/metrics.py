@@ -1,6 +1,5 @@
 """What a run tells its user while it runs: metrics.jsonl, progress on stderr, tables on stdout."""
 
-import collections
 import contextlib
 import json
 import math
@@ -26,6 +25,9 @@ class MetricsWriter:
 
     resume_after: the step of the checkpoint that the run resumes from, 0 for a fresh run. Lines of
     later steps are dropped, since they will be written again.
+
+    Attributes:
+      skipped: steps that were not finite, of earlier tries too.
     """
 
     def __init__(self, path: Path, *, resume_after: int):
@@ -34,9 +36,7 @@ class MetricsWriter:
         kept = read_metrics(self.path) if resume_after and self.path.exists() else []
         kept = [row for row in kept if row["step"] <= resume_after]
         records.write_jsonl(self.path, kept)
-        self._totals: collections.Counter[str] = collections.Counter()
-        for row in kept:
-            self._count(row)
+        self.skipped = sum(row.get("train/skipped") or 0 for row in kept)
         self._kind = tracking.kind_of(self.path)
         where = self.path if processes.is_first() else Path(os.devnull)
         self._file = where.open("a", encoding="utf-8")
@@ -53,15 +53,8 @@ class MetricsWriter:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), **row}) + "\n")
         self._file.flush()
-        self._count(row)
+        self.skipped += row.get("train/skipped") or 0
         tracking.scalars(self._kind, step, values)
-
-    def total(self, name: str) -> float:
-        """Sum of a metric over all steps, those of earlier tries too."""
-        return self._totals[name]
-
-    def _count(self, row: Mapping[str, float | None]) -> None:
-        self._totals.update({name: value for name, value in row.items() if value})
 
     def close(self) -> None:
         """Closes the file; the writer is of no use afterwards."""
