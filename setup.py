@@ -64,11 +64,21 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "gcs": ["gcsfs>=2026.1"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "eval": ["lm_eval>=0.4.13"],
         "wandb": ["wandb>=0.19"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
-        "test": ["build>=1.2", "packaging>=24.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": [
+            "build>=1.2",
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2026.1",
+            "hypothesis>=6.150",
+            "packaging>=24.0",
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+        ],
     },
 )

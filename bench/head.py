@@ -7,7 +7,8 @@ width 512 and 32k, 128k and 256k entries, float32. Temporaries are the compiler'
 on this machine and, with --topology, ahead of time for one TPU chip of that slice in bfloat16;
 seconds, of value and gradient of log-probs, are medians of alternating runs here. The unchunked
 form is the same code with one chunk. --step (two minutes, needs libtpu): the whole train step of
-Gemma-2-9B with LoRA for one v5p chip, against one that keeps all logits for its backward pass.
+Gemma-2-9B with LoRA for one v5p chip, with the head in chunks and layers two rows at a time,
+against one with layers whole that keeps all logits for its backward pass.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from trace_jax import losses, records
 ROWS, LENGTH, WIDTH = 2, 1024, 512
 VOCABULARIES = {"32k": 32_000, "128k": 128_256, "256k": 256_000}
 REPEATS = 3
+STEP_ROWS, LAYER_ROWS = 8, 2  # of the whole step: of each kind; that a layer works on at once
 TIMED = ("logprob_gradient",)  # of all, the temporaries are compared
 
 
@@ -151,7 +153,8 @@ def step(rows: int) -> dict[str, int]:
     chunked, found = losses._over_chunks, {}
     for kind in ("chunked", "kept"):
         losses._over_chunks = chunked if kind == "chunked" else _kept
-        model = programs.Model(shape, "bfloat16", "layer", config.model.head_chunk)
+        layer_rows = LAYER_ROWS if kind == "chunked" else 0
+        model = programs.Model(shape, "bfloat16", "layer", config.model.head_chunk, layer_rows)
         jax.clear_caches()
         lowered = programs.train_step(model, settings, layout, layout, mesh)
         found[kind] = programs.memory(lowered).temp_bytes
@@ -190,8 +193,14 @@ def main(argv: Sequence[str]) -> int:
         "time_ratio_256k": last["logprob_gradient"]["time_ratio"],
     }
     if values.step:
-        temp = step(4)
-        result["step"] = {"rows": 8, "length": LENGTH, "temp_bytes": temp}
+        temp = step(STEP_ROWS)
+        result["step"] = {
+            "rows": 2 * STEP_ROWS,
+            "layer_rows": LAYER_ROWS,
+            "length": LENGTH,
+            "temp_bytes": temp,
+            "temp_ratio": temp["chunked"] / temp["kept"],
+        }
         print(f"whole step: {temp['chunked'] / 2**30:.1f} GiB, kept {temp['kept'] / 2**30:.1f} GiB")
     records.write_json(values.out, result)
     print(f"{values.out}: {result['headline']}")

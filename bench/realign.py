@@ -24,11 +24,12 @@ from trace_jax.errors import InputError
 METHODS = {
     "trace": ("trace", "trace"),
     "trace_no_impact": ("trace_no_impact", "trace_no_impact"),
+    "trace_full_weights": ("trace_full_weights", "trace_full_weights"),
     "trace_no_nll": ("trace+train.alpha_nll=0", "trace"),
     "trace_no_kl": ("trace_no_kl", "trace"),
     "trace_no_triage": ("trace_no_triage", "trace"),
     "trace_dual_npo": ("trace_dual_npo", "trace"),
-    "trace_shuffled": ("trace_shuffled", "trace"),
+    "trace_shuffled": ("trace_shuffled", "trace_full_weights"),
     "trace_invert_only": ("trace_invert_only", "trace"),
     "trace_paper": ("trace_paper", "trace_paper"),
     "dpo_gold": ("dpo_gold", "dpo_gold"),
@@ -102,9 +103,15 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
 def readme() -> None:
     """Writes the tables into README.md, and those beside the paper's into docs/replication.md."""
     read = [records.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
-    read = [found for found in read if "operating_points" in found]
+    read = [_in_order(found) for found in read if "operating_points" in found]
     _fill(Path("README.md"), "\n".join(section(found) for found in read))
     _fill(REPLICATION, beside_the_paper(read))
+
+
+def _in_order(found: dict) -> dict:
+    """Methods as in METHODS, behind base and M_ref; JSON has them by name."""
+    names = [name for name in ("base", "M_ref", *METHODS) if name in found["methods"]]
+    return found | {"methods": {name: found["methods"][name] for name in names}}
 
 
 def _fill(path: Path, text: str) -> None:

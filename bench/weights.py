@@ -200,6 +200,8 @@ def plot(found: dict, path: Path) -> None:
                 color=f"C{i}", label=f"{action}, {draw}",
             )  # fmt: skip
     right.set_xscale("log")
+    right.set_xticks([n // 2 for n in GOLD_SIZES], [str(n // 2) for n in GOLD_SIZES])
+    right.minorticks_off()
     right.set_xlabel("pairs in each half of the gold batch")
     right.set_ylabel("rank correlation of the two halves, within an action")
     right.legend(fontsize=8)

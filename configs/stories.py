@@ -26,7 +26,7 @@ def get_config():
     # perplexity limit (docs/results/stories_frontier.json).
     c.train.learning_rate = 2e-4
     c.train.beta = 0.05
-    c.train.total_steps = 75
+    c.train.total_steps = 150
     c.train.retain_per_step = 8  # RETAIN is a seventh of the records
     c.evaluate.splits = ("test", "validation")
     return c

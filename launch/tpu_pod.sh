@@ -12,9 +12,9 @@
 : "${ACCELERATOR:=v5litepod-8}"                # one host of 8 chips, v5e:2x4; v5litepod-16 is v5e:4x4 on four hosts
 : "${RUNTIME:=v2-alpha-tpuv5-lite}"
 : "${QUEUED:=false}"                           # true: a queued resource, which waits for its turn
-: "${SPOT:=false}"                             # true: cheaper, may be taken away at any time; needs a WORKDIR that stays
+: "${SPOT:=false}"                             # true: cheaper, may be taken away at any time; needs a WORKDIR that stays: gs://
 : "${CONFIG:=configs/gemma9b.py:lora}"
-: "${WORKDIR:=/tmp/trace_jax/run}"             # with several hosts: on storage that all of them have mounted at this path
+: "${WORKDIR:=/tmp/trace_jax/run}"             # several hosts, or SPOT: gs://BUCKET/run, which the TPU's service account may write
 : "${FLAGS:=}"                                 # more flags, as in --config.policy.new=policy.yaml
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # passed on from this shell where they are set, over stdin, in no command line
 : "${ATTEMPTS:=20}"                            # starts, the first included
@@ -84,7 +84,7 @@ install() {
   run git archive --format=tar.gz --output="$archive" HEAD
   tpu scp "$archive" "$NAME:trace_jax.tar.gz" --worker=all
   tpu ssh --worker=all --command="rm -rf trace_jax && mkdir trace_jax && tar -xzf trace_jax.tar.gz -C trace_jax \
-&& cd trace_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+&& cd trace_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[gcs,tpu]'"
   rm -f "$archive"
 }
 
@@ -124,7 +124,10 @@ exec .venv/bin/python -m trace_jax.launch --config=$CONFIG --workdir=$WORKDIR --
 
 fetch() {
   run mkdir -p "$OUT"
-  tpu scp --recurse --worker=0 "$NAME:$WORKDIR" "$OUT"
+  case "$WORKDIR" in
+    gs://*) run gcloud storage rsync --recursive "$WORKDIR" "$OUT" ;;
+    *) tpu scp --recurse --worker=0 "$NAME:$WORKDIR" "$OUT" ;;
+  esac
 }
 
 main() {

@@ -1,9 +1,12 @@
 """Offline, CPU, 8 fake devices, no silent rank promotion: set before anything imports jax."""
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,34 @@ def straight(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProces
     command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}", f"--workdir={path}"]
     root = Path(__file__).resolve().parents[1]
     return path, subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def storage():
+    """Environment of processes that use the storage server."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    program = shutil.which("gcp-storage-emulator", path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("needs gcp-storage-emulator")
+    command = [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
+    process = subprocess.Popen(
+        [*command, "--default-bucket=bucket"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    where = f"http://127.0.0.1:{port}"
+    yield {
+        "STORAGE_EMULATOR_HOST": where,  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": where,  # Orbax's arrays
+        "GCE_METADATA_HOST": "127.0.0.1:1",
+        "NO_GCE_CHECK": "true",
+    }
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """One of several processes that train, score, checkpoint and export; run by test_processes.py.
 
 python process_worker.py HOST:PORT PROCESSES PROCESS FOLDER [STOP_AFTER_STEP]
+
+FOLDER may be in a bucket.
 """
 
 import contextlib
@@ -12,16 +14,22 @@ import numpy as np
 from flax import nnx
 
 from tests import test_sharding, tiny
-from trace_jax import metrics, models, processes, sharding
+from trace_jax import bucket, metrics, models, processes, sharding
 
 
 class Stopped(Exception):
     """The run was stopped by hand."""
 
 
-def main(coordinator: str, count: int, index: int, folder: Path, stop_after: int | None) -> None:
+def main(coordinator: str, count: int, index: int, where: str, stop_after: int | None) -> None:
     if count > 1:
         processes.start(coordinator, count, index, auto=False)
+    with bucket.opened(where) as folder:
+        work(index, folder, stop_after)
+        processes.wait("end")
+
+
+def work(index: int, folder: Path, stop_after: int | None) -> None:
     mesh = sharding.make_mesh(1, -1, 1)
     with jax.set_mesh(mesh):
         module = test_sharding.module()
@@ -38,7 +46,6 @@ def main(coordinator: str, count: int, index: int, folder: Path, stop_after: int
             state = nnx.state(fitted.module)
             local = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state)]
             np.save(folder / f"local-{index}.npy", np.asarray(local))
-    processes.wait("end")
 
 
 def stopping(after: int | None):
@@ -63,4 +70,4 @@ if __name__ == "__main__":
     metrics.say = lambda line: None
     jax.config.update("jax_disable_most_optimizations", True)
     where, count, index, folder, *stop = sys.argv[1:]
-    main(where, int(count), int(index), Path(folder), int(stop[0]) if stop else None)
+    main(where, int(count), int(index), folder, int(stop[0]) if stop else None)

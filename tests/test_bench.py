@@ -39,7 +39,7 @@ def test_a_method_has_points_of_its_own_or_the_common_ones():
 
 
 def test_methods_of_the_table_take_their_operating_points():
-    tuned = _tuned("trace", "trace_paper")
+    tuned = _tuned("trace_full_weights", "trace_paper")
     shuffled, paper = realign.variants(["trace_shuffled", "trace_paper"], tuned)
     assert shuffled.overrides["impact.weights"] == "shuffled"
     assert shuffled.overrides["train.beta"] == 0.1 and shuffled.overrides["train.total_steps"] == 9

@@ -38,6 +38,12 @@ def test_overrides_take_the_type_of_the_key_and_leave_the_original_alone():
     assert changed.align.enabled is False and base.train.total_steps == 200
 
 
+def test_a_workdir_in_a_bucket_is_one_line(capsys):
+    command = ["compare", "--config=configs/quickstart.py", "--workdir=gs://bucket/run"]
+    assert compare.main(command) == 2
+    assert "works in a local folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [("train.bata", "1", "unknown config key"), ("train.total_steps", "many", "not a int")],

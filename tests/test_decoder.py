@@ -220,3 +220,23 @@ def test_init_is_a_function_of_the_seed_and_scales_the_outputs():
     assert np.std(a.layers.down.kernel[...]) == pytest.approx(240**-0.5, rel=0.1)
     assert np.std(a.embed[...]) == pytest.approx(2 * 24**-0.5, rel=0.1)
     assert models.init(TINY, seed=0, dtype=jnp.bfloat16).embed[...].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("remat", ["layer", "dots", "none"])
+def test_rows_of_a_layer_in_groups_change_nothing(of_family, remat):
+    tokens = random_tokens(0, 4, 10)
+    few = nnx.merge(*nnx.split(of_family))
+    few.remat, few.layer_rows = remat, 3  # which does not divide 4: two groups of 2
+
+    def loss_of(module):
+        graphdef, state = nnx.split(module)
+        of_row = jnp.arange(1.0, 5.0)[:, None, None]  # so that rows may not change places
+        return state, lambda state: jnp.sum(of_row * jnp.sin(nnx.merge(graphdef, state)(tokens)))
+
+    found = []
+    for module, scans in ((of_family, 1), (few, 2)):  # over layers, and over groups of rows
+        state, loss = loss_of(module)
+        assert str(jax.make_jaxpr(loss)(state)).count("scan[") == scans
+        found.append(jax.jit(jax.value_and_grad(loss))(state))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,9 @@ def checkout(config, tmp_path_factory) -> Path:
         if item.name not in ("configs", "runs", "build") and not item.name.startswith("."):
             (path / item.name).symlink_to(item)
     shutil.copytree(ROOT / "configs", path / "configs")
-    shutil.copy(config, path / "configs" / "quickstart.py")
+    sure = "    c.train.learning_rate = 1e-2  # in 4 steps the model has to answer otherwise\n"
+    quick = config.read_text().replace("    return c\n", f"{sure}    return c\n")
+    (path / "configs" / "quickstart.py").write_text(quick)
     return path
 
 

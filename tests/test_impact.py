@@ -240,6 +240,10 @@ def test_weights_by_hand():
     scores = np.array([1.0, -5.0, 3.0])
     np.testing.assert_allclose(impact.weights(scores, normalisation="mean_one"), [0.75, 0, 2.25])
     np.testing.assert_allclose(impact.weights(scores, normalisation="sum_to_one"), [0.25, 0, 0.75])
+    half = impact.weights(scores, normalisation="mean_one", strength=0.5)
+    np.testing.assert_allclose(half, [0.875, 0.5, 1.625])
+    none = impact.weights(scores, normalisation="sum_to_one", strength=0.0)
+    np.testing.assert_allclose(none, [1 / 3, 1 / 3, 1 / 3])
     free = impact.weights(scores, normalisation="sum_to_one", clamp=False)
     np.testing.assert_allclose(free, [1 / 9, -5 / 9, 3 / 9])
 

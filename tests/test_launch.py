@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import trace_jax
+from trace_jax import config as config_lib
 from trace_jax import launch, locks, metrics, stages, train, workdir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,8 @@ def test_records_triage_and_impact_have_their_form(straight):
     scored = [row for row in weighed if not row["gold"]]
     positive = np.array([max(row["score"], 0) for row in scored])
     weights = np.array([row["weight"] for row in scored])
-    np.testing.assert_allclose(weights, len(scored) * positive / positive.sum(), rtol=1e-6)
+    of_scores = len(scored) * positive / positive.sum()
+    np.testing.assert_allclose(weights, 0.75 + 0.25 * of_scores, rtol=1e-6)
 
 
 def test_gold_corrections_and_metrics_have_their_form(straight):
@@ -208,6 +210,23 @@ def test_a_changed_config_is_refused_with_the_difference(run, config, capsys):
     assert "stage impact was made from other inputs (train.beta: 0.1 -> 0.2)" in said
     assert "--redo" in said and "--workdir" in said
     assert _files(run) == before
+
+
+def test_a_run_made_before_a_key_was_there_stays_done_at_what_the_key_meant_then(
+    run, config, capsys, monkeypatch
+):
+    marks = [run / ".stages" / f"{stage}.json" for stage in ("impact", "train")]
+    for mark in marks:
+        found = json.loads(mark.read_text())
+        found["inputs"] = {k: v for k, v in found["inputs"].items() if k != "train.layer_rows"}
+        found["inputs"].pop("impact.strength", None)
+        mark.write_text(json.dumps(found))
+    flags = (f"--config={config}", f"--workdir={run}")
+    said = _error(capsys, *flags)
+    assert "stage impact was made from other inputs (impact.strength: 1.0 -> 0.25)" in said
+    monkeypatch.setitem(config_lib.BEFORE, "impact.strength", 0.25)
+    assert _main(*flags) == 0
+    assert capsys.readouterr().err.count("done before, skipped") == len(stages.NAMES)
 
 
 def test_redo_does_that_stage_and_what_depends_on_it(run, config, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,13 +26,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(count: int, folder: Path, *more: str, program=(str(WORKER),)) -> list[str]:
+def run(
+    count: int, folder: Path | str, *more: str, program=(str(WORKER),), **variables: str
+) -> list[str]:
     """Runs `count` processes of one device each; their stderr."""
-    folder.mkdir(exist_ok=True)
+    if isinstance(folder, Path):
+        folder.mkdir(exist_ok=True)
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        **variables,
     }
     where = f"localhost:{free_port()}"
     started = [
@@ -41,7 +46,7 @@ def run(count: int, folder: Path, *more: str, program=(str(WORKER),)) -> list[st
         )
         for i in range(count)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in started]
+    said = [process.communicate(timeout=200)[1] for process in started]
     assert [process.returncode for process in started] == [0] * count, "\n".join(said)
     return said
 
@@ -101,6 +106,19 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, tmp_path):
     assert rows(tmp_path / "resumed") == rows(straight[2])
     for a, b in zip(weights(straight[2]), weights(tmp_path / "resumed"), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_stopped_and_resumed_without_a_common_disk_as_well(straight, storage, tmp_path):
+    url, cache = "gs://bucket/runs/two", tmp_path / "cache"
+    here = storage | {"TRACE_JAX_CACHE": str(cache)}
+    run(2, url, "3", **here)
+    shutil.rmtree(cache)
+    run(2, url, **here)
+    first, second = (next((cache / "workdirs").glob(f"two-*/p{index}")) for index in range(2))
+    assert rows(first) == rows(straight[2])
+    for name in ("model/model.safetensors", "local-0.npy", "local-1.npy", "scores.npy"):
+        whole = (straight[2] / name).read_bytes()
+        assert (first / name).read_bytes() == (second / name).read_bytes() == whole, name
 
 
 def test_the_whole_program_in_two_processes(config, straight_run, tmp_path):

@@ -121,6 +121,31 @@ def test_the_state_is_cut_and_logits_are_the_same(config):
     np.testing.assert_allclose(np.asarray(out), whole, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["1x8x1", "2x2x2"])
+def test_rows_of_a_layer_in_groups_are_the_same_and_its_parameters_are_gathered_once(name):
+    tokens = np.random.default_rng(1).integers(1, 48, (16, 9))
+    found = []
+    for layer_rows in (0, 1):
+        with on(name):
+            made = module(GEMMA)
+            made.layer_rows = layer_rows
+            graphdef, params = nnx.split(made)
+
+            def loss(params, tokens, graphdef=graphdef):
+                of_row = np.arange(16.0)[:, None, None]  # so that rows may not change places
+                return (of_row * nnx.merge(graphdef, params)(tokens)).std()
+
+            step = jax.jit(jax.value_and_grad(loss))
+            placed = sharding.place_rows(tokens, leading=0)
+            text = step.lower(params, placed).compile().as_text()
+            found.append(step(params, placed))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    assert any("while/body" in line for line in gathers)
+    assert not [line for line in gathers if line.count("while/body") > 1]
+
+
 def test_optimizer_moments_lie_like_their_parameters():
     with on("1x8x1"):
         _, params, _ = tiny.split(module())

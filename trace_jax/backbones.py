@@ -83,6 +83,7 @@ def _paper_objective(c: ml_collections.ConfigDict) -> None:
     c.impact.gold_size = 100
     c.impact.gold_beta = 0.3
     c.impact.normalisation = "sum_to_one"
+    c.impact.strength = 1.0
 
 
 def _smoke(c: ml_collections.ConfigDict, family: str) -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from trace_jax import metrics, processes, records, train, workdir
+from trace_jax import bucket, metrics, processes, records, train, workdir
 from trace_jax.errors import InputError
 
 _log = logging.getLogger("absl")
@@ -24,12 +24,13 @@ _SUMS = "checksums"  # folder of STEP.json, the hash of a checkpoint
 class Checkpoints:
     """Checkpoints below `directory`: the newest `keep`, each complete before an older one goes.
 
-    Damaged ones are deleted on the way in, with a word.
+    Damaged ones are deleted on the way in, with a word. (A bucket checks its objects itself.)
     """
 
     def __init__(self, directory: Path, *, keep: int):
         policy = ocp.training.preservation_policies.LatestN(keep)
-        self.directory = Path(directory).resolve()
+        self.directory = bucket.checkpoints(directory)
+        self._sums = self.directory / _SUMS if isinstance(self.directory, Path) else None
         if processes.is_first():
             self._drop_damaged()
         processes.wait(f"checked {self.directory}")
@@ -52,7 +53,7 @@ class Checkpoints:
                 if not self._failed:  # else it says again what was said
                     raise
         if processes.is_first():
-            for kept in self.directory.glob(f"{_SUMS}/*.json"):
+            for kept in self._kept_sums():
                 if not (self.directory / kept.stem).is_dir():
                     kept.unlink()
 
@@ -94,12 +95,17 @@ class Checkpoints:
             response.result()
         except Exception as error:  # whatever the background threads of Orbax met
             raise self._unwritten(step, error) from error
+        if self._sums is None:
+            return
         if processes.is_first():
             digest = workdir.hash_path(self.directory / str(step))
-            (self.directory / _SUMS).mkdir(exist_ok=True)
+            self._sums.mkdir(exist_ok=True)
         else:
             digest = ""
-        records.write_json(self.directory / _SUMS / f"{step}.json", {"sha256": digest})
+        records.write_json(self._sums / f"{step}.json", {"sha256": digest})
+
+    def _kept_sums(self) -> list[Path]:
+        return [] if self._sums is None else list(self._sums.glob("*.json"))
 
     def _unwritten(self, step: int, error: Exception) -> InputError:
         self._failed = True
@@ -111,7 +117,7 @@ class Checkpoints:
         )
 
     def _drop_damaged(self) -> None:
-        for kept in sorted(self.directory.glob(f"{_SUMS}/*.json")):
+        for kept in sorted(self._kept_sums()):
             path = self.directory / kept.stem
             try:
                 intact = workdir.hash_path(path) in ("", records.read_json(kept)["sha256"])

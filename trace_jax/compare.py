@@ -29,6 +29,7 @@ from trace_jax import (
     metrics,
     policy,
     records,
+    remote,
     stages,
     validation,
     workdir,
@@ -251,6 +252,10 @@ def main(argv: list[str]) -> int:
             return 0
         if values.config is None or values.workdir is None:
             raise InputError("--config=FILE and --workdir=DIR are needed")
+        if remote.is_remote(values.workdir):
+            raise InputError(
+                f"--workdir={values.workdir}: a comparison works in a local folder; give one"
+            )
         target, variants = Path(values.workdir), parse_methods(values.methods)
         found = compare(
             values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate

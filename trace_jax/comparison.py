@@ -49,8 +49,16 @@ STATEMENTS = (
     Statement("dpo_gold above trace", "dpo_gold", "trace"),
     Statement("naive_oracle_dpo more than 10 points below trace", "trace", "naive_oracle_dpo", 0.1),
     Statement("no triage loses compliance", "trace", "trace_no_triage"),
-    Statement("no impact weights loses compliance", "trace", "trace_no_impact"),
-    Statement("no impact weights loses utility", "trace_no_impact", "trace", figure="perplexity"),
+    Statement("no impact weights loses compliance", "trace_full_weights", "trace_no_impact"),
+    Statement(
+        "no impact weights loses utility",
+        "trace_no_impact",
+        "trace_full_weights",
+        figure="perplexity",
+    ),
+    Statement(
+        "impact weights above the same, dealt at random", "trace_full_weights", "trace_shuffled"
+    ),
     Statement("no KL loses utility", "trace_no_kl", "trace", figure="perplexity"),
 )
 

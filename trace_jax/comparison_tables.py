@@ -1,5 +1,6 @@
 """A comparison as people read it: Markdown, LaTeX and two plots."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def _latex_cell(rate: Mapping[str, Any]) -> str:
     return f"${100 * rate['rate']:.1f}_{{{rest}}}$"
 
 
+_WIDEST = 2.5  # times the lowest perplexity: what the plot shows
+_LINE = 2.2  # percent of compliance that a label is high
+
+
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Guarded and raw compliance with intervals, and guarded compliance against perplexity."""
     import matplotlib
@@ -126,12 +131,24 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     left.set_xlabel("compliance with the new policy, held-out prompts (%)")
     left.legend(fontsize=8)
     left.grid(axis="x", alpha=0.3)
-    for name, row in rows:
-        at = (row["perplexity"], 100 * row["compliance_guarded"]["rate"])
-        right.plot(*at, "o", color="C1" if name in ("base", "M_ref") else "C0")
-        right.annotate(name, at, fontsize=7, xytext=(4, 3), textcoords="offset points")
-    right.set_xscale("log")
-    right.set_xlabel("perplexity of base text (log scale; lower: closer to the base model)")
+    edge = _WIDEST * min(row["perplexity"] for _, row in rows)
+    last, aside = -math.inf, 0.03 * edge
+    for name, row in sorted(rows, key=lambda of: of[1]["compliance_guarded"]["rate"]):
+        beyond = row["perplexity"] > edge
+        at = (min(edge, row["perplexity"]), 100 * row["compliance_guarded"]["rate"])
+        colour = "C1" if name in ("base", "M_ref") else "C0"
+        right.plot(*at, ">" if beyond else "o", color=colour)
+        last = max(at[1], last + _LINE)  # labels of points close together stand above each other
+        right.annotate(
+            name,
+            at,
+            (at[0] + (-aside if beyond else aside), last),
+            fontsize=7,
+            ha="right" if beyond else "left",
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey"},
+        )
+    right.set_xlabel(f"perplexity of base text (lower: closer to it; arrows: over {edge:.1f})")
     right.set_ylabel("guarded, T=1 (%)")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -6,6 +6,9 @@ from ml_collections import config_dict
 from trace_jax import methods
 from trace_jax.errors import InputError
 
+# What runs that were made before a key was there did: their stages stay done.
+BEFORE = {"impact.strength": 1.0, "train.layer_rows": 0, "train.skip_steps": 0}
+
 
 def base_config() -> ml_collections.ConfigDict:
     """The defaults.
@@ -35,6 +38,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.punish = (
         "correction"  # correction: (y_c, y_w) where y_c was found, else dual NPO | dual_npo
     )
+    c.train.layer_rows = 0  # rows of a data shard that a layer works on at once; 0: all. A few take
+    # a third of the memory of many, and the parameters are gathered once for all
     c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
     c.train.retain_pairs = (
         False  # trace: RETAIN records whose y_l violates are also preference pairs
@@ -252,6 +257,7 @@ def _impact() -> ml_collections.ConfigDict:
     c.gold_beta = 0.1  # of J's logistic loss
     c.normalisation = "mean_one"  # mean_one | sum_to_one (as the paper)
     c.within = "all"  # weights are normalised over: all conflicts | action (each has mean 1)
+    c.strength = 0.25  # share of a weight that its score decides, the rest is 1; 1: as the paper
     c.clamp = True  # negative scores weigh 0; False: they stay (mean absolute weight 1)
     c.curvature = "identity"  # scores along (H + damping)^-1 g_J: identity (as the paper) |
     # fisher_diag | cg (conjugate gradients on Hessian-vector products)

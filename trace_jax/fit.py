@@ -21,6 +21,7 @@ from trace_jax import (
     methods,
     metrics,
     preemption,
+    processes,
     records,
     sharding,
     train,
@@ -198,6 +199,8 @@ def fit(
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
         state = train.init_state(params, settings.options())
         start = saved.latest_step or 0
+        if processes.is_first():
+            directory.mkdir(parents=True, exist_ok=True)  # in a bucket, Orbax makes another
         records.write_json(directory / BEGAN, {"step": start, "time": time.time()})
         segment = next(i for i in range(len(cuts) - 1) if start <= cuts[i + 1])
         for past in cuts[1 : segment + 1]:

@@ -174,11 +174,15 @@ def score(
     return total + npo * (bool(example.npo0) * d0 + bool(example.npo1) * d1)
 
 
-def weights(scores: np.ndarray, *, normalisation: str, clamp: bool = True) -> np.ndarray:
+def weights(
+    scores: np.ndarray, *, normalisation: str, clamp: bool = True, strength: float = 1.0
+) -> np.ndarray:
     """Weights of n scores: clamped at 0, then
 
     mean_one     n s / sum(s), so that the mean weight is 1 (comparable with w = 1; the default)
     sum_to_one   s / sum(s), as the paper has it (the conflict : KL ratio falls by a factor n)
+
+    strength: share of a weight that its score decides; the rest is equal for all. 1: as the paper.
     """
     if normalisation not in ("mean_one", "sum_to_one"):
         raise InputError(
@@ -196,7 +200,9 @@ def weights(scores: np.ndarray, *, normalisation: str, clamp: bool = True) -> np
             "--config.impact.weights=uniform, "
             "punish with corrections (train.punish='correction'), or a larger impact.gold_size"
         )
-    return clamped / total * (len(scores) if normalisation == "mean_one" else 1.0)
+    mean = 1.0 if normalisation == "mean_one" else 1 / len(scores)
+    share = clamped / total  # first, so that no factor can make the smallest numbers vanish
+    return mean * (strength * share * len(scores) + (1 - strength))
 
 
 def weigh(
@@ -207,6 +213,7 @@ def weigh(
     normalisation: str,
     within: str = "all",
     clamp: bool = True,
+    strength: float = 1.0,
     shuffle_seed: int | None = None,
 ) -> np.ndarray:
     """Weights of n conflicts; a gold record gets its action's mean, for its score sees itself.
@@ -214,10 +221,13 @@ def weigh(
     within: "all", or "action" to give each action the mean 1 that all have together. shuffle_seed:
     deals the weights of an action to its records at random (a control).
     """
+    of_scores = functools.partial(
+        weights, normalisation=normalisation, clamp=clamp, strength=strength
+    )
     found = np.zeros(len(scores))
     scored = ~is_gold
     if within == "all":
-        found[scored] = weights(scores[scored], normalisation=normalisation, clamp=clamp)
+        found[scored] = of_scores(scores[scored])
     for action in sorted(set(actions)):
         of_action = actions == action
         used = of_action & scored
@@ -225,7 +235,7 @@ def weigh(
             continue
         if within == "action":
             share = used.sum() / scored.sum() if normalisation == "sum_to_one" else 1.0
-            found[used] = share * weights(scores[used], normalisation=normalisation, clamp=clamp)
+            found[used] = share * of_scores(scores[used])
         if shuffle_seed is not None:
             found[used] = np.random.default_rng([shuffle_seed, 0x5DEA]).permutation(found[used])
         found[of_action & is_gold] = found[used].mean()

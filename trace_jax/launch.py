@@ -20,8 +20,19 @@ from absl import flags
 from ml_collections import config_flags
 
 import trace_jax
+from trace_jax import (
+    bucket,
+    errors,
+    metrics,
+    plan,
+    preemption,
+    processes,
+    remote,
+    stages,
+    validation,
+    workdir,
+)
 from trace_jax import config as config_lib
-from trace_jax import errors, metrics, plan, preemption, processes, stages, validation, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import at_work, closing, context
 
@@ -69,9 +80,10 @@ def main(argv: list[str]) -> int:
 def _plan(values: flags.FlagValues) -> int:
     config = config_lib.resolved(values.config)
     validation.validate(config, planning=True)
-    run = context.Context(config, workdir.Workdir(_directory(values)))
-    run.load_judges()
-    found = plan.make(run, values.topology)
+    with bucket.opened(_directory(values), read_only=True) as directory:
+        run = context.Context(config, workdir.Workdir(directory))
+        run.load_judges()
+        found = plan.make(run, values.topology)
     if values.json:
         metrics.show(json.dumps(found))
     else:
@@ -81,7 +93,7 @@ def _plan(values: flags.FlagValues) -> int:
 
 def realign(
     config: ml_collections.ConfigDict,
-    directory: Path,
+    directory: str | Path,
     *,
     only: str | None = None,
     redo: bool = False,
@@ -89,17 +101,21 @@ def realign(
 ) -> context.Context:
     """Validates, then runs the stages in `directory`; importable from a notebook.
 
+    directory: a folder, or gs://bucket/name.
     command: what the report prints under "How to reproduce it".
     """
     config = config_lib.resolved(config)
     validation.validate(config)
     selected = stages.chosen(only)
-    run = context.Context(config, workdir.Workdir(Path(directory)))
-    run.load_judges()
     _environment()
-    with at_work.at_work(run):
-        stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
-        closing.show(run)
+    with bucket.opened(directory) as here:
+        run = context.Context(config, workdir.Workdir(here))
+        run.load_judges()
+        with at_work.at_work(run):
+            stages.run(run, selected, redo=redo, on_start=lambda: _describe(run, command))
+            closing.show(run)
+    if remote.is_remote(directory):
+        metrics.say(f"all of it is in {directory}")
     return run
 
 
@@ -110,7 +126,10 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "config", None, "Experiment file, see configs/.", flag_values=values, sys_argv=argv
     )
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run; default runs/<name of the config>.", flag_values=values
+        "workdir",
+        None,
+        "Folder of the run, or gs://bucket/name; default runs/<name of the config>.",
+        flag_values=values,
     )
     names = ", ".join(stages.NAMES)
     flags.DEFINE_string(
@@ -190,8 +209,10 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _directory(values: flags.FlagValues) -> Path:
+def _directory(values: flags.FlagValues) -> str | Path:
     name = config_flags.get_config_filename(values["config"])
+    if values.workdir and remote.is_remote(values.workdir):
+        return values.workdir
     return Path(values.workdir or Path("runs") / Path(name).stem.split(":")[0])
 
 

@@ -53,12 +53,18 @@ _PAPER = {
     "impact.gold_beta": 0.3,
     "impact.gold_size": 100,
     "impact.normalisation": "sum_to_one",
+    "impact.strength": 1.0,
 }
 PRESETS: dict[str, dict[str, object]] = {
     "trace_paper": _PAPER,
     "trace_paper_rescaled": _PAPER | {"train.alpha_scale": "per_conflict"},
     "trace_dual_npo": {"train.method": "trace", "train.punish": "dual_npo"},
-    "trace_shuffled": {"train.method": "trace", "impact.weights": "shuffled"},
+    "trace_full_weights": {"train.method": "trace", "impact.strength": 1.0},
+    "trace_shuffled": {
+        "train.method": "trace",
+        "impact.weights": "shuffled",
+        "impact.strength": 1.0,
+    },
 }
 CONFLICTS = ("INVERT", "PUNISH")
 WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage", "trace_invert_only", "u2a")  # by impact

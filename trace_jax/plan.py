@@ -4,9 +4,11 @@ Counts come from `workload.py`. Memory comes from the compiler: for the attached
 or, with a topology, from the real TPU compiler on any machine.
 """
 
+import contextlib
 import dataclasses
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,17 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
     config = run.config
     shape = model_shape(run)
     sharding.check_model(mesh, shape)
-    model = programs.Model(shape, config.model.dtype, config.model.remat, config.model.head_chunk)
+    model = programs.Model(
+        shape,
+        config.model.dtype,
+        config.model.remat,
+        config.model.head_chunk,
+        config.train.layer_rows,
+    )
     work = workload.of(run)
     layouts = _layouts(run, work, sharding.row_shards(mesh), devices[0].platform)
-    found = _programs(run, model, layouts, mesh)
+    with _compiling(topology):
+        found = _programs(run, model, layouts, mesh)
     parameters = _parameters(model, run.settings("train"))
     flops = _flops(run, shape, layouts, parameters)
     for name, value in flops.items():
@@ -83,6 +92,19 @@ def _devices(topology: str | None) -> tuple[list, hardware.Chip]:
             f"--topology={topology}: the TPU compiler cannot plan for it ({what}); is it installed "
             "(pip install 'trace_jax[tpu]') and the slice one that exists, such as v5e:4x4?"
         ) from error
+
+
+@contextlib.contextmanager
+def _compiling(topology: str | None) -> Iterator[None]:
+    """What was compiled for devices elsewhere can be kept in the cache, but not read from it."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", before and topology is None)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _of_slice(topology: str, **options: Any) -> list:
@@ -284,6 +306,8 @@ def _advice(run: context.Context, worst: str) -> str:
     tries = []
     if config[section].micro_rows > 1:
         tries.append(f"{section}.micro_rows={config[section].micro_rows // 2}")
+    if section == "train" and config.train.micro_rows > 2 and not config.train.layer_rows:
+        tries.append("train.layer_rows=2")
     if config.model.dtype == "float32":
         tries.append("model.dtype=bfloat16")
     if config.model.remat != "layer":

@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from trace_jax import predicates
+from trace_jax import predicates, remote
 from trace_jax.errors import InputError
 
 TIERS = ("critical", "high", "standard", "reduced")
@@ -121,7 +121,7 @@ def load(name_or_path: str | os.PathLike[str], *, extended_by: tuple[str, ...] =
     name = os.fspath(name_or_path)
     if not re.fullmatch(r"\w+", name):
         try:
-            return parse(Path(name).read_text(encoding="utf-8"), name, extended_by)
+            return parse(remote.local(name).read_text(encoding="utf-8"), name, extended_by)
         except OSError as error:
             raise InputError(
                 f"{name}: cannot be read ({error.strerror}); check the path"

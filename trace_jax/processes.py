@@ -1,7 +1,8 @@
 """Which of the processes of a run this is: the first one writes files, all meet at barriers.
 
-Every process runs the same stages on the same host data; jax arrays lie over all of them. The
-workdir must be on a file system that all of them see. Imports jax only once `start` was called.
+Every process runs the same stages on the same host data; jax arrays lie over all of them. All
+see the workdir: it is on a shared file system, or in a bucket (`bucket.py`), and then files travel
+when the processes meet. Imports jax only once `start` was called.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from trace_jax import heartbeat
 from trace_jax.errors import InputError
@@ -21,7 +22,18 @@ class _This:
     count: int = 1
 
 
+class Shared(Protocol):
+    """A workdir that every process has a copy of."""
+
+    def publish(self) -> int:
+        """Gives what changed here to the others; a number that grows when something did."""
+
+    def fetch(self, versions: list[int]) -> None:
+        """Takes what the others gave, by the numbers of all processes."""
+
+
 _this = _This()
+shared: Shared | None = None
 
 
 def start(coordinator: str | None, count: int | None, index: int | None, *, auto: bool) -> None:
@@ -77,8 +89,15 @@ def wait(name: str) -> None:
     if _this.count > 1:
         from jax.experimental import multihost_utils
 
+        mine = None if shared is None else shared.publish()
         with heartbeat.doing(f"{heartbeat.WAITING} ({name})"):
-            multihost_utils.sync_global_devices(name)
+            if mine is None:
+                multihost_utils.sync_global_devices(name)
+                return
+            import numpy as np
+
+            versions = multihost_utils.process_allgather(np.int32(mine)).tolist()
+        shared.fetch(versions)
 
 
 def from_first(make: Callable[[], Any]) -> Any:

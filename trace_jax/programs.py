@@ -24,6 +24,7 @@ class Model:
     dtype: str
     remat: str
     head_chunk: int
+    layer_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def abstract(model: Model) -> decoder.Decoder:
     module = nnx.eval_shape(
         lambda: decoder.Decoder(model.config, lambda _, shape: jnp.zeros(shape, dtype), dtype)
     )
-    module.dtype, module.remat, module.head_chunk = dtype, model.remat, model.head_chunk
+    module.dtype, module.remat = dtype, model.remat
+    module.head_chunk, module.layer_rows = model.head_chunk, model.layer_rows
     return module
 
 

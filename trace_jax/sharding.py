@@ -207,6 +207,49 @@ def product(x_BLD: jax.Array, kernel: jax.Array, cut: int) -> jax.Array:
     return _constrain(_constrain(y_BLD, "data", None, stored), ROWS, None, outer)
 
 
+def gathered_layer(layer: Any, dtype: Any) -> Any:
+    """Parameters of one layer gathered over fsdp, cut over tensor alone, matrices in `dtype`."""
+    mesh = _mesh()
+    if mesh is None:
+        return layer
+
+    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
+        *_, module, name = _dotted(path).split(".")
+        cut = _TENSOR.get(f"{module}.{name}")
+        leaf = leaf if name == "weight" else leaf.astype(dtype)  # norms compute in float32
+        dimensions = range(-leaf.ndim, 0)
+        return _constrain(leaf, *("tensor" if d == cut else None for d in dimensions))
+
+    return jax.tree_util.tree_map_with_path(gather, layer)
+
+
+def groups_of_rows(n_rows: int, of_a_shard: int) -> int:
+    """The fewest equal groups with at most `of_a_shard` rows of every data shard; 0: one group."""
+    each, uneven = divmod(n_rows, shards_in_context())
+    if uneven or not of_a_shard or each <= of_a_shard:
+        return 1
+    return each // max(size for size in range(1, of_a_shard + 1) if each % size == 0)
+
+
+def grouped(tree: Any, n_groups: int) -> Any:
+    """[B, ...] -> [groups, B / groups, ...], every group with rows of all data shards."""
+    shards = shards_in_context()
+
+    def group(a: jax.Array) -> jax.Array:
+        cut = a.reshape(shards, n_groups, -1, *a.shape[1:]).swapaxes(0, 1)
+        return _constrain(cut.reshape(n_groups, -1, *a.shape[1:]), None, ROWS)
+
+    return jax.tree.map(group, tree)
+
+
+def ungrouped(x: jax.Array) -> jax.Array:
+    """What `grouped` cut, in its order."""
+    n_groups, size = x.shape[:2]
+    shards = shards_in_context()
+    cut = x.reshape(n_groups, shards, size // shards, *x.shape[2:]).swapaxes(0, 1)
+    return rows(cut.reshape(n_groups * size, *x.shape[2:]))
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """[B, ...] with rows over data only: every part of the vocabulary sees the tokens."""
     return _constrain(x, "data")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import commands, heartbeat, locks, metrics, records, stages, workdir
+from trace_jax import bucket, commands, heartbeat, locks, metrics, records, stages, workdir
 from trace_jax.errors import InputError
 
 # Of each stage that trains: its section of the config, its metrics and its checkpoints.
@@ -30,13 +30,15 @@ _TRAINING = {
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 told, 2 no run there."""
     parser = argparse.ArgumentParser(prog="python -m trace_jax.status", description=__doc__)
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir", help="a folder, or gs://bucket/name")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=_tell)
     return commands.run(parser, argv)
 
 
-def of(directory: Path, now: float | None = None) -> dict[str, Any]:
+def of(
+    directory: Path, now: float | None = None, owner: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """{"workdir", "running", "owner", "processes", "stages": [...], "judge", "seconds"}.
 
     A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting; one
@@ -46,7 +48,7 @@ def of(directory: Path, now: float | None = None) -> dict[str, Any]:
     if not (path / "config.json").exists() and not (path / ".stages").is_dir():
         raise InputError(f"{path}: no run there (no config.json, no .stages)")
     config = records.read_json(path / "config.json") if (path / "config.json").exists() else {}
-    owner = _owner(path)
+    owner = owner or _owner(path)
     found, run = [], workdir.Workdir(path)
     for name in stages.NAMES:
         done, begun = run.finished(name), path / ".stages" / f"{name}.started.json"
@@ -118,7 +120,9 @@ def _judge(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _tell(arguments: argparse.Namespace) -> None:
-    found = of(arguments.workdir)
+    with bucket.opened(arguments.workdir, read_only=True) as path:
+        found = of(path, owner=bucket.owner(arguments.workdir))
+    found["workdir"] = arguments.workdir
     if arguments.json:
         metrics.show(json.dumps(found))
         return

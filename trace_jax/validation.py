@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ml_collections
 
-from trace_jax import judges, methods
+from trace_jax import judges, methods, remote
 from trace_jax.errors import InputError
 from trace_jax.sources import files, forms
 
@@ -39,6 +39,8 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _validate_mesh(config.mesh)
     _one_of("train.method", config.train.method, methods.METHODS)
     _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
+    if config.train.layer_rows < 0:
+        raise InputError(f"train.layer_rows={config.train.layer_rows} is a number of rows; 0: all")
     _one_of("train.alpha_scale", config.train.alpha_scale, ("one", "per_conflict"))
     _validate_pauses(config)
     _validate_u2a(config.u2a)
@@ -51,6 +53,8 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _one_of("impact.weights", config.impact.weights, ("impact", "uniform", "shuffled"))
     _one_of("impact.gold_draw", config.impact.gold_draw, ("thirds", "proportional"))
     _one_of("impact.within", config.impact.within, ("all", "action"))
+    if not 0 <= config.impact.strength <= 1:
+        raise InputError(f"impact.strength={config.impact.strength} is a share, 0 to 1")
     _one_of("impact.curvature", config.impact.curvature, ("identity", "fisher_diag", "cg"))
     for key in ("damping", "curvature_examples", "cg_iterations", "cg_tolerance"):
         _positive(f"impact.{key}", config.impact[key])
@@ -111,7 +115,7 @@ def _validate_u2a(c: ml_collections.ConfigDict) -> None:
 
 def _validate_model(config: ml_collections.ConfigDict) -> None:
     ref = config.model.ref_path
-    if ref and not (Path(ref) / "config.json").is_file():
+    if ref and not remote.is_remote(ref) and not (Path(ref) / "config.json").is_file():
         raise InputError(
             f"model.ref_path={ref}: no config.json there; give a Hugging Face directory"
         )
@@ -129,8 +133,10 @@ def _validate_model(config: ml_collections.ConfigDict) -> None:
         )
     if tokenizer and not path and not Path(tokenizer).exists():
         raise InputError(f"model.scratch.tokenizer={tokenizer}: no such file or folder")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-    if path and not on_hub and not (Path(path) / "config.json").is_file():
+    elsewhere = remote.is_remote(path) or (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    )
+    if path and not elsewhere and not (Path(path) / "config.json").is_file():
         raise InputError(
             f"model.path={path}: no config.json there; give a directory in Hugging Face layout, or "
             "a model of the hub as organisation/name"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from trace_jax import processes, records
+from trace_jax import bucket, processes, records
 from trace_jax.errors import InputError
 
 _WHOLE_FILE = 64 * 2**20  # larger files are hashed by size, first and last MiB
@@ -65,6 +65,7 @@ class Workdir:
         }
         records.write_json(self._mark(stage, "json"), mark)
         remove(self._mark(stage, "started.json"))
+        bucket.publish()
 
     def touched(self, stage: str) -> Path | None:
         """The first artefact of a finished stage that is not as the stage left it, else None."""
@@ -79,6 +80,7 @@ class Workdir:
             remove(self._mark(stage, kind))
         for name in outputs:
             remove(self.path / name)
+        bucket.publish()
 
     def _mark(self, stage: str, kind: str) -> Path:
         return self.path / ".stages" / f"{stage}.{kind}"
@@ -99,6 +101,7 @@ def remove(path: Path) -> None:
     """Deletes a file or folder, if it is there; of several processes the first one does."""
     if processes.is_first():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        bucket.removed(path)
     processes.wait(f"{path} removed")
 
 

@@ -143,6 +143,9 @@ class Decoder(nnx.Module):
       dtype: of activations.
       remat: one of REMAT. On one CPU core "layer" also takes less time (0.6 at 4 x 256 tokens).
       head_chunk: tokens of a data shard whose logits the losses hold at once; 0: 4 MiB of them.
+      layer_rows: rows of a data shard that a layer works on at once; 0: all. A layer's parameters
+        are gathered once for all of them, so that it takes the memory of few rows and the
+        communication of many.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = "layer"
         self.head_chunk = 0
+        self.layer_rows = 0
         self.embed = nnx.Param(jnp.asarray(draw(2 * D**-0.5, (V, D)), dtype))
         self.layers = Layer(config, draw, dtype)
         self.norm = _norm(config, (D,), dtype)
@@ -189,14 +193,24 @@ class Decoder(nnx.Module):
         seen = attention.visible(positions_BL, segments_BL, branches_BL, window=window)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x_BLD: jax.Array, layer_and_kind: tuple) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layer_and_kind: tuple) -> tuple[jax.Array, None]:
             layer, is_local = layer_and_kind
-            return nnx.merge(graphdef, layer)(x_BLD, angles, seen.of_layer(is_local)), None
 
-        x_BLD, _ = jax.lax.scan(
-            self._rematerialised(body), self._embed(tokens_BL), (stacked, self._local_layers())
-        )
-        return self.norm(x_BLD)
+            def of_rows(few: tuple) -> jax.Array:
+                x_BLD, angles, seen = few
+                return nnx.merge(graphdef, layer)(x_BLD, angles, seen.of_layer(is_local))
+
+            if groups == 1:
+                return of_rows((x, angles, seen)), None
+            layer = sharding.gathered_layer(layer, self.dtype)
+            return jax.lax.map(self._rematerialised(of_rows), (x, angles, seen)), None
+
+        x_BLD = self._embed(tokens_BL)
+        groups = sharding.groups_of_rows(len(tokens_BL), self.layer_rows)
+        if groups > 1:
+            x_BLD, angles, seen = sharding.grouped((x_BLD, angles, seen), groups)
+        x_BLD, _ = jax.lax.scan(self._rematerialised(body), x_BLD, (stacked, self._local_layers()))
+        return self.norm(sharding.ungrouped(x_BLD) if groups > 1 else x_BLD)
 
     def _rematerialised(self, body: Callable) -> Callable:
         if self.remat not in REMAT:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import errors, sharding
+from trace_jax import errors, remote, sharding
 from trace_jax.models import decoder, model_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -113,11 +113,13 @@ def _empty(config: model_config.ModelConfig) -> decoder.Decoder:
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
-    """A folder as it is; organisation/name as a folder of the hub's cache, downloaded if need be.
+    """A folder as it is; gs://bucket/name or organisation/name as a local copy, fetched if need be.
 
     Raises InputError where the hub has no such model, or does not give it to this user.
     """
     name = os.fspath(path)
+    if remote.is_remote(name):
+        return remote.local(name)
     if pathlib.Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return pathlib.Path(name)
     import huggingface_hub

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from trace_jax import records, workdir
+from trace_jax import records, remote, workdir
 from trace_jax.errors import InputError
 
 Row = Mapping[str, Any]
@@ -32,7 +32,7 @@ def rows(path: records.AnyPath, split: str = "train") -> Iterator[tuple[str, Row
     Raises:
       InputError: what cannot be read, and where.
     """
-    path = str(path)
+    path = str(remote.local(path))
     here = Path(path)
     try:
         if any(c in path for c in "*?["):
@@ -52,16 +52,19 @@ def rows(path: records.AnyPath, split: str = "train") -> Iterator[tuple[str, Row
 
 def is_here(path: str) -> bool:
     """Whether there is something to read without a network."""
+    if remote.is_remote(path):
+        return False
     return Path(path).exists() or (any(c in path for c in "*?[") and bool(glob.glob(path)))
 
 
 def exists(path: str) -> bool:
-    """Whether it is here, or may be the name of a data set on the hub."""
-    return is_here(path) or bool(_HUB.fullmatch(path))
+    """Whether it is here, or may be in a bucket or a data set of the hub."""
+    return is_here(path) or remote.is_remote(path) or bool(_HUB.fullmatch(path))
 
 
 def digest(path: str) -> str:
     """A hash of what is there; "" for a data set of the hub, whose name has to do."""
+    path = str(remote.local(path))
     if Path(path).exists() or not any(c in path for c in "*?["):
         return workdir.hash_path(Path(path))
     return " ".join(workdir.hash_path(Path(found)) for found in sorted(glob.glob(path)))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 
+from trace_jax import config as config_lib
 from trace_jax import heartbeat, metrics, processes, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import context
@@ -146,6 +147,10 @@ def _what_to_do(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
       InputError: it was made from other inputs, or its artefacts were edited, and redo is off.
     """
     finished, started = run.workdir.finished(stage.name), run.workdir.started(stage.name)
+    for mark in (finished, started):
+        if mark is not None:
+            then = {key: value for key, value in config_lib.BEFORE.items() if key in wanted}
+            mark["inputs"] = then | mark["inputs"]
     if finished is not None:
         if redo and (finished["inputs"] != wanted or run.workdir.touched(stage.name)):
             return "redo"

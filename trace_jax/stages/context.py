@@ -16,6 +16,7 @@ from trace_jax import (
     policy,
     processes,
     records,
+    remote,
     triage,
     workdir,
 )
@@ -252,11 +253,11 @@ class Context:
         """
         from trace_jax.models import hf_weights
 
-        for directory in (self.base_directory, self.config.model.ref_path):
-            if directory:
-                found = hf_weights.check(Path(directory))
-                hf_weights.check_tokenizer(found, self.tokenizer)
-                self._check_planned(found, Path(directory))
+        ref = self.config.model.ref_path
+        for directory in (self.base_directory, *([remote.local(ref)] if ref else [])):
+            found = hf_weights.check(directory)
+            hf_weights.check_tokenizer(found, self.tokenizer)
+            self._check_planned(found, directory)
 
     def _check_planned(self, found, directory: Path) -> None:
         from trace_jax import models
@@ -274,6 +275,7 @@ class Context:
         module.dtype = self.activation_dtype
         module.remat = self.config.model.remat
         module.head_chunk = self.config.model.head_chunk
+        module.layer_rows = self.config.train.layer_rows
         return module
 
     def release_models(self) -> None:
@@ -307,7 +309,9 @@ class Context:
         """Hugging Face directory of M_ref."""
         if self.config.align.enabled:
             return self.file("align", "ref")
-        return Path(self.config.model.ref_path) if self.has_ref else self.base_directory
+        if not self.has_ref:
+            return self.base_directory
+        return remote.local(self.config.model.ref_path)
 
     @functools.cached_property
     def trained(self):

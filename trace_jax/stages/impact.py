@@ -68,6 +68,7 @@ def weigh(
         normalisation=config.normalisation,
         within=config.within,
         clamp=config.clamp,
+        strength=config.strength,
         shuffle_seed=run.config.seed if config.weights == "shuffled" else None,
     )
 

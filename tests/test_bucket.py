@@ -1,0 +1,226 @@
+"""Workdirs and models in a bucket: a real storage server on loopback, the real client libraries."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import runs
+
+from trace_jax import bucket, processes, remote
+from trace_jax.errors import InputError
+
+pytest.importorskip("gcsfs", reason="needs the extra gcs")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def machine(storage, monkeypatch, tmp_path):
+    """name -> this process is on a machine of that name: one with its own local copies."""
+    for key, value in storage.items():
+        monkeypatch.setenv(key, value)
+
+    def on(name: str) -> None:
+        monkeypatch.setenv("TRACE_JAX_CACHE", str(tmp_path / name))
+
+    on("one")
+    return on
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.txt")}
+
+
+def test_another_machine_finds_what_one_wrote_changed_and_deleted(machine):
+    url = "gs://bucket/runs/changes"
+    with bucket.opened(url) as path:
+        for name in ("a", "b", "folder/c", "folder/empty"):
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / f"{name}.txt").write_text("" if "empty" in name else name)
+        bucket.publish()
+        (path / "a.txt").write_text("again")
+        (path / "b.txt").unlink()
+    machine("two")
+    with bucket.opened(url) as path:
+        assert files(path) == {"a.txt": "again", "folder/c.txt": "folder/c", "folder/empty.txt": ""}
+        (path / "a.txt").unlink()
+    machine("one")
+    with bucket.opened(url) as path:
+        assert files(path) == {"folder/c.txt": "folder/c", "folder/empty.txt": ""}
+
+
+def test_what_a_killed_run_had_not_yet_brought_to_the_bucket_stays_on_its_machine(machine):
+    url = "gs://bucket/runs/ahead"
+    with bucket.opened(url) as path:
+        (path / "paid.txt").write_text("one")
+    (path / "paid.txt").write_text("one two")  # and then a kill
+    (path / "new.txt").write_text("new")
+    with bucket.opened(url) as path:
+        assert files(path) == {"paid.txt": "one two", "new.txt": "new"}
+    machine("two")
+    with bucket.opened(url) as path:
+        assert files(path) == {"paid.txt": "one two", "new.txt": "new"}
+        (path / "paid.txt").write_text("one two three")
+    machine("one")
+    (path.parents[2] / "nothing").mkdir()
+    stale = bucket.Mirror(url).local
+    (stale / "paid.txt").write_text("old")
+    (stale / "stray.txt").write_text("old")
+    with bucket.opened(url) as path:  # the bucket has gone on meanwhile: it wins
+        assert files(path) == {"paid.txt": "one two three", "new.txt": "new"}
+
+
+def test_what_was_written_before_anything_reached_the_bucket_stays(machine):
+    path = bucket.Mirror("gs://bucket/runs/early").local
+    (path / "paid.txt").write_text("one")
+    with bucket.opened("gs://bucket/runs/early") as path:
+        assert files(path) == {"paid.txt": "one"}
+
+
+def test_a_second_run_on_this_machine_is_refused_and_changes_nothing(machine):
+    url = "gs://bucket/runs/second"
+    with bucket.opened(url) as path:
+        (path / "new.txt").write_text("not in the bucket yet")
+        with pytest.raises(InputError, match="another run is at work there"):
+            with bucket.opened(url):
+                pass
+        assert files(path) == {"new.txt": "not in the bucket yet"}
+
+
+def test_a_look_at_a_workdir_leaves_the_weights_where_they_are(machine):
+    with bucket.opened("gs://bucket/runs/look") as path:
+        (path / "model.safetensors").write_bytes(b"weights")
+        (path / "a.txt").write_text("a")
+    with bucket.opened("gs://bucket/runs/look", read_only=True) as view:
+        assert [p.name for p in view.rglob("*") if not p.name.startswith(".")] == ["a.txt"]
+
+
+def test_files_of_several_processes_meet(machine, monkeypatch):
+    mirrors = []
+    for index in range(3):
+        monkeypatch.setattr(processes, "_this", processes._This(index, 3))
+        mirrors.append(bucket.Mirror("gs://bucket/runs/several"))
+        mirrors[-1].pull()
+        (mirrors[-1].local / f"of{index}.txt").write_text(str(index))
+    for round_ in range(2):
+        versions = []
+        for index, mirror in enumerate(mirrors):
+            monkeypatch.setattr(processes, "_this", processes._This(index, 3))
+            versions.append(mirror.publish())
+        assert versions == [round_ + 1, 1, 1]
+        for index, mirror in enumerate(mirrors):
+            monkeypatch.setattr(processes, "_this", processes._This(index, 3))
+            mirror.fetch(versions)
+        found = [files(mirror.local) for mirror in mirrors]
+        assert found[0] == found[1] == found[2]
+        assert len(found[0]) == 3 - round_
+        if not round_:
+            (mirrors[0].local / "of2.txt").unlink()  # the first one may delete what others wrote
+
+
+def test_a_run_elsewhere_holds_the_workdir_until_it_is_silent(machine):
+    url = "gs://bucket/runs/held"
+    owner = remote.open_path(url) / ".owner.json"
+    owner.parent.mkdir(parents=True, exist_ok=True)
+    owner.write_text(json.dumps({"host": "elsewhere", "since": "12:00", "time": time.time()}))
+    assert bucket.owner(url)["host"] == "elsewhere"
+    with pytest.raises(InputError, match="another run is at work there .on elsewhere"):
+        with bucket.opened(url):
+            pass
+    owner.write_text(json.dumps({"host": "elsewhere", "since": "12:00", "time": time.time() - 999}))
+    with bucket.opened(url):
+        assert json.loads(owner.read_text())["host"] == socket.gethostname()
+    assert not owner.exists()
+
+
+def test_a_list_of_files_that_leaves_the_workdir_is_refused(machine, tmp_path):
+    url = "gs://bucket/runs/hostile"
+    listed = remote.open_path(url) / ".files" / "0-1.json"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("../outside.txt", "/etc/outside.txt", "a/../../b.txt"):
+        listed.write_text(json.dumps({name: [1, "1-1"]}))
+        with pytest.raises(InputError, match="leaves the workdir"):
+            with bucket.opened(url):
+                pass
+    assert not list(tmp_path.rglob("outside*"))
+
+
+@pytest.mark.parametrize("path", ["gs://no-such-bucket/run", "gs://bucket/no/such/model"])
+def test_a_model_that_is_not_there_is_one_line(machine, path):
+    with pytest.raises(InputError, match="check its name|check the path"):
+        remote.local(path)
+
+
+def test_a_model_in_a_bucket_is_fetched_once_and_again_when_it_changes(machine, capsys):
+    folder = remote.open_path("gs://bucket/models/tiny")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    found = remote.local("gs://bucket/models/tiny")
+    assert (found / "model.safetensors").read_bytes() == b"weights"
+    assert capsys.readouterr().err.count("fetching") == 2
+    assert remote.local("gs://bucket/models/tiny") == found
+    assert "fetching" not in capsys.readouterr().err
+    (folder / "config.json").write_text('{"a": 1}')
+    (folder / "model.safetensors").unlink()
+    remote._fetched.cache_clear()  # as in another process
+    assert {p.name for p in remote.local("gs://bucket/models/tiny").iterdir()} == {"config.json"}
+    assert (remote.local("gs://bucket/models/tiny") / "config.json").read_text() == '{"a": 1}'
+
+
+def test_a_run_killed_in_training_ends_the_same_on_another_machine(
+    straight, config, storage, tmp_path
+):
+    url = "gs://bucket/runs/killed"
+    one, two = ({"TRACE_JAX_CACHE": str(tmp_path / n)} | storage for n in ("one", "two"))
+    process = runs.start(config, url, **one)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if list((tmp_path / "one").rglob("checkpoints/began.json")):
+            time.sleep(1.0)
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(tmp_path / "one")
+    done = runs.run(config, url, **two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[align] done before, skipped" in done.stderr
+    (path,) = (tmp_path / "two" / "workdirs").glob("killed-*/p0")
+    runs.assert_same_end(path, straight[0])
+    status = [sys.executable, "-m", "trace_jax.status", url, "--json"]
+    told = subprocess.run(status, cwd=ROOT, env=os.environ | two, capture_output=True, text=True)
+    states = [row["state"] for row in json.loads(told.stdout)["stages"]]
+    assert set(states) == {"done"}
+    kept = bucket_listing(url, two)
+    assert any("/.checkpoints/checkpoints/4/" in name for name in kept)
+    assert not [name for name in kept if name.endswith("/.owner.json")]
+
+
+def bucket_listing(url: str, environment: dict[str, str]) -> list[str]:
+    program = (
+        "import sys; from trace_jax import remote\n"
+        "def walk(p):\n"
+        "    for q in p.iterdir():\n"
+        "        print(q) if not q.is_dir() else walk(q)\n"
+        "walk(remote.open_path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, url]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="half a minute of tries: make soak")
+def test_a_bucket_that_nobody_can_reach_is_one_line_and_exit_code_2(config, tmp_path):
+    nobody = "http://127.0.0.1:9"
+    environment = {"STORAGE_EMULATOR_HOST": nobody, "TRACE_JAX_CACHE": str(tmp_path)}
+    done = runs.run(config, "gs://bucket/runs/x", NO_GCE_CHECK="true", **environment)
+    assert "the bucket cannot be used" in runs.error_of(done)
