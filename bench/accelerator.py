@@ -32,7 +32,7 @@ from trace_jax import (
     impact,
     methods,
     models,
-    plan,
+    packing,
     records,
     train,
 )
@@ -86,7 +86,7 @@ def batch(module: models.Decoder, rows: int, length: int, **coefficients: float)
         methods.Example(str(i), "INVERT", "", "", "", **coefficients) for i in range(len(encoded))
     ]
     plan_of = [list(range(r * EXAMPLES, (r + 1) * EXAMPLES)) for r in range(rows)]
-    layout = batches.Layout(rows, length, EXAMPLES, 1)
+    layout = packing.Layout(rows, length, EXAMPLES, 1)
     return jax.device_put(batches.make_batch(plan_of, layout, encoded, examples))
 
 
@@ -151,7 +151,7 @@ def measure(values: argparse.Namespace) -> dict:
     device = jax.devices()[0]
     chip = hardware.of_device(device)
     median = statistics.median(seconds[WARM_UP:])
-    flops = plan.forward_flops(module.config, values.length) * passes
+    flops = module.config.forward_flops(values.length) * passes
     tokens = values.rows * values.length * (2 if values.program == "train" else 1)
     stats = device.memory_stats() or {}
     return {

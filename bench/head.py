@@ -140,7 +140,7 @@ def step(rows: int) -> dict[str, int]:
     from jax.experimental import topologies
 
     from configs import gemma9b
-    from trace_jax import batches, fit, models, programs, sharding
+    from trace_jax import fit, models, packing, programs, sharding
 
     chips = topologies.get_topology_desc(
         platform="tpu", topology_name="v5p:1x1x1", chips_per_host_bounds=(1, 1, 1)
@@ -149,7 +149,7 @@ def step(rows: int) -> dict[str, int]:
     config = gemma9b.get_config("lora")
     shape = models.ModelConfig.from_hf(config.model.hf_config.to_dict())
     settings = fit.Settings.of(config.train, row_length=LENGTH, seed=0)
-    layout = batches.Layout(rows, LENGTH, 3, 1)
+    layout = packing.Layout(rows, LENGTH, 3, 1)
     chunked, found = losses._over_chunks, {}
     for kind in ("chunked", "kept"):
         losses._over_chunks = chunked if kind == "chunked" else _kept

@@ -21,7 +21,18 @@ import transformers
 from flax import nnx
 
 from bench import frontier
-from trace_jax import batches, encoding, impact, logprobs, methods, models, records, synth, train
+from trace_jax import (
+    batches,
+    encoding,
+    impact,
+    logprobs,
+    methods,
+    models,
+    packing,
+    records,
+    synth,
+    train,
+)
 
 BATCH = 8
 
@@ -45,8 +56,8 @@ def measure(model: Path, repeats: int) -> dict:
     module = models.load(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     examples, encoded = pairs(encoding.Encoder(tokenizer, max_length=256, end_id=None), 4 * BATCH)
-    length = batches.round_up(max(e.row_length for e in encoded), 64)
-    layout = batches.Layout(BATCH, length, 1, len(encoded) // BATCH)
+    length = packing.round_up(max(e.row_length for e in encoded), 64)
+    layout = packing.Layout(BATCH, length, 1, len(encoded) // BATCH)
     ref = logprobs.of_texts(module, encoded, row_length=length, micro_rows=4)
     batch = batches.make_batch([[i] for i in range(len(encoded))], layout, encoded, examples, ref)
     module.remat = "layer"
@@ -88,7 +99,7 @@ def measure(model: Path, repeats: int) -> dict:
 
 
 def _scores(
-    values: dict, examples, layout: batches.Layout, options: train.Options
+    values: dict, examples, layout: packing.Layout, options: train.Options
 ) -> dict[str, np.ndarray]:
     d_n2 = values["jvp"].reshape(layout.n_rows, 2)
     closed = [

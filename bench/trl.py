@@ -1,14 +1,16 @@
 """DPO training against TRL's DPOTrainer: pairs a second, memory, tokens computed, the same losses.
 
-python -m bench.trl --data ../shared/data/hh_harmless/pairs.jsonl.gz \\
-    [--model DIR] [--shape 16m] [--steps 32] [--batch 8] [--quick] [--out FILE]
+python -m bench.trl [--pairs hh] [--model DIR | --shape 16m] [--steps 32] [--batch 8] [--quick] \\
+    [--out FILE]
 
-Needs `pip install trl` (PyTorch, CPU). The same pairs in the same order, float32, full parameters,
-AdamW without warm-up, pairs of at most 512 tokens; every run is a process of its own, and they
-alternate. `trl_default` is DPOTrainer as it comes, `trl_best` with the reference precomputed and
-without recomputed layers (padding_free needs a GPU). Seconds are from the loaded model to the last
-step: tokenising, reference log-probs, compiling; `steady` is the median step. --shape draws a
-larger Llama with random weights and a byte-level tokenizer of 32,768 entries trained on the pairs.
+Needs `pip install trl` (PyTorch, CPU). The same pairs, float32, full parameters, AdamW without
+warm-up, pairs of at most 512 tokens; every run is a process of its own, and they alternate. `ours`
+deals pairs to steps as `trace_jax` does, by length; `ours_in_order` takes them in TRL's order, so
+that losses can be compared step by step. `trl_default` is DPOTrainer as it comes, `trl_best` with
+the reference precomputed and without recomputed layers (padding_free needs a GPU). Seconds are from
+the loaded model to the last step: tokenising, reference log-probs, compiling; `steady` is the
+median step. --shape draws a larger Llama with random weights and a
+byte-level tokenizer of 32,768 entries trained on the pairs.
 """
 
 import argparse
@@ -23,62 +25,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MAX_LENGTH, RATE, BETA = 512, 1e-4, 0.1
-SHAPES = {"16m": dict(hidden_size=256, intermediate_size=768, layers=8, heads=4, kv_heads=4)}
-KINDS = ("ours", "trl_default", "trl_best")
+KINDS = ("ours", "ours_in_order", "trl_default", "trl_best")
 
 
-def pairs(path: str, model: Path, n: int) -> list[dict[str, str]]:
-    """The first n pairs of a file of which both responses fit with their prompt."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    found = []
-    for record in _records(path):
-        texts = [_text(t) for t in (record.prompt, record.chosen, record.rejected)]
-        both = tokenizer([texts[0] + texts[1], texts[0] + texts[2]]).input_ids
-        if max(map(len, both)) < MAX_LENGTH and all(t.strip() for t in texts):
-            found.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
-        if len(found) == n:
-            return found
-    raise SystemExit(f"{path} has {len(found)} pairs that fit, not {n}; give another --data")
-
-
-def _text(text) -> str:
-    """A chat as plain text, as the base models here read it."""
-    if isinstance(text, str):
-        return text
-    turns = "".join(f"\n\n{m['role'].title()}: {m['content']}" for m in text)
-    return turns + "\n\nAssistant: "
-
-
-def scratch(shape: str, texts: Sequence[str], folder: Path) -> None:
-    """A Llama with random weights and a tokenizer trained on the texts."""
-    import tokenizers
-    import transformers
-
-    from trace_jax import models
-
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=32_768, special_tokens=["<s>", "</s>"])
-    backend = tokenizers.Tokenizer.from_str(bpe.to_str())
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    values = SHAPES[shape] | {"family": "llama", "context": MAX_LENGTH}
-    models.save(models.init(models.scratch(values, 32_768), seed=0), folder)
-
-
-def ours(model: Path, rows: list[dict], batch: int) -> dict:
-    """Trains with `train.train_step`."""
+def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
+    """Trains with `train.train_step`; balanced: steps of about as many tokens, the default."""
     from trace_jax import launch
 
     launch._environment()
     import jax
     import jax.numpy as jnp
+    import numpy as np
     import transformers
     from flax import nnx
 
-    from trace_jax import batches, encoding, logprobs, methods, models, train
+    from trace_jax import batches, encoding, logprobs, methods, models, packing, train
 
     module = models.load(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -89,15 +50,17 @@ def ours(model: Path, rows: list[dict], batch: int) -> dict:
         for i, r in enumerate(rows)
     ]
     examples, encoded = batches.encode_examples(encoder, examples)
-    row_length = batches.longest_row(encoded)
-    ref = logprobs.of_texts(module, encoded, row_length=row_length, micro_rows=4)
+    ref = logprobs.of_texts(module, encoded, row_length=batches.longest_row(encoded), micro_rows=4)
     lengths = [e.row_length for e in encoded]
-    plans = []
-    for at in range(0, len(rows), batch):
-        packed = batches.pack_rows(lengths[at : at + batch], row_length, max_slots=16)
-        plans.append([[at + i for i in row] for row in packed])
-    slots = max(len(row) for plan in plans for row in plan)
-    layout = batches.Layout(max(map(len, plans)), row_length, slots, 1)
+    n_steps = len(rows) // batch
+    members = np.arange(len(rows)).reshape(n_steps, batch)
+    if balanced:
+        members = packing.draw(lengths, per_step=batch, total_steps=n_steps, seed=0)
+    (plan,) = packing.lay_out(
+        [(lengths, members)], row_length=0, micro_rows=batch, shards=1,
+        flops=module.config.forward_flops,
+    )  # fmt: skip
+    plans, layout = plan.rows, plan.layout
     graphdef, params, frozen = nnx.split(module, nnx.Param, ...)
     options = train.Options(
         "logistic", "plain", False, batch, 1, len(plans) + 1, 0, 1.0, 0.0, 1.0, 0.9, 0.999
@@ -118,7 +81,7 @@ def ours(model: Path, rows: list[dict], batch: int) -> dict:
         "seconds": time.perf_counter() - start,
         "steady": statistics.median(seconds[1:]),
         "losses": losses,
-        "tokens_computed": len(plans) * layout.n_rows * row_length,
+        "tokens_computed": len(plans) * layout.n_rows * layout.row_length,
         "tokens_real": real,
     }
 
@@ -180,9 +143,10 @@ def theirs(model: Path, rows: list[dict], batch: int, *, best: bool) -> dict:
 def worker(kind: str, model: Path, data: Path, batch: int) -> None:
     """One run; prints its figures as the last line."""
     rows = json.loads(data.read_text())
-    made = ours(model, rows, batch) if kind == "ours" else theirs(
-        model, rows, batch, best=kind == "trl_best"
-    )  # fmt: skip
+    if kind.startswith("ours"):
+        made = ours(model, rows, batch, balanced=kind == "ours")
+    else:
+        made = theirs(model, rows, batch, best=kind == "trl_best")
     made["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps(made))
 
@@ -214,9 +178,8 @@ def measure(model: Path, rows: list[dict], batch: int, repeats: int) -> dict:
         for kind, runs in found.items()
     }
     mine = kinds["ours"]
-    differences = [
-        abs(a - b) for a, b in zip(mine["losses"], kinds["trl_default"]["losses"], strict=True)
-    ]
+    in_order = [kinds[kind]["losses"] for kind in ("ours_in_order", "trl_default")]
+    differences = [abs(a - b) for a, b in zip(*in_order, strict=True)]
     return {
         "pairs": len(rows),
         "batch": batch,
@@ -241,30 +204,40 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("../shared/models/stories260k"))
-    parser.add_argument("--data", default="../shared/data/hh_harmless/pairs.jsonl.gz")
-    parser.add_argument("--shape", choices=tuple(SHAPES))
+    parser.add_argument("--pairs", choices=("hh", "pku", "xstest"), default="hh")
+    parser.add_argument("--shape", choices=("16m",))
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="8 steps, once")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("bench/results/trl.json"))
     values = parser.parse_args(argv)
     if values.worker:
-        worker(values.worker, values.model, Path(values.data), values.batch)
+        worker(values.worker, values.model, values.data, values.batch)
         return 0
-    from bench import frontier
+    import transformers
+
+    from bench import frontier, real_pairs
     from trace_jax import records
 
     steps, repeats = (8, 1) if values.quick else (values.steps, values.repeats)
+    found = real_pairs.read(values.pairs)
     with tempfile.TemporaryDirectory() as folder:
         model = values.model
         if values.shape:
-            texts = [_text(r.prompt) + _text(r.chosen) for r in _records(values.data)]
-            scratch(values.shape, texts, model := Path(folder))
-        rows = pairs(values.data, model, steps * values.batch)
+            model = Path(folder)
+            texts = [text for pair in found for text in pair.values()]
+            real_pairs.write_llama(model, texts, shape=values.shape, context=2 * MAX_LENGTH)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        rows = real_pairs.fitting(found, tokenizer, limit=MAX_LENGTH, n=steps * values.batch)
         result = measure(model, rows, values.batch, repeats)
-    result |= {"model": values.shape or values.model.name, **frontier.machine()}
+    result |= {
+        "model": values.shape or values.model.name,
+        "data": values.pairs,
+        **frontier.machine(),
+    }
     for kind, row in result["kinds"].items():
         print(f"{kind:12} {row['pairs_per_second']:7.2f} pairs/s, steady "
               f"{row['pairs_per_second_steady']:7.2f}, {row['peak_gib']:5.2f} GiB, "
@@ -273,12 +246,6 @@ def main(argv: Sequence[str]) -> int:
     records.write_json(values.out, result)
     print(f"{values.out}: {result['headline']}")
     return 0
-
-
-def _records(path: str):
-    from trace_jax import sources
-
-    return sources.read_records(path, sources.Reading(malformed="drop"))[0]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from trace_jax import batches, encoding, logprobs, train
+from trace_jax import batches, encoding, logprobs, packing, train
 from trace_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()
@@ -121,13 +121,6 @@ def test_response_text_keeps_the_leading_space():
     assert e.response_text(prompt, branch) == " ef"
 
 
-def test_pack_rows_is_first_fit_decreasing():
-    assert batches.pack_rows([3, 7, 5, 2, 5], 10, 4) == [[1, 0], [2, 4], [3]]
-    assert batches.pack_rows([3, 3, 3], 10, 2) == [[0, 1], [2]]  # no more slots
-    with pytest.raises(ValueError, match="11 positions"):
-        batches.pack_rows([11], 10, 1)
-
-
 def test_a_row_by_hand():
     """Prompt 1 2 3; y0 = 4 5, y1 = 6 7 8 whose first token still belongs to the prompt."""
     e = encoding.Encoded((1, 2, 3), ((4, 5), (6, 7, 8)), (0, 1))
@@ -145,38 +138,6 @@ def test_a_row_by_hand():
         np.testing.assert_array_equal(getattr(rows, name)[0], expected, err_msg=name)
 
 
-def plan(lengths, **changes) -> batches.PackPlan:
-    values = dict(per_step=4, total_steps=9, seed=3, row_length=20, micro_rows=2)
-    return batches.PackPlan(lengths, **values | changes)
-
-
-def test_a_plan_has_exactly_per_step_examples_and_one_shape():
-    lengths = np.random.default_rng(0).integers(3, 20, 10).tolist()
-    p = plan(lengths)
-    for members, rows in zip(p.members, p.rows, strict=True):
-        assert sorted(i for row in rows for i in row) == sorted(members) and len(members) == 4
-        assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
-        assert len(rows) <= p.layout.n_rows and max(map(len, rows)) <= p.layout.slots
-    assert p.layout.n_rows % 2 == 0
-
-
-def test_a_plan_is_a_function_of_its_seed_and_each_epoch_a_permutation():
-    lengths = [5] * 12
-    first, again, other = plan(lengths), plan(lengths), plan(lengths, seed=4)
-    assert first.rows == again.rows and first.rows != other.rows
-    epochs = first.members.reshape(3, 12)
-    assert (np.sort(epochs, axis=1) == np.arange(12)).all()
-    assert not (epochs[0] == epochs[1]).all()
-    longer = plan(lengths, total_steps=12)
-    np.testing.assert_array_equal(longer.members[:9], first.members)
-
-
-def test_real_token_share_by_hand():
-    p = plan([5, 15, 20, 20], total_steps=2)  # rows (15, 5), 20, 20, and one empty for micro_rows=2
-    assert p.layout.n_rows == 4
-    assert p.real_token_share([5, 15, 20, 20]) == 60 / 80
-
-
 @pytest.fixture(scope="module")
 def texts():
     rng = np.random.default_rng(0)
@@ -192,7 +153,7 @@ def model():
 
 def test_packed_rows_give_the_log_probs_of_separate_rows(model, texts):
     packed = logprobs.of_texts(model, texts, row_length=32, micro_rows=2)
-    assert max(len(row) for row in batches.pack_rows([e.row_length for e in texts], 32, 9)) >= 3
+    assert max(len(row) for row in packing.pack_rows([e.row_length for e in texts], 32, 9)) >= 3
     np.testing.assert_allclose(packed, tiny.reference(model, texts), atol=1e-5)
     assert packed[3, 1] == 0  # it has one response
 
@@ -233,7 +194,7 @@ EXAMPLES = [
 def one_batch(texts, examples=EXAMPLES):
     ref = np.random.default_rng(1).normal(-9, 1, (len(texts), 2)).astype(np.float32)
     plan = [[0, 1], [2, 3]]
-    layout = batches.Layout(micro_rows=2, row_length=32, slots=3, micro_batches=1)
+    layout = packing.Layout(micro_rows=2, row_length=32, slots=3, micro_batches=1)
     return batches.make_batch(plan, layout, texts, examples, ref)
 
 
@@ -265,30 +226,3 @@ def test_an_example_of_coefficient_zero_is_exactly_absent(texts, loss_and_gradie
     tiny.assert_same(out, loss_and_gradient(masked))
     counted = loss_and_gradient(one_batch(texts[:4]))
     assert float(counted[0]) != float(out[0])
-
-
-@pytest.mark.parametrize(
-    "n_rows, micro_rows, shards, expected",
-    [
-        ((22, 3), 4, 1, [(6, 4), (6, 1)]),  # 30 rows for 25, where 7 micro-batches would take 35
-        ((16, 16), 2, 16, [(1, 16), (1, 16)]),
-        ((20, 14), 2, 16, [(1, 32), (1, 16)]),
-        ((64, 64), 2, 16, [(4, 16), (4, 16)]),
-        ((3,), 4, 1, [(1, 3)]),
-        ((9,), 4, 1, [(3, 3)]),
-        ((1, 1), 1, 8, [(1, 8), (1, 8)]),
-    ],
-)
-def test_plans_of_a_step_share_their_micro_batches(n_rows, micro_rows, shards, expected):
-    plans = [tiny.plan([ROW] * n, row_length=32) for n in n_rows]
-    assert [plan.most_rows for plan in plans] == list(n_rows)
-    batches.share_micro_batches(plans, micro_rows=micro_rows, shards=shards)
-    assert [(p.layout.micro_batches, p.layout.micro_rows) for p in plans] == expected
-
-
-ROW = encoding.Encoded(tuple(range(17)), (tuple(range(16)),), (0,))  # fills a row of 32
-
-
-def test_rows_are_as_long_as_the_devices_need():
-    assert batches.round_row(193, "cpu") == 200 and batches.round_row(193, "tpu") == 256
-    assert batches.round_row(200) == 200  # the tests run on CPU

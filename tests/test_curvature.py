@@ -8,7 +8,7 @@ import tiny
 from flax import nnx
 from tiny import quick_compiles  # noqa: F401
 
-from trace_jax import batches, curvature, impact
+from trace_jax import batches, curvature, impact, packing
 
 EXAMPLES = [tiny.example("a", pref=1.0), tiny.example("b", npo0=1.0, npo1=1.0)]
 ROW = 16
@@ -21,7 +21,7 @@ def problem():
     texts = [tiny.text(rng, 3, 4, 2), tiny.text(rng, 2, 3, 5)]
     model = tiny.module()
     ref = tiny.reference(model, texts) - 0.3  # away from theta_ref
-    layout = batches.Layout(2, ROW, 1, 1)
+    layout = packing.Layout(2, ROW, 1, 1)
     batch = batches.make_batch([[0], [1]], layout, texts, EXAMPLES, ref)
     return *tiny.split(model), tiny.options(n_conflict=2), batch
 

@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from tiny import quick_compiles  # noqa: F401
 
-from trace_jax import batches, impact, logprobs, methods, records, train
+from trace_jax import batches, impact, logprobs, methods, packing, records, train
 from trace_jax.errors import InputError
 from trace_jax.models import lora
 
@@ -88,7 +88,7 @@ class Problem:
 
     def by_loss(self, function, rows: list, options: train.Options) -> np.ndarray:
         """Paths jvp_losses and vmap_grad, [n]; `rows` says which examples share a row."""
-        layout = batches.Layout(2, ROW, max(map(len, rows)), -(-len(rows) // 2))
+        layout = packing.Layout(2, ROW, max(map(len, rows)), -(-len(rows) // 2))
         batch = batches.make_batch(rows, layout, self.texts, EXAMPLES, self.ref)
         values_MRS = function(
             self.params,
@@ -119,7 +119,7 @@ def assert_agree(found, expected) -> None:
 
 
 def packed(texts) -> list:
-    return batches.pack_rows([e.row_length for e in texts], ROW, 9)
+    return packing.pack_rows([e.row_length for e in texts], ROW, 9)
 
 
 CASES = {

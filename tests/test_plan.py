@@ -105,7 +105,7 @@ def test_flops_are_two_for_every_weight_and_the_attention():
     shape = models.ModelConfig(61, 24, 40, 3, 4, 2, 6, 64)
     matrices = 3 * (24 * 24 + 2 * 24 * 12 + 24 * 24 + 3 * 24 * 40) + 24 * 61
     attention = 3 * 2 * 24 * 16 / 2  # scores and sums of 4 heads of 6 channels over half of 16
-    assert plan.forward_flops(shape, 16) == 2 * (matrices + attention)
+    assert shape.forward_flops(16) == 2 * (matrices + attention)
 
 
 def run_of(tmp_path, rows: list[dict]) -> context.Context:

@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 from tiny import quick_compiles  # noqa: F401
 
-from trace_jax import batches, logprobs, preemption, train
+from trace_jax import batches, logprobs, packing, preemption, train
 from trace_jax.errors import InputError
 
 CONFLICT = [
@@ -49,7 +49,7 @@ def step_of(data, micro_rows=1, *, conflict=CONFLICT, retain=RETAIN) -> batches.
     _, _, texts, ref_logp, kl_texts = data
     plans = [tiny.plan(t, row_length=ROW) for t in (texts, kl_texts)]
     used = [plan for plan, examples in zip(plans, (conflict, retain), strict=True) if examples]
-    batches.share_micro_batches(used, micro_rows=micro_rows, shards=1)
+    packing.share_micro_batches(used, micro_rows=micro_rows, shards=1)
     return batches.Step(
         conflict and tiny.batch(texts, conflict, ref_logp, packed=plans[0]),
         retain and tiny.batch(kl_texts, retain, packed=plans[1]),

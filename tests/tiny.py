@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from flax import nnx
 
-from trace_jax import batches, encoding, methods, models, train
+from trace_jax import batches, encoding, methods, models, packing, train
 from trace_jax import fit as fitting
 
 CONFIG = models.ModelConfig(40, 16, 24, 2, 2, 1, 8, 128)
@@ -72,19 +72,17 @@ def hyper(learning_rate: float = 1e-3, beta: float = 0.3, tau: float = 0.2) -> t
     return train.Hyper(*(jnp.float32(v) for v in (learning_rate, beta, tau)))
 
 
-def plan(texts, *, micro_rows: int = 1, row_length: int = 32) -> batches.PackPlan:
+def plan(texts, *, micro_rows: int = 1, row_length: int = 32) -> packing.PackPlan:
     """All texts in one step."""
-    return batches.PackPlan(
+    return packing.PackPlan(
         [e.row_length for e in texts],
-        per_step=len(texts),
-        total_steps=1,
-        seed=0,
+        np.arange(len(texts))[None],
         row_length=row_length,
         micro_rows=micro_rows,
     )
 
 
-def batch(texts, examples=None, ref=None, *, packed: batches.PackPlan | None = None, **shape: int):
+def batch(texts, examples=None, ref=None, *, packed: packing.PackPlan | None = None, **shape: int):
     """All texts as one packed batch [M, R, ...]."""
     packed = packed or plan(texts, **shape)
     return batches.make_batch(packed.rows[0], packed.layout, texts, examples, ref)
@@ -174,7 +172,7 @@ def settings(**changes) -> fitting.Settings:
     values |= dict(final_fraction=0.1, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.95)
     values |= dict(preference="logistic", npo_scale="plain", length_normalised=False)
     values |= dict(adapters="lora", lora_rank=2, lora_alpha=4.0, lora_targets="all")
-    values |= dict(mu_dtype="float32", drift=0.0)
+    values |= dict(mu_dtype="float32", drift=0.0, balance_steps=False)
     return fitting.Settings(**values | dict(save_every=2, keep=2, seed=5) | changes)
 
 

@@ -1,4 +1,4 @@
-"""Tokens become packed rows, rows become steps. Host side only (numpy).
+"""Tokens become packed rows, rows become steps. Host side only (numpy); shapes: packing.py.
 
 Legend: R rows of a batch, L tokens of a row, S example slots of a row, M micro-batches of a step.
 
@@ -7,13 +7,12 @@ A row holds several examples, each as prompt, y0, y1 with the prompt written onc
 `_write_example`, and nowhere else.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from trace_jax import methods
+from trace_jax import methods, packing
 from trace_jax.encoding import Encoded, Encoder
 from trace_jax.errors import InputError
 
@@ -45,29 +44,6 @@ class Step(NamedTuple):
 
     conflict: Batch | None
     retain: Batch | None
-
-
-def pack_rows(lengths: Sequence[int], row_length: int, max_slots: int) -> list[list[int]]:
-    """First-fit-decreasing: indices of the examples of each row.
-
-    A longer example than a row is a ValueError.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > row_length:
-            raise ValueError(
-                f"an example of {lengths[i]} positions does not fit a row of {row_length}"
-            )
-        for r in range(len(rows)):
-            if room[r] >= lengths[i] and len(rows[r]) < max_slots:
-                rows[r].append(i)
-                room[r] -= lengths[i]
-                break
-        else:
-            rows.append([i])
-            room.append(row_length - lengths[i])
-    return rows
 
 
 def empty_rows(n_rows: int, row_length: int, slots: int) -> Rows:
@@ -107,100 +83,9 @@ def _write_example(rows: Rows, r: int, at: int, slot: int, example: Encoded) -> 
     return end
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
-    """Fixed shapes of a batch: rows a micro-batch, tokens and slots a row, micro-batches a step."""
-
-    micro_rows: int
-    row_length: int
-    slots: int
-    micro_batches: int
-
-    @property
-    def n_rows(self) -> int:
-        return self.micro_rows * self.micro_batches
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple that is at least n."""
-    return -(-n // multiple) * multiple
-
-
 def longest_row(encoded: Sequence[Encoded]) -> int:
     """Tokens of the longest example, rounded up for the devices here."""
-    return round_row(max(e.row_length for e in encoded))
-
-
-def round_row(tokens: int, platform: str | None = None) -> int:
-    """Length of rows that hold so many tokens: a multiple of 8 on CPU, of 64 on an accelerator.
-
-    platform: "cpu" or another; by default that of the devices here.
-    """
-    if platform is None:
-        import jax
-
-        platform = jax.default_backend()
-    return round_up(tokens, 8 if platform == "cpu" else 64)
-
-
-class PackPlan:
-    """Which examples make each step and share rows: a pure function of lengths and seed.
-
-    Examples are drawn epoch by epoch, each epoch a permutation of its own; step k takes the next
-    `per_step` of that stream.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        per_step: int,
-        total_steps: int,
-        seed: int,
-        row_length: int,
-        micro_rows: int,
-    ):
-        n = len(lengths)
-        epochs = -(-per_step * total_steps // n)
-        stream = np.concatenate(
-            [np.random.default_rng([seed, epoch]).permutation(n) for epoch in range(epochs)]
-        )
-        self.members = stream[: per_step * total_steps].reshape(total_steps, per_step)
-        max_slots = max(1, row_length // max(1, min(lengths)))
-        self.rows = [
-            [
-                [int(step[j]) for j in row]
-                for row in pack_rows([lengths[i] for i in step], row_length, max_slots)
-            ]
-            for step in self.members
-        ]
-        self.most_rows = max(len(rows) for rows in self.rows)
-        self.slots = max(len(row) for rows in self.rows for row in rows)
-        n_rows = round_up(self.most_rows, micro_rows)
-        self.layout = Layout(micro_rows, row_length, self.slots, n_rows // micro_rows)
-
-    def real_token_share(self, lengths: Sequence[int]) -> float:
-        """Real positions over computed positions, over the whole plan."""
-        real = sum(lengths[i] for step in self.members for i in step)
-        return real / (len(self.rows) * self.layout.n_rows * self.layout.row_length)
-
-
-def share_micro_batches(plans: Sequence[PackPlan], *, micro_rows: int, shards: int) -> None:
-    """Lays plans of one step out in as many micro-batches, so that they are computed together.
-
-    Together they have about `micro_rows` rows on each of `shards` data shards, at most half as many
-    again: within that, the number of micro-batches that needs the fewest rows of padding.
-    """
-
-    def rows(micro_batches: int) -> list[int]:
-        return [round_up(-(-plan.most_rows // micro_batches), shards) for plan in plans]
-
-    n_rows, limit = sum(plan.most_rows for plan in plans), micro_rows * shards
-    counts = range(max(1, 2 * n_rows // (3 * limit)), -(-n_rows // limit) + 1)
-    fitting = [m for m in counts if 2 * sum(rows(m)) <= 3 * limit] or [counts[-1]]
-    micro_batches = min(fitting, key=lambda m: (m * sum(rows(m)), -m))
-    for plan, n in zip(plans, rows(micro_batches), strict=True):
-        plan.layout = dataclasses.replace(plan.layout, micro_rows=n, micro_batches=micro_batches)
+    return packing.round_row(max(e.row_length for e in encoded))
 
 
 class StepSource:
@@ -208,7 +93,7 @@ class StepSource:
 
     def __init__(
         self,
-        plan: PackPlan,
+        plan: packing.PackPlan,
         encoded: Sequence[Encoded],
         examples: Sequence[methods.Example],
         ref_logp: Sequence[tuple[float, float]],
@@ -230,7 +115,7 @@ class StepSource:
 
 def make_batch(
     rows: Sequence[Sequence[int]],
-    layout: Layout,
+    layout: packing.Layout,
     encoded: Sequence[Encoded],
     examples: Sequence[methods.Example] | None = None,
     ref_logp: Sequence[tuple[float, float]] | None = None,
@@ -252,7 +137,7 @@ def make_batch(
     return _split_micro_batches(Batch(packed, coefficients, ref), layout)
 
 
-def _split_micro_batches(batch: Batch, layout: Layout) -> Batch:
+def _split_micro_batches(batch: Batch, layout: packing.Layout) -> Batch:
     def split(a: Array) -> Array:
         return a.reshape(layout.micro_batches, layout.micro_rows, *a.shape[1:])
 

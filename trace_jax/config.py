@@ -7,7 +7,14 @@ from trace_jax import methods
 from trace_jax.errors import InputError
 
 # What runs that were made before a key was there did: their stages stay done.
-BEFORE = {"impact.strength": 1.0, "train.layer_rows": 0, "train.skip_steps": 0}
+BEFORE = {
+    "align.balance_steps": False,
+    "impact.strength": 1.0,
+    "model.scratch.training.balance_steps": False,
+    "train.balance_steps": False,
+    "train.layer_rows": 0,
+    "train.skip_steps": 0,
+}
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -115,7 +122,7 @@ def _data() -> ml_collections.ConfigDict:
     c.too_long = "error"  # a response that does not fit: error | drop (counted and named) | cut
     c.as_chat = False  # prompts that are plain text become a user's turn under the chat template
     c.append_stop = True  # put the first stop id behind every response
-    c.row_length = 0  # tokens of a packed row; 0: the longest example, rounded up
+    c.row_length = 0  # tokens of a packed row; 0: what the steps fill best, up to twice the longest
     c.pairs = 2000  # synth, self_sampled: most pairs
     c.validation_prompts = 200  # held out for choosing an operating point
     c.test_prompts = 400  # held out for the figures that are reported
@@ -195,6 +202,8 @@ def _training() -> ml_collections.ConfigDict:
     c.retain_per_step = 32  # KL examples beside them; their mean times alpha_kl is added
     c.micro_rows = 4  # packed rows that a data shard computes at once, of both kinds together; a
     # step scans over such micro-batches
+    c.balance_steps = True  # deal examples so that steps have about as many tokens each; False: at
+    # random, and every step is computed at the size of the largest
     c.learning_rate = 1e-4  # peak
     c.warmup_steps = 10
     c.final_fraction = 0.1  # of the peak, at the end of the cosine

@@ -9,7 +9,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from trace_jax import batches, logprobs, methods, processes, sharding
+from trace_jax import batches, logprobs, methods, packing, processes, sharding
 
 
 class Steps:
@@ -52,41 +52,31 @@ def steps(module, examples, encoded, settings, directory: Path, progress) -> Ste
     settings: `fit.Settings`.
     """
 
-    def source(members: list[int], per_step: int, row_length: int) -> batches.StepSource | None:
-        if not members:
-            return None
-        kept = [encoded[i] for i in members]
-        used = [examples[i] for i in members]
-        needs_ref = any(e.pref or e.npo0 or e.npo1 for e in used)
-        ref = (
-            reference_logprobs(module, kept, row_length, settings.micro_rows, directory, progress)
-            if needs_ref
-            else np.zeros((len(kept), 2), np.float32)
-        )
-        plan = batches.PackPlan(
-            [e.row_length for e in kept],
-            per_step=per_step,
-            total_steps=settings.total_steps,
-            seed=settings.seed,
-            row_length=row_length,
-            micro_rows=settings.micro_rows,
-        )
-        return batches.StepSource(plan, kept, used, ref)
-
-    conflict = [i for i, e in enumerate(examples) if not e.kl]
-    retain = [i for i, e in enumerate(examples) if e.kl]
-    row_length = settings.row_length or batches.longest_row(encoded)
-    found = Steps(
-        source(conflict, settings.examples_per_step, row_length),
-        source(retain, settings.retain_per_step, row_length),
-        {"conflict": conflict, "retain": retain},
-    )
-    batches.share_micro_batches(
-        [s.plan for s in (found.conflict, found.retain) if s is not None],
+    members = {"conflict": [i for i, e in enumerate(examples) if not e.kl],
+               "retain": [i for i, e in enumerate(examples) if e.kl]}  # fmt: skip
+    per_step = {"conflict": settings.examples_per_step, "retain": settings.retain_per_step}
+    texts = {name: [encoded[i] for i in of] for name, of in members.items() if of}
+    plans = packing.plan_steps(
+        [([e.row_length for e in of], per_step[name]) for name, of in texts.items()],
+        total_steps=settings.total_steps,
+        seed=settings.seed,
+        balanced=settings.balance_steps,
+        row_length=settings.row_length,
         micro_rows=settings.micro_rows,
         shards=sharding.shards_in_context(),
+        flops=module.config.forward_flops,
     )
-    return found
+    row_length = settings.row_length or batches.longest_row(encoded)
+    found = dict.fromkeys(members)
+    for name, plan in zip(texts, plans, strict=True):
+        used = [examples[i] for i in members[name]]
+        ref = np.zeros((len(used), 2), np.float32)
+        if any(e.pref or e.npo0 or e.npo1 for e in used):
+            ref = reference_logprobs(
+                module, texts[name], row_length, settings.micro_rows, directory, progress
+            )
+        found[name] = batches.StepSource(plan, texts[name], used, ref)
+    return Steps(**found, members=members)
 
 
 def reference_logprobs(

@@ -66,6 +66,7 @@ class Settings:
     save_every: int
     keep: int
     seed: int
+    balance_steps: bool = True
     skip_steps: int = 0
 
     @classmethod

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import batches, encoding, losses, sharding
+from trace_jax import batches, encoding, losses, packing, sharding
 
 Array = jax.Array
 
@@ -120,7 +120,7 @@ def map_packed(
 
 def packed_groups(
     encoded: Sequence[encoding.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
-) -> tuple[batches.Layout, list[list[list[int]]]]:
+) -> tuple[packing.Layout, list[list[list[int]]]]:
     """One layout for all texts and the groups of rows that fill it one after the other.
 
     micro_rows: rows computed at once on every data shard of the mesh in context.
@@ -128,9 +128,9 @@ def packed_groups(
     micro_rows *= sharding.shards_in_context()
     lengths = [e.row_length for e in encoded]
     max_slots = max(1, row_length // max(1, min(lengths)))
-    rows = batches.pack_rows(lengths, row_length, max_slots)
+    rows = packing.pack_rows(lengths, row_length, max_slots)
     slots = 1 << (max(len(row) for row in rows) - 1).bit_length()  # few shapes, so few programs
     micro_batches = micro_batches if len(rows) > micro_rows else 1
-    layout = batches.Layout(micro_rows, row_length, slots, micro_batches)
+    layout = packing.Layout(micro_rows, row_length, slots, micro_batches)
     size = layout.n_rows
     return layout, [rows[at : at + size] for at in range(0, len(rows), size)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trace_jax import hardware, metrics, scratch, workdir, workload
+from trace_jax import hardware, metrics, packing, scratch, workdir, workload
 from trace_jax.errors import InputError
 from trace_jax.hardware import GIB
 from trace_jax.stages import context
@@ -39,7 +39,7 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
         config.train.layer_rows,
     )
     work = workload.of(run)
-    layouts = _layouts(run, work, sharding.row_shards(mesh), devices[0].platform)
+    layouts = _layouts(run, shape, work, sharding.row_shards(mesh), devices[0].platform)
     with _compiling(topology):
         found = _programs(run, model, layouts, mesh)
     parameters = _parameters(model, run.settings("train"))
@@ -153,34 +153,28 @@ def model_shape(run: context.Context):
 
 
 def _layouts(
-    run: context.Context, work: workload.Work, shards: int, platform: str
+    run: context.Context, shape, work: workload.Work, shards: int, platform: str
 ) -> dict[str, Any]:
     """Layouts of a step's conflict and KL rows, of the impact pass, and the length of rows."""
-    from trace_jax import batches
-
     settings = run.settings("train")
-    longest = max(work.conflict + work.retain)
-    row_length = settings.row_length or batches.round_row(longest, platform)
-
-    def packed(lengths: list[int], per_step: int):
-        return batches.PackPlan(
-            [min(n, row_length) for n in lengths],
-            per_step=per_step,
-            total_steps=min(settings.total_steps, 20),
-            seed=run.config.seed,
-            row_length=row_length,
-            micro_rows=settings.micro_rows,
-        )
-
-    plans = {}
-    if work.conflict:
-        plans["conflict"] = packed(work.conflict, settings.examples_per_step)
-    if work.retain:
-        plans["retain"] = packed(work.retain, settings.retain_per_step)
-    batches.share_micro_batches(list(plans.values()), micro_rows=settings.micro_rows, shards=shards)
+    per_step = {"conflict": settings.examples_per_step, "retain": settings.retain_per_step}
+    kinds = {name: getattr(work, name) for name in per_step if getattr(work, name)}
+    most = settings.row_length or max(map(max, kinds.values()))
+    plans = packing.plan_steps(
+        [([min(n, most) for n in of], per_step[name]) for name, of in kinds.items()],
+        total_steps=min(settings.total_steps, 20),
+        seed=settings.seed,
+        balanced=settings.balance_steps,
+        row_length=settings.row_length,
+        micro_rows=settings.micro_rows,
+        shards=shards,
+        flops=shape.forward_flops,
+        platform=platform,
+    )
+    row_length = settings.row_length or packing.round_row(most, platform)
     slots = max(1, row_length // max(1, min(work.conflict or work.retain)))
-    impact = batches.Layout(run.config.impact.micro_rows * shards, row_length, slots, 1)
-    found = {name: plan.layout for name, plan in plans.items()}
+    impact = packing.Layout(run.config.impact.micro_rows * shards, row_length, slots, 1)
+    found = {name: plan.layout for name, plan in zip(kinds, plans, strict=True)}
     return {"conflict": None, "retain": None, "impact": impact} | found
 
 
@@ -229,37 +223,27 @@ def _flops(run: context.Context, shape, layouts: dict, parameters: dict) -> dict
     Recomputed layers do not count, as is usual for utilisation.
     """
     full = run.config.train.adapters == "none"
-    row_length = layouts["impact"].row_length
-    forward = forward_flops(shape, row_length)
 
-    def positions(name: str) -> int:
+    def forward(name: str) -> float:
         layout = layouts[name]
-        return 0 if layout is None else layout.n_rows * layout.row_length
+        if layout is None:
+            return 0.0
+        positions = layout.n_rows * layout.row_length
+        return positions * shape.forward_flops(layout.row_length)
 
     backward = 2.0 if full else 1.0  # gradients of activations, and of parameters if they train
-    train = (1 + backward) * (positions("conflict") + positions("retain")) + positions("retain")
     a_tangent = 2.0 if full else 1.0
     return {
-        "train": forward * train,
-        "impact": forward * positions("impact") * (1 + 2 * a_tangent),
-        "sample": forward_flops(shape, run.config.data.max_length) * run.config.evaluate.batch_rows,
+        "train": (1 + backward) * forward("conflict") + (2 + backward) * forward("retain"),
+        "impact": forward("impact") * (1 + 2 * a_tangent),
+        "sample": shape.forward_flops(run.config.data.max_length) * run.config.evaluate.batch_rows,
     }
-
-
-def forward_flops(shape, length: int) -> float:
-    """Of the forward pass of one token in a row of `length` tokens (half of it seen on average)."""
-    q = shape.num_attention_heads * shape.head_dim
-    kv = shape.num_key_value_heads * shape.head_dim
-    matrices = shape.hidden_size * (2 * q + 2 * kv + 3 * shape.intermediate_size)
-    attention = 2 * q * length / 2
-    layers = shape.num_hidden_layers * (matrices + attention)
-    return 2.0 * (layers + shape.hidden_size * shape.vocab_size)
 
 
 def _tokens(work: workload.Work, layouts: dict, run: context.Context) -> dict[str, Any]:
     found = {
         "per_epoch": int(sum(work.conflict + work.retain) * work.scale),
-        "row_length": layouts["impact"].row_length,
+        "row_length": next(x for x in map(layouts.get, ("conflict", "retain")) if x).row_length,
         "estimated": work.estimated,
     }
     for name in ("conflict", "retain"):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trace_jax import batches, fit, impact, sampling, sharding, train
+from trace_jax import batches, fit, impact, packing, sampling, sharding, train
 from trace_jax.models import decoder, model_config
 
 
@@ -45,8 +45,8 @@ class Memory:
 def train_step(
     model: Model,
     settings: fit.Settings,
-    conflict: batches.Layout | None,
-    retain: batches.Layout | None,
+    conflict: packing.Layout | None,
+    retain: packing.Layout | None,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Lowered:
     """The update of `train.train_step` on batches of these layouts."""
@@ -68,7 +68,7 @@ def train_step(
 
 
 def impact_pass(
-    model: Model, settings: fit.Settings, layout: batches.Layout, tangents: int, mesh: Any
+    model: Model, settings: fit.Settings, layout: packing.Layout, tangents: int, mesh: Any
 ) -> jax.stages.Lowered:
     """The forward-mode pass of `impact.response_derivatives` along `tangents` gradients."""
     graphdef, params, frozen = _split(model, settings)
@@ -162,7 +162,7 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh, *, leading: int = 0) -> Any:
     return jax.tree.map(place, tree, sharding.of_tree(inner, mesh))
 
 
-def _batch(layout: batches.Layout, mesh: jax.sharding.Mesh) -> batches.Batch:
+def _batch(layout: packing.Layout, mesh: jax.sharding.Mesh) -> batches.Batch:
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         shape = (layout.micro_batches, layout.micro_rows, *shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.of_rows(shape, mesh, leading=1))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from faults.test_hostile import EACH
 from tests import tiny
-from trace_jax import batches, bucket, encoding, impact, policy, records, sources
+from trace_jax import batches, bucket, encoding, impact, packing, policy, records, sources
 from trace_jax.errors import InputError
 from trace_jax.judges import rules, template
 
@@ -72,7 +72,7 @@ def test_the_rules_have_one_answer_about_any_text(text, prompt):
     slots=st.integers(1, 8),
 )
 def test_rows_hold_every_example_once_and_no_more_than_fits(lengths, row_length, slots):
-    rows = batches.pack_rows(lengths, row_length, slots)
+    rows = packing.pack_rows(lengths, row_length, slots)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(len(row) <= slots and sum(lengths[i] for i in row) <= row_length for row in rows)
 

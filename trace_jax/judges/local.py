@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import records
+from trace_jax import packing, records
 from trace_jax.errors import InputError
 from trace_jax.judges import reading, template
 from trace_jax.judges import store as stores
@@ -186,10 +186,10 @@ class LocalReader:
         return [token.content for token in added if token.special and len(token.content) > 1]
 
     def _logprobs(self, encoded: Sequence[Any]) -> list[list[float]]:
-        from trace_jax import batches, logprobs
+        from trace_jax import logprobs
 
-        length = batches.round_up(max(e.row_length for e in encoded), 64)
-        most = batches.round_up(self._max_length + 4, 64)
+        length = packing.round_up(max(e.row_length for e in encoded), 64)
+        most = packing.round_up(self._max_length + 4, 64)
         row_length = max(length, min(most, 1 << (length - 1).bit_length()))  # few programs
         return logprobs.of_texts(
             self._model[0], encoded, row_length=row_length, micro_rows=self._micro_rows

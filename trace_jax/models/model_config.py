@@ -70,6 +70,15 @@ class ModelConfig:
                 "give the model that the config is for, or mend the config"
             )
 
+    def forward_flops(self, length: int) -> float:
+        """Of the forward pass of one token in a row of `length` tokens, half of it seen."""
+        q = self.num_attention_heads * self.head_dim
+        kv = self.num_key_value_heads * self.head_dim
+        matrices = self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        attention = 2 * q * length / 2
+        layers = self.num_hidden_layers * (matrices + attention)
+        return 2.0 * (layers + self.hidden_size * self.vocab_size)
+
     @property
     def is_gemma(self) -> bool:
         """Gemma 2: norms of 1 + w before and after, scaled embeddings, GELU."""

@@ -20,6 +20,7 @@ from trace_jax import (
     logprobs,
     methods,
     metrics,
+    packing,
     records,
     sharding,
 )
@@ -89,11 +90,9 @@ def _one_step(
     run: context.Context, examples, encoded, row_length: int, ref: np.ndarray
 ) -> batches.Batch:
     """All examples as one batch."""
-    plan = batches.PackPlan(
+    plan = packing.PackPlan(
         [e.row_length for e in encoded],
-        per_step=len(examples),
-        total_steps=1,
-        seed=run.config.seed,
+        np.arange(len(examples))[None],
         row_length=row_length,
         micro_rows=run.config.impact.micro_rows * sharding.shards_in_context(),
     )
@@ -158,9 +157,9 @@ def _tangents(
     return [s.tangent for s in solved], solved
 
 
-def _one_a_row(n: int, row_length: int, micro_rows: int) -> tuple[batches.Layout, list]:
+def _one_a_row(n: int, row_length: int, micro_rows: int) -> tuple[packing.Layout, list]:
     """A layout with one example a row, and the groups of rows that fill it."""
-    layout = batches.Layout(micro_rows * sharding.shards_in_context(), row_length, 1, 1)
+    layout = packing.Layout(micro_rows * sharding.shards_in_context(), row_length, 1, 1)
     rows = [[i] for i in range(n)]
     return layout, [rows[i : i + layout.n_rows] for i in range(0, n, layout.n_rows)]
 
