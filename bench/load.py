@@ -62,7 +62,7 @@ def load(folder: str, coordinator: str, count: int, index: int) -> None:
     """In a process of its own: loads, and prints its peak beyond what it had before."""
     if count > 1:
         processes.start(coordinator, count, index, auto=False)
-    mesh = sharding.make_mesh(1, -1, 1)
+    mesh = sharding.make_mesh(1, -1, 1, fsdp_limit=64)
     jax.block_until_ready(jax.numpy.zeros(8))
     Path("/proc/self/clear_refs").write_text("5")  # a child begins with its parent's peak
     before = _peak()

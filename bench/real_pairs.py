@@ -52,14 +52,19 @@ def fitting(pairs: Sequence[dict], tokenizer, *, limit: int, n: int) -> list[dic
 
 
 def tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY):
-    """A byte-level BPE tokenizer trained on the texts."""
+    """A byte-level BPE tokenizer trained on the texts; a text begins with <s>."""
     import tokenizers
     import transformers
 
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=["<s>", "</s>"])
+    backend = tokenizers.Tokenizer.from_str(bpe.to_str())
+    begin = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[begin]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()),
+        tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
@@ -72,6 +77,6 @@ def write_llama(
     """A Llama of a shape with random weights, and a tokenizer of these texts, as a checkpoint."""
     from trace_jax import models
 
-    tokenizer(texts, min(vocabulary, VOCABULARY)).save_pretrained(folder)
     values = SHAPES[shape] | {"family": "llama", "context": context}
     models.save(models.init(models.scratch(values, vocabulary), seed=0), folder)
+    tokenizer(texts, min(vocabulary, VOCABULARY)).save_pretrained(folder)

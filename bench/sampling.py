@@ -1,10 +1,12 @@
-"""Tokens a second of sampling with slots refilled as rows finish, against whole batches.
+"""Tokens a second of sampling against transformers' generate, and what refilled slots give.
 
-python -m bench.sampling [--model DIR] [--shapes llama8b] [--out FILE]
+python -m bench.sampling [--quick] [--model DIR] [--shapes llama8b] [--out FILE]
 
-Both schemes are the same programs: `refills=4` refills a slot once a quarter of them are free,
-`refills=1` waits for the last row of a batch. Runs alternate; the ratio is per pair of runs.
---shapes takes the shape of a config (configs/llama8b.py) with random weights, for an accelerator.
+The same model, prompts and stop tokens at temperature 1, 64 rows at once; counted are the tokens up
+to a row's stop. `refill` refills a slot once a quarter of them are free (what trace_jax does),
+`whole_batches` waits for the last row of a batch, `transformers` is generate with its cache in
+float32 on CPU, prompts sorted by length. Runs alternate; ratios are per round. --shapes takes the
+shape of a config (configs/llama8b.py) with random weights, for an accelerator, and ours alone.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import importlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from bench import frontier
-from trace_jax import models, programs, records, sampling
+from trace_jax import models, programs, records, sampling, sharding
 
 PROMPTS, NEW_TOKENS, BATCH_ROWS = 192, 256, 64
 
@@ -40,46 +43,90 @@ def load(path: str, shapes: str | None) -> models.Decoder:
     return nnx.merge(graphdef, jax.tree.map(lambda x: draw(x.shape), state))
 
 
-def measure(module: models.Decoder, repeats: int) -> dict:
-    """Seconds of each scheme, alternating, on the same rows."""
+def stops_of(vocabulary: int) -> tuple[int, ...]:
+    """Tokens that end a row.
+
+    A story ends after more than 256 tokens, and random weights stop nowhere: paragraphs end rows,
+    or one token in a hundred.
+    """
+    return (1, 2, 13) if vocabulary < 1000 else tuple(range(0, vocabulary, 100))
+
+
+def ours(module: models.Decoder, prompts: list[list[int]], refills: int) -> int:
+    """Tokens made."""
+    made = sampling.generate(
+        module,
+        prompts,
+        ids=[str(i) for i in range(len(prompts))],
+        seed=0,
+        max_new_tokens=NEW_TOKENS,
+        temperature=1.0,
+        stop_ids=stops_of(module.config.vocab_size),
+        batch_rows=BATCH_ROWS,
+        refills=refills,
+    )
+    return sum(len(s.tokens) for (s,) in made)
+
+
+def theirs(path: str, prompts: list[list[int]]) -> Callable[[], int]:
+    """generate of transformers, whole batches of prompts of like length."""
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    stops = stops_of(network.config.vocab_size)
+    ordered = sorted(prompts, key=len)
+
+    def run() -> int:
+        torch.manual_seed(0)
+        n_tokens = 0
+        for at in range(0, len(ordered), BATCH_ROWS):
+            batch = ordered[at : at + BATCH_ROWS]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
+            seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            with torch.no_grad():
+                made = network.generate(
+                    input_ids=ids, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0,
+                    top_p=1.0, max_new_tokens=NEW_TOKENS, eos_token_id=list(stops), pad_token_id=0,
+                )[:, longest:]  # fmt: skip
+            ended = torch.isin(made, torch.tensor(stops)).int().cumsum(1) > 0
+            n_tokens += int((~ended).sum())
+        return n_tokens
+
+    return run
+
+
+def measure(module: models.Decoder, path: str | None, repeats: int) -> dict:
+    """Tokens a second of each scheme, alternating, on the same prompts."""
     rng = np.random.default_rng(0)
     vocabulary = module.config.vocab_size
-    lengths = rng.integers(8, 64, PROMPTS)
-    prompts = [[1, *rng.integers(3, vocabulary, n).tolist()] for n in lengths]
-    # A story ends after more than 256 tokens, and random weights stop nowhere: paragraphs end rows,
-    # or one token in a hundred.
-    stops = (1, 2, 13) if vocabulary < 1000 else tuple(range(0, vocabulary, 100))
+    prompts = [[1, *rng.integers(3, vocabulary, n).tolist()] for n in rng.integers(8, 64, PROMPTS)]
+    schemes = {
+        "refill": lambda: ours(module, prompts, 4),
+        "whole_batches": lambda: ours(module, prompts, 1),
+    }
+    if path is not None:
+        schemes["transformers"] = theirs(path, prompts)
+    speeds: dict[str, list[float]] = {name: [] for name in schemes}
+    tokens = {name: run() for name, run in schemes.items()}  # compiles
+    for repeat in range(repeats):
+        for name in list(schemes)[:: 1 if repeat % 2 else -1]:
+            start = time.perf_counter()
+            made = schemes[name]()
+            speeds[name].append(made / (time.perf_counter() - start))
 
-    def run(refills: int) -> tuple[float, int]:
-        start = time.perf_counter()
-        made = sampling.generate(
-            module,
-            prompts,
-            ids=[str(i) for i in range(PROMPTS)],
-            seed=0,
-            max_new_tokens=NEW_TOKENS,
-            temperature=1.0,
-            stop_ids=stops,
-            batch_rows=BATCH_ROWS,
-            refills=refills,
-        )
-        return time.perf_counter() - start, sum(len(s.tokens) for (s,) in made)
+    def ratio(name: str) -> dict[str, float]:
+        found = [a / b for a, b in zip(speeds["refill"], speeds[name], strict=True)]
+        return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
-    seconds, tokens = {1: [], 4: []}, 0
-    for refills in seconds:
-        tokens = run(refills)[1]  # compiles
-    for _ in range(repeats):
-        for refills, found in seconds.items():
-            found.append(run(refills)[0])
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    ratios = {name: ratio(name) for name in schemes if name != "refill"}
+    headline = {f"speedup_vs_{name}": found["median"] for name, found in ratios.items()}
     return {
-        "tokens": tokens,
-        "mean_new_tokens": tokens / PROMPTS,
-        "tokens_per_second": {
-            "refill": tokens / statistics.median(seconds[4]),
-            "whole_batches": tokens / statistics.median(seconds[1]),
-        },
-        "speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "mean_new_tokens": {name: n / PROMPTS for name, n in tokens.items()},
+        "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
+        "ratios": ratios,
+        "headline": headline,
         "batch_rows": BATCH_ROWS,
         "max_new_tokens": NEW_TOKENS,
         "repeats": repeats,
@@ -94,14 +141,20 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--model", default="../shared/models/stories260k")
     parser.add_argument("--shapes", default=None, help="llama8b, qwen7b, gemma9b or gemma2b")
+    parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default="docs/results/sampling.json")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/sampling.json"))
     args = parser.parse_args(argv[1:])
-    found = measure(load(args.model, args.shapes), args.repeats)
+    with jax.set_mesh(sharding.make_mesh(1, -1, 1)):
+        module = sharding.place_module(load(args.model, args.shapes))
+        path = None if args.shapes else args.model
+        found = measure(module, path, 2 if args.quick else args.repeats)
     found |= {"model": args.shapes or Path(args.model).name, "device": jax.devices()[0].device_kind}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(args.out, found)
-    print({key: found[key] for key in ("model", "tokens_per_second", "speedup", "mean_new_tokens")})
+    for name, speed in found["tokens_per_second"].items():
+        print(f"{name:14} {speed:8.0f} tokens/s")
+    print(f"{args.out}: {found['headline']}")
     return 0
 
 

@@ -24,24 +24,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-MAX_LENGTH, RATE, BETA = 512, 1e-4, 0.1
+MAX_LENGTH, RATE, BETA = 512, 1e-5, 0.1
 KINDS = ("ours", "ours_in_order", "trl_default", "trl_best")
 
 
 def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
     """Trains with `train.train_step`; balanced: steps of about as many tokens, the default."""
-    from trace_jax import launch
-
-    launch._environment()
     import jax
     import jax.numpy as jnp
     import numpy as np
     import transformers
     from flax import nnx
 
-    from trace_jax import batches, encoding, logprobs, methods, models, packing, train
+    from trace_jax import batches, encoding, logprobs, methods, models, packing, sharding, train
 
-    module = models.load(model)
+    mesh = sharding.make_mesh(1, -1, 1)
+    jax.set_mesh(mesh)  # for the rest of the process
+    module = models.load(model, mesh=mesh)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     start = time.perf_counter()
     encoder = encoding.Encoder(tokenizer, max_length=2 * MAX_LENGTH, end_id=tokenizer.eos_token_id)
@@ -57,7 +56,7 @@ def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
     if balanced:
         members = packing.draw(lengths, per_step=batch, total_steps=n_steps, seed=0)
     (plan,) = packing.lay_out(
-        [(lengths, members)], row_length=0, micro_rows=batch, shards=1,
+        [(lengths, members)], row_length=0, micro_rows=4, shards=sharding.shards_in_context(),
         flops=module.config.forward_flops,
     )  # fmt: skip
     plans, layout = plan.rows, plan.layout
@@ -71,6 +70,7 @@ def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
     for plan in plans:
         began = time.perf_counter()
         step = batches.Step(batches.make_batch(plan, layout, encoded, examples, ref), None)
+        step = sharding.place_rows(step)
         state, metrics = train.train_step(
             state, frozen, None, step, hyper, None, graphdef=graphdef, options=options
         )
@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = values.model
         if values.shape:
-            model = Path(folder)
+            model = Path(folder, "model")
             texts = [text for pair in found for text in pair.values()]
             real_pairs.write_llama(model, texts, shape=values.shape, context=2 * MAX_LENGTH)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)

@@ -15,7 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 _DEVICES = "--xla_force_host_platform_device_count=8"
-_DEVICES += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see launch._environment
+_DEVICES += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see launch.set_environment
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 # Compiled programs are kept for the other worker, for subprocesses and for the next run (4x less).
 _ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +39,7 @@ from trace_jax import config
 
 def get_config():
     c = config.base_config()
+    c.mesh.fsdp_limit = 64
     c.data.source = "synth"
     c.data.max_length = 64
     c.data.row_length = 128

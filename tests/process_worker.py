@@ -30,7 +30,7 @@ def main(coordinator: str, count: int, index: int, where: str, stop_after: int |
 
 
 def work(index: int, folder: Path, stop_after: int | None) -> None:
-    mesh = sharding.make_mesh(1, -1, 1)
+    mesh = sharding.make_mesh(1, -1, 1, fsdp_limit=64)
     with jax.set_mesh(mesh):
         module = test_sharding.module()
         with contextlib.suppress(Stopped):

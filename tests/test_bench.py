@@ -1,8 +1,9 @@
 """What the scripts of bench/ compute before they run anything."""
 
+import numpy as np
 import pytest
 
-from bench import against_gold, frontier, realign, studies
+from bench import against_gold, frontier, packing, realign, scaling, studies
 from trace_jax import compare
 from trace_jax.errors import InputError
 
@@ -81,3 +82,38 @@ def test_trace_meets_dpo_gold_at_no_more_perplexity():
     assert trace.overrides["train.beta"] == 0.7 and gold.overrides["train.beta"] == 0.1
     with pytest.raises(InputError, match="no point of trace"):
         against_gold.variants({"methods": methods | {"trace": {"points": [far]}}})
+
+
+PROGRAM = """HloModule jit_step
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %g = f32[4,8]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %s = bf16[1,8]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], to_apply=%add
+}
+ENTRY %main (q: f32[4,8]) -> f32[4,8] {
+  %w = (s32[], f32[4,8]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %r = f32[10]{0} all-reduce(%z), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %one = f32[10]{0} all-reduce(%z), replica_groups={{0},{1}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_received_bytes_of_a_program_by_hand():
+    """Three trips: 3 of 4 parts of 128 bytes gathered and of 64 scattered; then half of 2 x 40."""
+    assert scaling.collective_bytes(PROGRAM) == {
+        "all-gather": 3 * 96.0,
+        "reduce-scatter": 3 * 48.0,
+        "all-reduce": 40.0,
+    }
+
+
+def test_packing_counts_what_each_way_computes():
+    alone = np.array([[10, 30], [20, 20]] * 200)
+    rows = {row["how"]: row for row in packing.measure(alone, np.full(400, 36))}
+    assert rows["padded"]["real_token_share"] == pytest.approx(40 / 60, rel=1e-3)
+    for how, computed in (("packed", 40), ("shared", 36), ("ours", 36)):
+        positions = rows[how]["computed_per_token"] * 40  # of a pair, in rows that have some room
+        assert computed <= positions < 1.2 * computed
+        assert rows[how]["real_token_share"] == pytest.approx(computed / positions)

@@ -182,7 +182,8 @@ def test_table(path, shape, expected):
 
 def test_a_mesh_smaller_than_the_devices_takes_the_first():
     assert sharding.make_mesh(1, 2, 2).size == 4
-    assert sharding.make_mesh(1, -1, 2).shape["fsdp"] == 4
+    assert sharding.make_mesh(1, -1, 2, fsdp_limit=64).shape["fsdp"] == 4
+    assert sharding.make_mesh(1, -1, 2).shape["data"] == 4  # on CPU
 
 
 def test_fsdp_takes_what_is_left_up_to_its_limit():

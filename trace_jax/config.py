@@ -102,7 +102,7 @@ def _mesh() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()  # devices along each axis; -1: those that are left
     c.data = 1  # copies of the parameters
     c.fsdp = -1  # parameters and optimizer state cut in parts
-    c.fsdp_limit = 64  # the most that -1 stands for; what is left over goes to data
+    c.fsdp_limit = 0  # the most that -1 stands for, the rest goes to data; 0: 64, and 1 on CPU
     c.tensor = 1  # matrices cut by heads and channels
     return c
 

@@ -63,7 +63,9 @@ def of_device(device) -> Chip:
         (chip for name, chip in CHIPS.items() if name.split("-")[0] in kind.lower()), None
     )
     stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or (known.memory if known else _host_memory())
+    memory = stats.get("bytes_limit") or (
+        known.memory if known else _host_memory() // device.client.device_count()
+    )
     return Chip(kind, int(memory), known.flops if known else None)
 
 

@@ -37,6 +37,7 @@ from trace_jax.errors import InputError
 from trace_jax.stages import at_work, closing, context
 
 _ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler"
+_MOST_CPU_DEVICES = 4  # each has a copy of the parameters
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
             return 0
         if values.config is None:
             raise InputError("--config=FILE is missing; try --config=configs/quickstart.py")
-        _environment()
+        set_environment()
         processes.start(
             values.coordinator, values.processes, values.process, auto=values.distributed
         )
@@ -107,7 +108,7 @@ def realign(
     config = config_lib.resolved(config)
     validation.validate(config)
     selected = stages.chosen(only)
-    _environment()
+    set_environment()
     with bucket.opened(directory) as here:
         run = context.Context(config, workdir.Workdir(here))
         run.load_judges()
@@ -253,14 +254,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _environment() -> None:
+def set_environment() -> None:
     """Compiled programs outlive the process: a rerun starts at once. A variable set by hand wins.
 
-    Several devices on CPU wait for each other for ever where collectives may start in any order.
+    Where JAX runs on CPU, every core is a device, up to 4: rows that are computed side by side make
+    twice as much of two cores as operations whose threads share them (docs/decisions.md). Several
+    such devices wait for each other for ever where collectives may start in any order.
     transformers is here for its tokenizers; that PyTorch is missing is no news to anybody.
     """
     flags_of_xla = os.environ.get("XLA_FLAGS", "")
-    if "cpu" in os.environ.get("JAX_PLATFORMS", "") and _ORDERED not in flags_of_xla:
+    if "device_count" not in flags_of_xla:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(cores, _MOST_CPU_DEVICES)))
+    if _ORDERED not in flags_of_xla:
         os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_ORDERED}=false".strip()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault(

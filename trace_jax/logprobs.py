@@ -123,14 +123,16 @@ def packed_groups(
 ) -> tuple[packing.Layout, list[list[list[int]]]]:
     """One layout for all texts and the groups of rows that fill it one after the other.
 
-    micro_rows: rows computed at once on every data shard of the mesh in context.
+    micro_rows: rows computed at once on every data shard of the mesh in context. micro_batches: the
+    most of a group.
     """
     micro_rows *= sharding.shards_in_context()
     lengths = [e.row_length for e in encoded]
     max_slots = max(1, row_length // max(1, min(lengths)))
     rows = packing.pack_rows(lengths, row_length, max_slots)
     slots = 1 << (max(len(row) for row in rows) - 1).bit_length()  # few shapes, so few programs
-    micro_batches = micro_batches if len(rows) > micro_rows else 1
+    n_groups = -(-len(rows) // (micro_rows * micro_batches))
+    micro_batches = -(-len(rows) // (micro_rows * n_groups))  # so that the last group is full
     layout = packing.Layout(micro_rows, row_length, slots, micro_batches)
     size = layout.n_rows
     return layout, [rows[at : at + size] for at in range(0, len(rows), size)]

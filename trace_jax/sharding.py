@@ -40,13 +40,14 @@ def make_mesh(
     fsdp: int,
     tensor: int,
     *,
-    fsdp_limit: int | None = None,
+    fsdp_limit: int = 0,
     devices: list | None = None,
 ) -> Mesh:
     """A mesh over the devices; one axis may be -1, which takes what the others leave.
 
     fsdp_limit: fsdp=-1 takes at most so many, and data the rest: every part of the vocabulary sees
-    the tokens of all of fsdp, which takes memory that grows with it.
+    the tokens of all of fsdp, which takes memory that grows with it. 0: 64; and 1 on CPU, where
+    devices share one memory and what they would send each other costs most.
 
     A mesh smaller than the devices uses the first of them, where all belong to one process.
     """
@@ -62,7 +63,8 @@ def make_mesh(
             "or -1 for one of them"
         )
     shape = [n // used if size == -1 else size for size in shape]
-    if fsdp == -1 and fsdp_limit is not None and shape[1] > fsdp_limit:
+    fsdp_limit = fsdp_limit or (1 if devices[0].platform == "cpu" else 64)
+    if fsdp == -1 and shape[1] > fsdp_limit:
         copies = next(
             k for k in range(2, n + 1) if shape[1] % k == 0 and shape[1] // k <= fsdp_limit
         )

@@ -159,8 +159,10 @@ def _validate_triage(c: ml_collections.ConfigDict) -> None:
 
 
 def _validate_mesh(c: ml_collections.ConfigDict) -> None:
-    _positive("mesh.fsdp_limit", c.fsdp_limit)
-    for axis, size in c.items():
+    if c.fsdp_limit < 0:
+        raise InputError(f"mesh.fsdp_limit={c.fsdp_limit} must be at least 0")
+    for axis in ("data", "fsdp", "tensor"):
+        size = c[axis]
         if size != -1 and size < 1:
             raise InputError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left")
     if sum(size == -1 for _, size in c.items()) > 1:

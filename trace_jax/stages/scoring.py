@@ -4,7 +4,7 @@ Legend: n examples, G gold halves (one tangent each).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -168,28 +168,53 @@ def _by_response(
     run: context.Context, examples, tangents: nnx.State, graphdef, params, frozen
 ) -> np.ndarray:
     """Path jvp: one derivative per unique (prompt, response), then the closed form."""
-    keys, encoded = _unique_responses(run, examples)
-    config, settings = run.config, run.settings("train")
+    keys, encoded = unique_responses(run.encoder, examples)
+    with run.progress(len(encoded), "impact scores") as bar:
+        return by_response(
+            examples,
+            keys,
+            encoded,
+            (params, frozen, tangents, graphdef),
+            run.settings("train"),
+            row_length=run.config.data.row_length or batches.longest_row(encoded),
+            micro_rows=run.config.impact.micro_rows,
+            progress=bar.advance,
+        )
+
+
+def by_response(
+    examples: Sequence[methods.Example],
+    keys: Sequence[Sequence[str]],
+    encoded: Sequence[encoding.Encoded],
+    model: tuple,
+    settings: fit.Settings,
+    *,
+    row_length: int,
+    micro_rows: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Scores of examples along G tangents at theta_ref, [n, G].
+
+    keys, encoded: of `unique_responses`. model: (params, frozen, tangents, graphdef).
+    """
+    params, frozen, tangents, graphdef = model
 
     def compute(rows: batches.Rows, n_responses: int):
         return impact.response_derivatives(
             params, frozen, tangents, rows, graphdef=graphdef, n_responses=n_responses
         )
 
-    with run.progress(len(encoded), "impact scores") as bar:
-        d_n2G = logprobs.map_packed(
-            compute,
-            encoded,
-            row_length=config.data.row_length or batches.longest_row(encoded),
-            micro_rows=config.impact.micro_rows,
-            progress=bar.advance,
-        )
+    d_n2G = logprobs.map_packed(
+        compute, encoded, row_length=row_length, micro_rows=micro_rows, progress=progress
+    )
     d = {key: d_n2G[i, b] for i, of_row in enumerate(keys) for b, key in enumerate(of_row)}
     n_tokens = {
         key: len(encoded[i].branches[b]) - encoded[i].skip[b]
         for i, of_row in enumerate(keys)
         for b, key in enumerate(of_row)
     }
+
+    options = settings.options()
 
     def scored(e: methods.Example) -> np.ndarray:
         k0 = _key(e.prompt, e.y0)
@@ -198,7 +223,7 @@ def _by_response(
             e,
             d[k0],
             d[k1],
-            options=settings.options(),
+            options=options,
             beta=settings.beta,
             tau=settings.tau,
             lengths=(n_tokens[k0], n_tokens[k1]),
@@ -207,8 +232,8 @@ def _by_response(
     return np.stack([scored(e) for e in examples])
 
 
-def _unique_responses(
-    run: context.Context, examples
+def unique_responses(
+    encoder: encoding.Encoder, examples: Sequence[methods.Example]
 ) -> tuple[list[list[str]], list[encoding.Encoded]]:
     """Every (prompt, response) once, two of a prompt to a row: their keys and tokens."""
     by_prompt: dict[str, dict[str, tuple]] = {}
@@ -223,7 +248,7 @@ def _unique_responses(
         for pair in (items[i : i + 2] for i in range(0, len(items), 2)):
             keys.append([key for key, _ in pair])
             prompt, _, name = pair[0][1]
-            encoded.append(run.encoder.encode(prompt, [y for _, (_, y, _) in pair], name))
+            encoded.append(encoder.encode(prompt, [y for _, (_, y, _) in pair], name))
     return keys, encoded
 
 
