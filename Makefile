@@ -3,12 +3,13 @@
 # make soak         50 kills and 100,000 hostile inputs (make test has 2 and 1,600); about half an hour
 # make docs         the documentation as a site, build/site/index.html
 # make audit        known vulnerabilities of the pinned dependencies
-# make bench        the benchmarks under bench/
+# make bench        every benchmark that this machine can run (BENCH_ARGS=--quick: the headlines)
 # make clean        remove .venv, runs/ and caches
 
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.trace_jax-installed$(subst /,-,$(CURDIR))
+BENCH_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # An interpreter has to run, not only to be on the PATH. constraints.txt was resolved on 3.11, so 3.11 comes first.
@@ -43,9 +44,9 @@ audit: $(INSTALLED)
 	$(PYTHON) -m pip_audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(INSTALLED)
-	$(PYTHON) -m bench.impact
-	$(PYTHON) -m bench.head
-	$(PYTHON) -m bench.judge
+	$(PYTHON) -m pip install -qq trl accelerate torch==2.13.0 libtpu
+	for script in impact trl packing head sampling judge startup scaling; do \
+		echo "bench.$$script"; $(PYTHON) -m bench.$$script $(BENCH_ARGS) || exit 1; done
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -28,10 +28,10 @@ from trace_jax import models, programs, records, sampling, sharding
 PROMPTS, NEW_TOKENS, BATCH_ROWS = 192, 256, 64
 
 
-def load(path: str, shapes: str | None) -> models.Decoder:
-    """A checkpoint, or random weights of a config's shape, drawn on the device."""
+def load(path: str, shapes: str | None, mesh: jax.sharding.Mesh) -> models.Decoder:
+    """A checkpoint, or random weights of a config's shape, drawn on the devices."""
     if shapes is None:
-        return models.load(path)
+        return models.load(path, mesh=mesh)
     hf = importlib.import_module(f"configs.{shapes}").get_config("lora").model.hf_config
     config = models.ModelConfig.from_hf(hf.to_dict())
     empty = programs.abstract(programs.Model(config, "bfloat16", "layer", 128))
@@ -40,7 +40,9 @@ def load(path: str, shapes: str | None) -> models.Decoder:
     draw = jax.jit(
         lambda shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=0
     )
-    return nnx.merge(graphdef, jax.tree.map(lambda x: draw(x.shape), state))
+    with jax.set_mesh(mesh):
+        module = nnx.merge(graphdef, jax.tree.map(lambda x: draw(x.shape), state))
+        return sharding.place_module(module)
 
 
 def stops_of(vocabulary: int) -> tuple[int, ...]:
@@ -145,8 +147,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench/results/sampling.json"))
     args = parser.parse_args(argv[1:])
-    with jax.set_mesh(sharding.make_mesh(1, -1, 1)):
-        module = sharding.place_module(load(args.model, args.shapes))
+    mesh = sharding.make_mesh(1, -1, 1)
+    module = load(args.model, args.shapes, mesh)
+    with jax.set_mesh(mesh):
         path = None if args.shapes else args.model
         found = measure(module, path, 2 if args.quick else args.repeats)
     found |= {"model": args.shapes or Path(args.model).name, "device": jax.devices()[0].device_kind}

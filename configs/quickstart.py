@@ -12,6 +12,7 @@ from trace_jax import config
 def get_config():
     """The quickstart run."""
     c = config.base_config()
+    c.cpu_devices = 0
     c.data.source = "synth"
     c.data.max_length = 96
     c.data.pairs = 3000

@@ -13,6 +13,7 @@ from trace_jax import config
 def get_config():
     """The stories run."""
     c = config.base_config()
+    c.cpu_devices = 0
     c.data.source = "self_sampled"
     c.data.append_stop = False  # continuations are cut at 80 tokens, mostly before the story ends
     c.data.max_length = 128

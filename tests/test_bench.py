@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench import against_gold, frontier, packing, realign, scaling, studies
+from bench import against_gold, frontier, headlines, packing, realign, scaling, studies
 from trace_jax import compare
 from trace_jax.errors import InputError
 
@@ -117,3 +117,8 @@ def test_packing_counts_what_each_way_computes():
         positions = rows[how]["computed_per_token"] * 40  # of a pair, in rows that have some room
         assert computed <= positions < 1.2 * computed
         assert rows[how]["real_token_share"] == pytest.approx(computed / positions)
+
+
+def test_the_readme_has_the_headlines_that_were_measured():
+    readme = headlines.README.read_text()
+    assert headlines.BEGIN in readme and headlines.written(readme) == readme

@@ -512,3 +512,20 @@ def test_help_takes_less_than_a_second():
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert float(done.stdout.splitlines()[-1]) < 1.0
+
+
+@pytest.mark.parametrize(
+    "given, pinned, expected",
+    [({}, False, None), ({}, True, 1), ({"JAX_NUM_CPU_DEVICES": "3"}, False, 3)],
+)
+def test_with_cpu_devices_0_every_core_is_a_device(given, pinned, expected):
+    cores = sorted(os.sched_getaffinity(0))
+    expected = expected or min(len(cores), 4)
+    program = f"import os; os.sched_setaffinity(0, {cores[:1] if pinned else cores}); "
+    program += "from trace_jax import launch; launch.set_environment(0); import jax; "
+    program += "print(jax.device_count())"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == expected

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             return 0
         if values.config is None:
             raise InputError("--config=FILE is missing; try --config=configs/quickstart.py")
-        set_environment()
+        set_environment(values.config.cpu_devices)
         processes.start(
             values.coordinator, values.processes, values.process, auto=values.distributed
         )
@@ -108,7 +108,7 @@ def realign(
     config = config_lib.resolved(config)
     validation.validate(config)
     selected = stages.chosen(only)
-    set_environment()
+    set_environment(config.cpu_devices)
     with bucket.opened(directory) as here:
         run = context.Context(config, workdir.Workdir(here))
         run.load_judges()
@@ -254,18 +254,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def set_environment() -> None:
+def set_environment(cpu_devices: int = 1) -> None:
     """Compiled programs outlive the process: a rerun starts at once. A variable set by hand wins.
 
-    Where JAX runs on CPU, every core is a device, up to 4: rows that are computed side by side make
-    twice as much of two cores as operations whose threads share them (docs/decisions.md). Several
-    such devices wait for each other for ever where collectives may start in any order.
+    cpu_devices: as in the config. Several of them wait for each other for ever where collectives
+    may start in any order.
     transformers is here for its tokenizers; that PyTorch is missing is no news to anybody.
     """
     flags_of_xla = os.environ.get("XLA_FLAGS", "")
     if "device_count" not in flags_of_xla:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(cores, _MOST_CPU_DEVICES)))
+        devices = cpu_devices or min(cores, _MOST_CPU_DEVICES)
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
     if _ORDERED not in flags_of_xla:
         os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_ORDERED}=false".strip()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
