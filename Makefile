@@ -10,7 +10,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.trace_jax-installed$(subst /,-,$(CURDIR))
 BENCH_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # An interpreter has to run, not only to be on the PATH. constraints.txt was resolved on 3.11, so 3.11 comes first.
 FIND_PYTHON = for candidate in python3.11 python3.12 python3.13 python3; do \

@@ -25,6 +25,23 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 _SHARED = _ROOT.parent / "shared"
 
 
+# Files that take longest come first, or one worker ends with them alone.
+_FIRST = (
+    "test_processes",
+    "test_kills",
+    "test_notebook",
+    "test_docs",
+    "test_plan",
+    "test_capability",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files, not the tests within them."""
+    place = {name: i for i, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_FIRST)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data and models, which lie beside the checkout and are not committed."""
