@@ -17,8 +17,6 @@ from trace_jax.stages import context
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SOAK = "TRACE_SOAK" in os.environ
-
 
 @pytest.fixture
 def planned(config, tmp_path, capsys, monkeypatch):
@@ -88,18 +86,7 @@ def test_a_mesh_that_does_not_divide_is_one_line(planned):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gemma9b",
-        *(
-            pytest.param(
-                name, marks=pytest.mark.skipif(not SOAK, reason="half a minute: make soak")
-            )
-            for name in ("llama8b", "qwen7b")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["gemma9b", "llama8b", "qwen7b"])
 def test_the_tpu_compiler_plans_for_a_slice(name, tmp_path):
     command = [
         sys.executable, "-m", "trace_jax.launch", f"--config={ROOT}/configs/{name}.py:smoke",
