@@ -17,6 +17,7 @@ load; of PyTorch it is not known. Headlines are of 128 tokens and full parameter
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -83,7 +84,7 @@ class Problem(NamedTuple):
 
     folder: Path
     module: models.Decoder
-    encoder: encoding.Encoder
+    encoder: Callable[[], encoding.Encoder]
     graphdef: nnx.GraphDef
     params: nnx.State
     frozen: nnx.State
@@ -109,9 +110,11 @@ def problem(case: Case, stories: Path, folder: Path) -> Problem:
     if case.adapters == "lora":
         module = lora.add(module, rank=16, alpha=32.0, targets="all", seed=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encoder = encoding.Encoder(tokenizer, max_length=case.length, end_id=None, cut_responses=True)
+    encoder = functools.partial(
+        encoding.Encoder, tokenizer, max_length=case.length, end_id=None, cut_responses=True
+    )
     examples, encoded = batches.encode_examples(
-        encoder,
+        encoder(),
         [
             methods.Example(str(i), "INVERT", *(pair[k] for k in ("prompt", "chosen", "rejected")),
                             pref=1.0)
@@ -179,11 +182,11 @@ def paths(p: Problem, case: Case) -> dict[str, tuple[Callable[[], np.ndarray], i
         return np.array(scored)
 
     def stage(*, once: bool) -> np.ndarray:
-        p.encoder.forget()
+        encoder = p.encoder()  # one that has kept no tokens yet
         if once:
-            keys, encoded = scoring.unique_responses(p.encoder, p.examples)
+            keys, encoded = scoring.unique_responses(encoder, p.examples)
         else:
-            found = [scoring.unique_responses(p.encoder, [e]) for e in p.examples]
+            found = [scoring.unique_responses(encoder, [e]) for e in p.examples]
             keys, encoded = ([rows[0] for rows in of] for of in zip(*found, strict=True))
         with jax.set_mesh(mesh):
             return scoring.by_response(

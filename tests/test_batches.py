@@ -226,3 +226,13 @@ def test_an_example_of_coefficient_zero_is_exactly_absent(texts, loss_and_gradie
     tiny.assert_same(out, loss_and_gradient(masked))
     counted = loss_and_gradient(one_batch(texts[:4]))
     assert float(counted[0]) != float(out[0])
+
+
+def test_the_last_group_of_rows_is_about_full(texts):
+    encoded = [texts[0]] * 9  # one a row
+    layout, groups = logprobs.packed_groups(
+        encoded, row_length=texts[0].row_length, micro_rows=2, micro_batches=4
+    )
+    assert [len(group) for group in groups] == [6, 3] and layout.n_rows == 6
+    alone, (group,) = logprobs.packed_groups(encoded[:3], row_length=32, micro_rows=4)
+    assert alone.micro_batches == 1 and sum(map(len, group)) == 3

@@ -154,3 +154,11 @@ ROW = encoding.Encoded(tuple(range(17)), (tuple(range(16)),), (0,))  # fills a r
 def test_rows_are_as_long_as_the_devices_need():
     assert packing.round_row(193, "cpu") == 200 and packing.round_row(193, "tpu") == 256
     assert packing.round_row(200) == 200  # the tests run on CPU
+
+
+def test_longer_rows_are_fewer_at_once():
+    """A micro-batch of rows twice as long takes no more memory than of the longest example's."""
+    lengths = [100] * 40 + [68] * 40
+    found = plans(lengths, 40, micro_rows=4, flops=lambda _: 1.0, total_steps=8)
+    assert found.layout.row_length > 150
+    assert found.layout.micro_rows * found.layout.row_length <= 1.5 * 4 * 104

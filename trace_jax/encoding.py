@@ -47,10 +47,6 @@ class Encoder:
         self.truncated_prompts = self.truncated_responses = 0
         self._cache: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
 
-    def forget(self) -> None:
-        """Drops the tokens kept of texts seen so far."""
-        self._cache.clear()
-
     def prompt_text(self, prompt: records.Text) -> str:
         """The text in front of the response: the prompt, or the chat template's."""
         if isinstance(prompt, str):

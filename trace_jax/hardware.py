@@ -64,7 +64,7 @@ def of_device(device) -> Chip:
     )
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit") or (
-        known.memory if known else _host_memory() // device.client.device_count()
+        known.memory if known else _host_memory() // device.client.local_device_count()
     )
     return Chip(kind, int(memory), known.flops if known else None)
 
