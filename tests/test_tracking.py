@@ -50,6 +50,22 @@ def test_each_training_has_a_folder(tmp_path):
     assert (tmp_path / "ref_checkpoints" / "tensorboard" / "ref").is_dir()
 
 
+def test_pytorch_is_not_imported_for_it_and_can_be_imported_after(tmp_path):
+    pytest.importorskip("torch")
+    program = f"""
+import sys
+from pathlib import Path
+from trace_jax import config, tracking
+with tracking.to(config.base_config().tracking.to_dict(), Path({str(tmp_path)!r}), {{}}):
+    tracking.scalars("train", 1, {{"loss/total": 1.0}})
+assert "torch" not in sys.modules
+import torch
+torch.zeros(1)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert _read(tmp_path / "tensorboard" / "train", "loss/total") == [(1, 1.0)]
+
+
 def test_off_writes_nothing_and_no_sink_outlives_its_run(tmp_path):
     with tracking.to(_settings(tensorboard=False), tmp_path, {}):
         tracking.scalars("train", 1, {"a": 1.0})

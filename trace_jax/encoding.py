@@ -1,10 +1,16 @@
 """Texts become tokens: a prompt once, and behind it the responses as branches. Host side only."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from trace_jax import records
 from trace_jax.errors import InputError
+
+_OF_NO_FAMILY = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,3 +157,31 @@ def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
     while n < len(first) and n < len(last) and first[n] == last[n]:
         n += 1
     return n
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The transformers tokenizer of a folder, or of a name on the hub, without remote code.
+
+    A folder whose tokenizer is of no family's class is read by that class itself: AutoTokenizer
+    would return the same, but it imports PyTorch where that is installed, which takes seconds.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    import transformers
+
+    try:
+        if _class_name(Path(source)) in _OF_NO_FAMILY:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source}: no tokenizer could be loaded ({first})") from error
+
+
+def _class_name(folder: Path) -> str | None:
+    """What a folder with tokenizer.json says its class is."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or not (folder / "tokenizer.json").is_file():
+        return None
+    return json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")

@@ -6,7 +6,7 @@ The text is that of the records themselves (both responses), or SynthValueBench'
 from collections.abc import Sequence
 from pathlib import Path
 
-from trace_jax import records, synth
+from trace_jax import encoding, records, synth
 from trace_jax.errors import InputError
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -35,10 +35,11 @@ def save_tokenizer(source: Path, target: Path) -> None:
 
     try:
         if source.is_dir():
-            found = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            found.save_pretrained(str(target))
+            encoding.load_tokenizer(source).save_pretrained(str(target))
             return
         backend = tokenizers.Tokenizer.from_file(str(source))
+    except InputError as error:
+        raise InputError(f"model.scratch.tokenizer={error}") from error
     except Exception as error:  # the tokenizers library raises bare Exceptions
         what = str(error).strip().splitlines()[0]
         raise InputError(

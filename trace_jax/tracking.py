@@ -5,7 +5,9 @@ Only the first process writes. Neither is ever a reason for a run to fail.
 
 import contextlib
 import dataclasses
+import functools
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,8 +86,7 @@ class _TensorBoard:
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         if self._broken:
             return
-        from tensorboardX.proto import event_pb2, summary_pb2
-
+        _, event_pb2, summary_pb2 = _tensorboard()
         rows = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         event = event_pb2.Event(
             wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=rows)
@@ -100,9 +101,7 @@ class _TensorBoard:
             self._broken = True
 
     def _opened(self, kind: str, step: int):
-        from tensorboardX import event_file_writer
-        from tensorboardX.proto import event_pb2
-
+        event_file_writer, event_pb2, _ = _tensorboard()
         folder = self._directory / kind
         folder.mkdir(parents=True, exist_ok=True)
         # Two tries in one second are two files.
@@ -121,6 +120,25 @@ class _TensorBoard:
         for writer in self._writers.values():
             with contextlib.suppress(OSError):
                 writer.close()
+
+
+@functools.cache
+def _tensorboard() -> tuple:
+    """(event_file_writer, event_pb2, summary_pb2) of tensorboardX.
+
+    It imports PyTorch where that is installed, for seconds and for tensors that it never sees here;
+    hidden meanwhile, PyTorch counts as not installed.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return event_file_writer, event_pb2, summary_pb2
 
 
 class _Wandb:

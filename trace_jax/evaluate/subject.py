@@ -81,7 +81,7 @@ def load(text: str, dtype: str, stop_ids: Sequence[int] = ()) -> Subject:
     name = name or directory.name
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1) if jax.device_count() > 1 else None
     module = models.load(directory, dtype=dtype, mesh=mesh)
-    tokenizer = hf_weights.load_tokenizer(directory)
+    tokenizer = encoding.load_tokenizer(directory)
     hf_weights.check_tokenizer(module.config, tokenizer)
     known = [*module.config.eos_token_ids, tokenizer.eos_token_id]
     stops = tuple(stop_ids) or tuple(dict.fromkeys(i for i in known if i is not None))

@@ -230,11 +230,11 @@ def fingerprint(directory: Path) -> str:
 
 
 def _load(directory: Path, dtype: str) -> tuple[Any, Any]:
-    from trace_jax import models
+    from trace_jax import encoding, models
     from trace_jax.models import hf_weights
 
     module = models.load(directory, dtype=dtype)
-    tokenizer = hf_weights.load_tokenizer(directory)
+    tokenizer = encoding.load_tokenizer(directory)
     hf_weights.check_tokenizer(module.config, tokenizer)
     return module, tokenizer
 

@@ -154,17 +154,6 @@ def read_config(path: pathlib.Path) -> model_config.ModelConfig:
     return config
 
 
-def load_tokenizer(directory: str | os.PathLike) -> Any:
-    """The transformers tokenizer of a directory; no remote code. InputError where there is none."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise errors.InputError(f"{directory}: no tokenizer could be loaded ({first})") from error
-
-
 def check_tokenizer(config: model_config.ModelConfig, tokenizer: Any) -> None:
     """Raises InputError where the tokenizer has ids that the embedding does not.
 

@@ -109,10 +109,9 @@ def _encoder(arguments: argparse.Namespace) -> Any:
             scratch.save_tokenizer(arguments.tokenizer, Path(folder))
         name = folder if arguments.tokenizer else arguments.model
         try:
-            found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise InputError(f"--model={name}: no tokenizer could be loaded ({first})") from error
+            found = encoding.load_tokenizer(name)
+        except InputError as error:
+            raise InputError(f"--model={error}") from error
     return encoding.Encoder(found, max_length=arguments.max_length, end_id=found.eos_token_id)
 
 

@@ -190,9 +190,9 @@ class Context:
         return self._tokenizer_at(self.base_directory)
 
     def _tokenizer_at(self, directory: Path):
-        from trace_jax.models import hf_weights
+        from trace_jax import encoding
 
-        return hf_weights.load_tokenizer(directory)
+        return encoding.load_tokenizer(directory)
 
     @functools.cached_property
     def encoder(self):

@@ -239,13 +239,13 @@ def _train_from_scratch(run: context.Context, found: list[records.PreferenceReco
 
 
 def _scratch_tokenizer(run: context.Context):
-    import transformers
+    from trace_jax import encoding
 
     building = run.workdir.path / "base_tokenizer"
     if processes.is_first():
         scratch.write_tokenizer(run.config.model.scratch.tokenizer, building)
     processes.wait("base tokenizer")
-    return transformers.AutoTokenizer.from_pretrained(building)
+    return encoding.load_tokenizer(building)
 
 
 def _documents(run: context.Context, found: list, encoder) -> list:
