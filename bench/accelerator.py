@@ -5,7 +5,7 @@ python -m bench.accelerator [--shapes llama8b] [--program train] [--rows 8] [--l
 
 The shape of a config (configs/llama8b.py) with random weights drawn on the device, packed rows of
 random tokens without padding: three examples a row, two responses each. A step of `train` has
---rows conflict rows and as many KL rows; one of `impact` has --rows rows and two tangents.
+--rows conflict rows and as many KL rows; one of `impact` has --rows rows and one tangent.
 Utilisation is MFU: operations of the model, not those it recomputes, over the chip's peak. FILE
 keeps one row a setting; a process measures one, so that its peak memory is its own.
 """
@@ -37,7 +37,7 @@ from trace_jax import (
     train,
 )
 
-EXAMPLES, TANGENTS = 3, 2  # of a row; gold batches
+EXAMPLES, TANGENTS = 3, 1  # of a row; gradients that scores are taken along
 WARM_UP = 2
 
 

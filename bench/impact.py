@@ -10,6 +10,7 @@ lax_map_grad     the same by jax.grad, one example after the other
 vmap_grad        8 examples at once, and with layers recomputed in the backward pass (_remat)
 jvp              8 examples at once in forward mode, one a row
 stage            as stage impact does it: texts in, rows packed, every response once, scores out
+                 (without the sample along half of the gold batch, whose size is fixed)
 stage_each       the same with every response of every record
 
 Temporary memory is what the compiler says (memory_analysis), so it does not depend on the machine's
@@ -160,7 +161,7 @@ def paths(p: Problem, case: Case) -> dict[str, tuple[Callable[[], np.ndarray], i
     settings = fit.Settings.of(config.base_config().train, row_length=0, seed=0)
     mesh = sharding.make_mesh(1, -1, 1)
     everywhere = jax.NamedSharding(mesh, jax.P())
-    placed = (*jax.device_put((p.params, p.frozen, tangents), everywhere), p.graphdef)
+    placed = (p.graphdef, *jax.device_put((p.params, p.frozen, p.gold), everywhere))
 
     def by_loss(batch: batches.Batch, **changes: Any) -> tuple[Callable[[], np.ndarray], int]:
         arguments = (p.params, p.frozen, p.gold, batch, HYPER)
@@ -189,10 +190,10 @@ def paths(p: Problem, case: Case) -> dict[str, tuple[Callable[[], np.ndarray], i
             found = [scoring.unique_responses(encoder, [e]) for e in p.examples]
             keys, encoded = ([rows[0] for rows in of] for of in zip(*found, strict=True))
         with jax.set_mesh(mesh):
-            return scoring.by_response(
-                p.examples, keys, encoded, placed, settings,
-                row_length=batches.longest_row(encoded), micro_rows=4,
-            )[:, 0]  # fmt: skip
+            packed = logprobs.packed_groups(
+                encoded, row_length=batches.longest_row(encoded), micro_rows=4
+            )
+            return scoring.by_response(p.examples, keys, encoded, packed, placed, settings)
 
     return {
         "lax_map_grad": by_loss(single),

@@ -77,7 +77,7 @@ def datamodelling(config, prepared: Path, n_subsets: int, steps: int, scratch: P
     for kind in CURVATURES:
         of_kind = _context(config, prepared, impact__curvature=kind)
         of_kind.__dict__["ref"] = run.ref
-        by_kind[kind] = scoring.scores(of_kind, examples, encoded, gold)[0].mean(axis=1)
+        by_kind[kind] = scoring.scores(of_kind, examples, encoded, gold).along_J
     ids, actions = [e.record_id for e in examples], [e.action for e in examples]
     usable = [t for t in run.triaged if t.record.id not in gold_ids and t.action != "UNRESOLVED"]
     gold_encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in gold]
@@ -154,21 +154,27 @@ def reliability(config, prepared: Path) -> list[dict]:
     rows = []
     for draw in ("thirds", "proportional"):
         for size in GOLD_SIZES:
-            run = _context(config, prepared, impact__gold_size=size, impact__gold_draw=draw)
+            run = _context(
+                config,
+                prepared,
+                impact__gold_size=size,
+                impact__gold_draw=draw,
+                impact__reliability_examples=0,
+            )
             examples, encoded = _conflicts(run)
             gold, _ = impact.draw_gold(
                 run.fitting, run.corrections, size=size, seed=config.seed, draw=draw
             )
-            scores_nG, _ = scoring.scores(run, examples, encoded, gold)
+            scores = scoring.scores(run, examples, encoded, gold)
             kept = ~np.isin([e.record_id for e in examples], [e.record_id for e in gold])
             for action in ("INVERT", "PUNISH"):
                 of = kept & np.array([e.action == action for e in examples])
-                rho = statistics.spearman(scores_nG[of, 0], scores_nG[of, -1])
+                rho = scores.stability(of)
                 rows.append(
                     {"draw": draw, "gold": len(gold), "half": len(gold) // 2, "action": action,
                      "n": int(of.sum()), "half_correlation": rho,
                      "whole_reliability": 2 * rho / (1 + rho),
-                     "negative": float((scores_nG[of].mean(axis=1) <= 0).mean())}
+                     "negative": float((scores.along_J[of] <= 0).mean())}
                 )  # fmt: skip
             metrics.say(
                 f"{draw} {len(gold)}: {[round(r['half_correlation'], 2) for r in rows[-2:]]}"

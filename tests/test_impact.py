@@ -84,7 +84,8 @@ class Problem:
             static = dict(graphdef=self.graphdef, n_responses=n_responses)
             return impact.response_derivatives(self.params, self.frozen, stacked, rows, **static)
 
-        return logprobs.map_packed(compute, self.texts, row_length=ROW, micro_rows=2)
+        packed = logprobs.packed_groups(self.texts, row_length=ROW, micro_rows=2)
+        return logprobs.map_packed(compute, self.texts, packed)
 
     def by_loss(self, function, rows: list, options: train.Options) -> np.ndarray:
         """Paths jvp_losses and vmap_grad, [n]; `rows` says which examples share a row."""

@@ -95,6 +95,7 @@ def test_training_that_breaks_what_is_kept_ends_at_the_evaluation_before(run, ca
         (("--config.train.refresh_every=-1",), "is a number of steps"),
         (("--config.u2a.inner=sgd",), "one of npo, ga, graddiff"),
         (("--config.impact.curvature=kfac",), "one of identity, fisher_diag, cg"),
+        (("--config.impact.reliability_examples=-1",), "is a number of conflicts; 0: all"),
         (("--config.impact.damping=0",), "greater than 0"),
     ],
 )

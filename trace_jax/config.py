@@ -9,6 +9,7 @@ from trace_jax.errors import InputError
 # What runs that were made before a key was there did: their stages stay done.
 BEFORE = {
     "align.balance_steps": False,
+    "impact.reliability_examples": 0,
     "impact.strength": 1.0,
     "model.scratch.training.balance_steps": False,
     "train.balance_steps": False,
@@ -265,6 +266,7 @@ def _impact() -> ml_collections.ConfigDict:
     c.path = "jvp"  # jvp | jvp_losses | vmap_grad (the reference)
     c.gold_size = 300  # pairs in the gold batch
     c.gold_draw = "thirds"  # of the actions: thirds (as the paper) | proportional
+    c.reliability_examples = 512  # conflicts scored along half of the gold batch as well; 0: all
     c.gold_beta = 0.1  # of J's logistic loss
     c.normalisation = "mean_one"  # mean_one | sum_to_one (as the paper)
     c.within = "all"  # weights are normalised over: all conflicts | action (each has mean 1)

@@ -5,6 +5,7 @@ Legend: R rows, L tokens of a row, S example slots of a row (2 S responses).
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,25 +75,30 @@ def of_texts(
     return map_packed(
         lambda rows, n_responses: _scan_logprobs(graphdef, state, rows, n_responses),
         encoded,
-        row_length=row_length,
-        micro_rows=micro_rows,
-        progress=progress,
+        packed_groups(encoded, row_length=row_length, micro_rows=micro_rows),
+        progress,
     )
+
+
+class Packed(NamedTuple):
+    """One layout for all texts, and the groups of rows (indices) that fill it one after another."""
+
+    layout: packing.Layout
+    groups: list[list[list[int]]]
 
 
 def map_packed(
     compute: Callable[[batches.Rows, int], Array],
     encoded: Sequence[encoding.Encoded],
-    *,
-    row_length: int,
-    micro_rows: int,
+    packed: Packed,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Packs texts and runs `compute`; returns [n, 2, ...] in order.
+    """Runs `compute` on packed texts; returns [n, 2, ...] in order, 0 for those in no group.
 
-    compute: (rows [M, R, ...], n_responses) -> [M, R, n_responses, ...].
+    compute: (rows [M, R, ...], n_responses) -> [M, R, n_responses, ...]. progress: called with the
+    number of texts done.
     """
-    layout, groups = packed_groups(encoded, row_length=row_length, micro_rows=micro_rows)
+    layout, groups = packed
     out: np.ndarray | None = None
     pending: list[tuple[list[list[int]], Array]] = []
 
@@ -120,8 +126,8 @@ def map_packed(
 
 def packed_groups(
     encoded: Sequence[encoding.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
-) -> tuple[packing.Layout, list[list[list[int]]]]:
-    """One layout for all texts and the groups of rows that fill it one after the other.
+) -> Packed:
+    """Texts in rows.
 
     micro_rows: rows computed at once on every data shard of the mesh in context. micro_batches: the
     most of a group.
@@ -134,5 +140,16 @@ def packed_groups(
     n_groups = -(-len(rows) // (micro_rows * micro_batches))
     micro_batches = -(-len(rows) // (micro_rows * n_groups))  # so that the last group is full
     layout = packing.Layout(micro_rows, row_length, slots, micro_batches)
-    size = layout.n_rows
-    return layout, [rows[at : at + size] for at in range(0, len(rows), size)]
+    return Packed(layout, _grouped(rows, layout))
+
+
+def some_of(packed: Packed, encoded: Sequence[encoding.Encoded], chosen: Sequence[int]) -> Packed:
+    """Some of the texts in the same layout, so that the same program computes them."""
+    layout = packed.layout
+    lengths = [encoded[i].row_length for i in chosen]
+    rows = packing.pack_rows(lengths, layout.row_length, layout.slots)
+    return Packed(layout, _grouped([[chosen[j] for j in row] for row in rows], layout))
+
+
+def _grouped(rows: list[list[int]], layout: packing.Layout) -> list[list[list[int]]]:
+    return [rows[at : at + layout.n_rows] for at in range(0, len(rows), layout.n_rows)]

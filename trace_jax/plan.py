@@ -189,7 +189,7 @@ def _programs(run: context.Context, model, layouts: dict, mesh) -> dict[str, dic
         "train": lambda: programs.train_step(
             model, settings, layouts["conflict"], layouts["retain"], mesh
         ),
-        "impact": lambda: programs.impact_pass(model, settings, layouts["impact"], 2, mesh),
+        "impact": lambda: programs.impact_pass(model, settings, layouts["impact"], mesh),
         "sample": lambda: programs.sample(
             model, evaluate.batch_rows, prompt, evaluate.max_new_tokens, mesh
         ),
@@ -235,7 +235,7 @@ def _flops(run: context.Context, shape, layouts: dict, parameters: dict) -> dict
     a_tangent = 2.0 if full else 1.0
     return {
         "train": (1 + backward) * forward("conflict") + (2 + backward) * forward("retain"),
-        "impact": forward("impact") * (1 + 2 * a_tangent),
+        "impact": forward("impact") * (1 + a_tangent),
         "sample": shape.forward_flops(run.config.data.max_length) * run.config.evaluate.batch_rows,
     }
 

@@ -68,11 +68,11 @@ def train_step(
 
 
 def impact_pass(
-    model: Model, settings: fit.Settings, layout: packing.Layout, tangents: int, mesh: Any
+    model: Model, settings: fit.Settings, layout: packing.Layout, mesh: Any
 ) -> jax.stages.Lowered:
-    """The forward-mode pass of `impact.response_derivatives` along `tangents` gradients."""
+    """The forward-mode pass of `impact.response_derivatives` along one gradient."""
     graphdef, params, frozen = _split(model, settings)
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((tangents, *x.shape), x.dtype), params)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params)
     with jax.set_mesh(mesh):
         return impact.response_derivatives.lower(
             _placed(params, mesh),

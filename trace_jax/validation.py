@@ -55,6 +55,11 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _one_of("impact.within", config.impact.within, ("all", "action"))
     if not 0 <= config.impact.strength <= 1:
         raise InputError(f"impact.strength={config.impact.strength} is a share, 0 to 1")
+    if config.impact.reliability_examples < 0:
+        raise InputError(
+            f"impact.reliability_examples={config.impact.reliability_examples} is a number of "
+            "conflicts; 0: all"
+        )
     _one_of("impact.curvature", config.impact.curvature, ("identity", "fisher_diag", "cg"))
     for key in ("damping", "curvature_examples", "cg_iterations", "cg_tolerance"):
         _positive(f"impact.{key}", config.impact[key])

@@ -97,14 +97,14 @@ class HarnessModel(TemplateLM):
         """(log p of the continuation, is it what greedy decoding gives) of every request."""
         encoded, places = _by_context([self._fitting(c, y) for _, c, y in requests])
         graphdef, state = nnx.split(self.module)
-        row_length = batches.longest_row(encoded)
         with metrics.progress(len(encoded), "log-likelihoods") as bar:
             found = logprobs.map_packed(
                 lambda rows, n: _scores(graphdef, state, rows, n),
                 encoded,
-                row_length=row_length,
-                micro_rows=self._micro_rows,
-                progress=bar.advance,
+                logprobs.packed_groups(
+                    encoded, row_length=batches.longest_row(encoded), micro_rows=self._micro_rows
+                ),
+                bar.advance,
             )
         return [(float(found[i, b, 0]), bool(found[i, b, 1] == 0)) for i, b in places]
 

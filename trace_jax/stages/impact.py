@@ -1,8 +1,8 @@
 """Stage impact: the gold batch, g_J, a score for every conflict and the weights made of them.
 
-The gold batch is drawn once and used as two halves, A and B. By linearity the score along g_J is
-the mean of the scores along the halves' gradients, and how far the halves agree tells how reliable
-it is (Spearman-Brown, for the whole batch).
+The gold batch is drawn once. How reliable its scores are is told by its two halves, A and B: some
+conflicts are scored along A's gradient as well, which by linearity gives B's scores too, and how
+far the two agree tells the rest (Spearman-Brown, for the whole batch).
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def run(run: context.Context) -> dict:
         return _uniform(run, _conflicts(run, "trace"))
     examples, encoded, gold, warnings = objective(run)
     _write_gold(run, gold)
-    scores_nG, solved = scoring.scores(run, examples, encoded, gold)
+    scores = scoring.scores(run, examples, encoded, gold)
     is_gold = np.isin([e.record_id for e in examples], [e.record_id for e in gold])
-    weights = weigh(run, examples, scores_nG.mean(axis=1), is_gold)
-    return _write(run, examples, scores_nG, weights, is_gold, len(gold), warnings, solved)
+    weights = weigh(run, examples, scores.along_J, is_gold)
+    return _write(run, examples, scores, weights, is_gold, len(gold), warnings)
 
 
 def _conflicts(run: context.Context, method: str) -> list[methods.Example]:
@@ -95,17 +95,22 @@ def _uniform(run: context.Context, examples: Sequence[methods.Example]) -> dict:
 
 
 def _write(
-    run, examples, scores_nG, weights, is_gold, gold_size: int, warnings: list[str], solved
+    run,
+    examples,
+    scores: scoring.Scores,
+    weights: np.ndarray,
+    is_gold: np.ndarray,
+    gold_size: int,
+    warnings: list[str],
 ) -> dict:
     config = run.config.impact
-    scores = scores_nG.mean(axis=1)
     actions = np.array([e.action for e in examples])
     per_action = {}
     for action in sorted(set(actions)):
         scored = (actions == action) & ~is_gold
         if not scored.any():
             continue
-        per_action[action] = _action_figures(scores_nG[scored], weights[scored])
+        per_action[action] = _action_figures(scores, weights, scored)
         share = per_action[action]["clamped_share"]
         if config.clamp and run.scored_method != "u2a" and share > config.clamp_warning:
             warnings.append(
@@ -121,19 +126,19 @@ def _write(
             "weight": float(w),
             "gold": bool(g),
         }
-        for e, s, w, g in zip(examples, scores, weights, is_gold, strict=True)
+        for e, s, w, g in zip(examples, scores.along_J, weights, is_gold, strict=True)
     ]
-    halves = scores_nG[~is_gold]
     summary = {
         "n_scored": int((~is_gold).sum()),
         "gold_size": gold_size,
         "normalisation": config.normalisation,
         "path": config.path,
-        "curvature": {"kind": config.curvature, "solved": solved},
+        "curvature": {"kind": config.curvature, "solved": scores.solved},
         "per_action": per_action,
         "effective_sample_size": statistics.effective_sample_size(weights[~is_gold]),
         "stability": {
-            "spearman": statistics.spearman(halves[:, 0], halves[:, -1]),
+            "spearman": scores.stability(~is_gold),
+            "n_examples": int((~is_gold)[scores.checked].sum()),
             "gold_sizes": [-(-gold_size // 2), gold_size // 2],
         },
         "warnings": warnings,
@@ -157,14 +162,13 @@ def _write(
     }
 
 
-def _action_figures(scores_nG: np.ndarray, weights: np.ndarray) -> dict:
-    scores = scores_nG.mean(axis=1)
-    half = statistics.spearman(scores_nG[:, 0], scores_nG[:, -1])
+def _action_figures(scores: scoring.Scores, weights: np.ndarray, of: np.ndarray) -> dict:
+    along_J, half = scores.along_J[of], scores.stability(of)
     return {
-        "n": len(scores),
-        "clamped_share": float((scores <= 0).mean()),
-        "mean_score": float(scores.mean()),
-        "mean_weight": float(weights.mean()),
+        "n": len(along_J),
+        "clamped_share": float((along_J <= 0).mean()),
+        "mean_score": float(along_J.mean()),
+        "mean_weight": float(weights[of].mean()),
         "stability": half,
         "reliability": 2 * half / (1 + half) if half > -1 else float("nan"),
     }

@@ -7,7 +7,7 @@ from flax import nnx
 
 from trace_jax import methods, metrics, policy, records, tracking
 from trace_jax.errors import InputError
-from trace_jax.evaluate import compliance, guard, statistics
+from trace_jax.evaluate import compliance, guard
 from trace_jax.stages import context, impact, responses, scoring
 
 _FILE = "pauses.jsonl"  # rows {"step", "kind": "weights" | "evaluation", ...}
@@ -77,12 +77,11 @@ class Pauses:
             kept = [i for i, e in enumerate(scored) if e.record_id in before]
             scored, encoded = [scored[i] for i in kept], [encoded[i] for i in kept]
             omega = np.array([before[e.record_id] for e in scored])
-        scores_nG, _ = scoring.scores(run, scored, encoded, gold, module)
+        found = scoring.scores(run, scored, encoded, gold, module)
         is_gold = np.isin([e.record_id for e in scored], [e.record_id for e in gold])
-        scores = scores_nG.mean(axis=1)
-        found = impact.weigh(run, scored, scores, is_gold, omega)
-        rows = [[e.record_id, e.action, float(w)] for e, w in zip(scored, found, strict=True)]
-        halves = statistics.spearman(scores_nG[:, 0], scores_nG[:, -1])
+        scores, halves = found.along_J, found.stability(np.ones(len(scored), bool))
+        weights = impact.weigh(run, scored, scores, is_gold, omega)
+        rows = [[e.record_id, e.action, float(w)] for e, w in zip(scored, weights, strict=True)]
         metrics.say(
             f"  step {step}: weights taken anew, {np.mean(scores <= 0):.0%} of the scores "
             f"negative, rank correlation of the two gold halves {halves:.2f}"

@@ -1,10 +1,12 @@
 """Scores of conflicts along the gradient of the gold batch, at M_ref or at later weights.
 
-Legend: n examples, G gold halves (one tangent each).
+Legend: n examples, G tangents.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from trace_jax import (
     records,
     sharding,
 )
+from trace_jax.evaluate import statistics
 from trace_jax.stages import context
 
 _BY_LOSS = {
@@ -32,20 +35,39 @@ _BY_LOSS = {
 }
 
 
+class Scores(NamedTuple):
+    """<g_J, g_i> of n examples of unit weight.
+
+    along_J: [n]. checked: indices of k examples, scored along both halves of the gold batch as
+    well: halves [k, 2], whose mean is along_J. solved: how conjugate gradients went.
+    """
+
+    along_J: np.ndarray
+    checked: np.ndarray
+    halves: np.ndarray
+    solved: list[dict]
+
+    def stability(self, of: np.ndarray) -> float:
+        """Rank correlation of the halves' scores, over those checked of examples `of` [n] bool."""
+        halves = self.halves[of[self.checked]]
+        return statistics.spearman(halves[:, 0], halves[:, 1])
+
+
 def scores(
     run: context.Context,
     examples: Sequence[methods.Example],
     encoded: Sequence[encoding.Encoded],
     gold: Sequence[methods.Example],
     module: nnx.Module | None = None,
-) -> tuple[np.ndarray, list[dict]]:
-    """(scores of `examples`, of unit weight, along both gold halves [n, G]; how cg went).
+) -> Scores:
+    """Scores of `examples`.
 
     module: theta now, adapters beside the kernels; None is M_ref. Both gradients of a score are
     taken there, and logratios are against M_ref. Away from M_ref the closed form of path jvp does
     not hold, and jvp_losses takes its place.
     """
-    settings, path = run.settings("train"), run.config.impact.path
+    settings, config = run.settings("train"), run.config.impact
+    path = config.path
     if module is None:
         module = fit.adapted(run.ref, settings)
     elif path == "jvp":
@@ -57,15 +79,21 @@ def scores(
         for half in (gold[::2], gold[1::2])
         if half
     ]
-    gradients, solved = _tangents(run, gradients, examples, encoded, graphdef, params, frozen)
-    if path == "jvp":
-        tangents = jax.tree.map(lambda *g: jnp.stack(g), *gradients)
-        found = _by_response(run, examples, tangents, graphdef, params, frozen)
-    else:
-        one = [_by_example(run, examples, encoded, g, graphdef, params, frozen, path)
-               for g in gradients]  # fmt: skip
-        found = np.stack(one, axis=-1)
-    return found, [{k: v for k, v in vars(s).items() if k != "tangent"} for s in solved]
+    whole = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
+    tangents = [whole, gradients[0]]
+    del gradients, whole
+    tangents, solved = _tangents(run, tangents, examples, encoded, graphdef, params, frozen)
+    of_path = _by_response if path == "jvp" else functools.partial(_by_example, path=path)
+    some = min(config.reliability_examples or len(examples), len(examples))
+    rng = np.random.default_rng([run.config.seed, 0x4A1F])
+    checked = np.sort(rng.permutation(len(examples))[:some])
+    along_J, along_A = of_path(
+        run, examples, encoded, checked, tangents, (graphdef, params, frozen)
+    )
+    # By linearity: the whole batch is the mean of its halves.
+    halves = np.stack([along_A, 2 * along_J[checked] - along_A], axis=1)
+    steps = [{k: v for k, v in vars(s).items() if k != "tangent"} for s in solved]
+    return Scores(along_J, checked, halves, steps)
 
 
 def _gold_gradient(
@@ -121,7 +149,7 @@ def _tangents(
     arguments = {"graphdef": graphdef, "options": settings.options()}
     if config.curvature == "fisher_diag":
         diagonal = None
-        layout, groups = _one_a_row(len(used), row_length, config.micro_rows)
+        layout, groups = _one_a_row(range(len(used)), row_length, config.micro_rows)
         with run.progress(len(used), "diagonal Fisher") as bar:
             for group in groups:
                 batch = batches.make_batch(group, layout, texts, used, ref)
@@ -157,63 +185,71 @@ def _tangents(
     return [s.tangent for s in solved], solved
 
 
-def _one_a_row(n: int, row_length: int, micro_rows: int) -> tuple[packing.Layout, list]:
-    """A layout with one example a row, and the groups of rows that fill it."""
+def _one_a_row(chosen: Sequence[int], row_length: int, micro_rows: int) -> logprobs.Packed:
+    """Examples one a row."""
     layout = packing.Layout(micro_rows * sharding.shards_in_context(), row_length, 1, 1)
-    rows = [[i] for i in range(n)]
-    return layout, [rows[i : i + layout.n_rows] for i in range(0, n, layout.n_rows)]
+    rows = [[int(i)] for i in chosen]
+    groups = [rows[i : i + layout.n_rows] for i in range(0, len(rows), layout.n_rows)]
+    return logprobs.Packed(layout, groups)
 
 
 def _by_response(
-    run: context.Context, examples, tangents: nnx.State, graphdef, params, frozen
-) -> np.ndarray:
+    run: context.Context, examples, encoded, checked: np.ndarray, tangents: list, model: tuple
+) -> tuple[np.ndarray, np.ndarray]:
     """Path jvp: one derivative per unique (prompt, response), then the closed form."""
-    keys, encoded = unique_responses(run.encoder, examples)
-    with run.progress(len(encoded), "impact scores") as bar:
-        return by_response(
-            examples,
-            keys,
-            encoded,
-            (params, frozen, tangents, graphdef),
-            run.settings("train"),
-            row_length=run.config.data.row_length or batches.longest_row(encoded),
-            micro_rows=run.config.impact.micro_rows,
-            progress=bar.advance,
-        )
+    keys, texts = unique_responses(run.encoder, examples)
+    packed = logprobs.packed_groups(
+        texts,
+        row_length=run.config.data.row_length or batches.longest_row(texts),
+        micro_rows=run.config.impact.micro_rows,
+    )
+    few = [examples[i] for i in checked]
+    wanted = {_key(e.prompt, y) for e in few for y in (e.y0, e.y1) if y is not None}
+    some = [i for i, of_row in enumerate(keys) if wanted.intersection(of_row)]
+    found = []
+    with run.progress(len(texts) + len(some), "impact scores") as bar:
+        for scored, groups in (
+            (examples, packed),
+            (few, logprobs.some_of(packed, texts, some)),
+        ):
+            found.append(
+                by_response(
+                    scored, keys, texts, groups, (*model, tangents[len(found)]),
+                    run.settings("train"), bar.advance,
+                )
+            )  # fmt: skip
+    return tuple(found)
 
 
 def by_response(
     examples: Sequence[methods.Example],
     keys: Sequence[Sequence[str]],
     encoded: Sequence[encoding.Encoded],
+    packed: logprobs.Packed,
     model: tuple,
     settings: fit.Settings,
-    *,
-    row_length: int,
-    micro_rows: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Scores of examples along G tangents at theta_ref, [n, G].
+    """Scores of examples along a tangent at theta_ref, [n].
 
-    keys, encoded: of `unique_responses`. model: (params, frozen, tangents, graphdef).
+    keys, encoded: of `unique_responses`; packed holds at least those of the examples. model:
+    (graphdef, params, frozen, tangent).
     """
-    params, frozen, tangents, graphdef = model
+    graphdef, params, frozen, tangent = model
+    tangents_G = jax.tree.map(lambda g: g[None], tangent)
 
     def compute(rows: batches.Rows, n_responses: int):
         return impact.response_derivatives(
-            params, frozen, tangents, rows, graphdef=graphdef, n_responses=n_responses
+            params, frozen, tangents_G, rows, graphdef=graphdef, n_responses=n_responses
         )
 
-    d_n2G = logprobs.map_packed(
-        compute, encoded, row_length=row_length, micro_rows=micro_rows, progress=progress
-    )
-    d = {key: d_n2G[i, b] for i, of_row in enumerate(keys) for b, key in enumerate(of_row)}
+    d_n2 = logprobs.map_packed(compute, encoded, packed, progress)[..., 0]
+    d = {key: d_n2[i, b] for i, of_row in enumerate(keys) for b, key in enumerate(of_row)}
     n_tokens = {
         key: len(encoded[i].branches[b]) - encoded[i].skip[b]
         for i, of_row in enumerate(keys)
         for b, key in enumerate(of_row)
     }
-
     options = settings.options()
 
     def scored(e: methods.Example) -> np.ndarray:
@@ -229,7 +265,7 @@ def by_response(
             lengths=(n_tokens[k0], n_tokens[k1]),
         )
 
-    return np.stack([scored(e) for e in examples])
+    return np.array([scored(e) for e in examples])
 
 
 def unique_responses(
@@ -257,34 +293,46 @@ def _key(prompt: records.Text, response: records.Text) -> str:
 
 
 def _by_example(
-    run: context.Context, examples, encoded, gradient, graphdef, params, frozen, path: str
-) -> np.ndarray:
+    run: context.Context,
+    examples,
+    encoded,
+    checked: np.ndarray,
+    tangents: list,
+    model: tuple,
+    *,
+    path: str,
+) -> tuple[np.ndarray, np.ndarray]:
     """Paths jvp_losses and vmap_grad: derivatives of the per-example losses themselves."""
+    graphdef, params, frozen = model
     config, settings = run.config, run.settings("train")
-    by_loss = _BY_LOSS[path]
     row_length = batches.longest_row(encoded)
     ref = _reference(run, encoded, row_length)
     if path == "vmap_grad":
-        layout, groups = _one_a_row(len(encoded), row_length, config.impact.micro_rows)
+        packed = _one_a_row(range(len(encoded)), row_length, config.impact.micro_rows)
+        some = _one_a_row(checked, row_length, config.impact.micro_rows)
     else:
-        layout, groups = logprobs.packed_groups(
+        packed = logprobs.packed_groups(
             encoded, row_length=row_length, micro_rows=config.impact.micro_rows
         )
-    out = np.zeros(len(encoded))
-    with run.progress(len(encoded), "impact scores") as bar:
-        for group in groups:
-            batch = sharding.place_rows(batches.make_batch(group, layout, encoded, examples, ref))
-            values = by_loss(
-                params,
-                frozen,
-                gradient,
-                batch,
-                settings.hyper(),
-                graphdef=graphdef,
-                options=settings.options(),
-            )
-            flat = np.asarray(values).reshape(layout.n_rows, layout.slots)
-            for r, members in enumerate(group):
-                out[members] = flat[r, : len(members)]
-            bar.advance(sum(len(members) for members in group))
-    return out
+        some = logprobs.some_of(packed, encoded, checked)
+    found = []
+    with run.progress(len(encoded) + len(checked), "impact scores") as bar:
+        for tangent, (layout, groups) in zip(tangents, (packed, some), strict=True):
+            out = np.zeros(len(encoded))
+            for group in groups:
+                batch = batches.make_batch(group, layout, encoded, examples, ref)
+                values = _BY_LOSS[path](
+                    params,
+                    frozen,
+                    tangent,
+                    sharding.place_rows(batch),
+                    settings.hyper(),
+                    graphdef=graphdef,
+                    options=settings.options(),
+                )
+                flat = np.asarray(values).reshape(layout.n_rows, layout.slots)
+                for r, members in enumerate(group):
+                    out[members] = flat[r, : len(members)]
+                bar.advance(sum(len(members) for members in group))
+            found.append(out)
+    return found[0], found[1][checked]
