@@ -40,15 +40,14 @@ def programs(chunk: int) -> dict[str, Callable]:
         def logits(h):
             return (h @ kernel_DV).astype(jnp.float32)
 
-        return losses.token_logprobs(logits, hidden_BLD, targets_BL, chunk).sum()
+        return losses.token_logprobs(logits, hidden_BLD, targets_BL, targets_BL >= 0, chunk).sum()
 
     def kl(hidden_BLD, kernel_DV, targets_BL):
         def logits(h):
             return (h @ kernel_DV).astype(jnp.float32)
 
-        del targets_BL
         reference = jax.lax.stop_gradient(hidden_BLD) * 1.1
-        return losses.token_kl(logits, reference, logits, hidden_BLD, chunk).sum()
+        return losses.token_kl(logits, reference, logits, hidden_BLD, targets_BL >= 0, chunk).sum()
 
     def derivative(hidden_BLD, kernel_DV, targets_BL):
         def of(h, k):
@@ -162,7 +161,9 @@ def step(rows: int) -> dict[str, int]:
     return found
 
 
-def _kept(of_chunk: Callable, logits_fn: Callable, arrays: tuple, chunk: int) -> jax.Array:
+def _kept(
+    of_chunk: Callable, logits_fn: Callable, arrays: tuple, counts_BL: jax.Array, chunk: int
+) -> jax.Array:
     """What the chunked head stands against: all logits at once, kept for the backward pass."""
     del logits_fn, chunk
     return of_chunk(*arrays)

@@ -34,7 +34,6 @@ def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    import transformers
     from flax import nnx
 
     from trace_jax import batches, encoding, logprobs, methods, models, packing, sharding, train
@@ -42,7 +41,7 @@ def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
     mesh = sharding.make_mesh(1, -1, 1)
     jax.set_mesh(mesh)  # for the rest of the process
     module = models.load(model, mesh=mesh)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer = encoding.load_tokenizer(model)
     start = time.perf_counter()
     encoder = encoding.Encoder(tokenizer, max_length=2 * MAX_LENGTH, end_id=tokenizer.eos_token_id)
     examples = [

@@ -56,25 +56,28 @@ def test_forward_kl_by_hand():
     np.testing.assert_allclose(losses.forward_kl(ref, logits, jnp.array([[0, 0]])), [0.0])
 
 
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("chunk_bytes", [4 * 50 * 128, 2**30])
-def test_chunked_head_equals_whole_head(monkeypatch, chunk_bytes):
+def test_chunked_head_equals_whole_head(monkeypatch, chunk_bytes, share):
     """Values, gradients and jvp through hidden states and kernel, with an uneven last chunk."""
     monkeypatch.setattr(losses, "_CHUNK_BYTES", chunk_bytes)
     keys = jax.random.split(jax.random.key(0), 5)
     B, L, D, V = 3, 71, 8, 50  # 213 tokens: two chunks of 107 where a chunk is at most 128
     hidden, ref = jax.random.normal(keys[0], (B, L, D)), jax.random.normal(keys[1], (B, L, D))
     kernel, targets = jax.random.normal(keys[2], (D, V)), jax.random.randint(keys[3], (B, L), 0, V)
+    counts = jax.random.uniform(keys[4], (B, L)) < share
 
     def chunked(hidden, kernel):
         head = lambda h: h @ kernel  # noqa: E731
-        kl = losses.token_kl(lambda h: h @ kernel * 0.5, ref, head, hidden)
-        return losses.token_logprobs(head, hidden, targets) + kl
+        kl = losses.token_kl(lambda h: h @ kernel * 0.5, ref, head, hidden, counts)
+        return losses.token_logprobs(head, hidden, targets, counts) + kl
 
     def whole(hidden, kernel):
         logp = jax.nn.log_softmax(hidden @ kernel)
         ref_logp = jax.nn.log_softmax(ref @ kernel * 0.5)
         kl = jnp.sum(jnp.exp(ref_logp) * (ref_logp - logp), axis=-1)
-        return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0] + kl
+        both = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0] + kl
+        return jnp.where(counts, both, 0.0)
 
     args = (hidden, kernel)
     np.testing.assert_allclose(chunked(*args), whole(*args), rtol=2e-5, atol=2e-5)
@@ -88,13 +91,30 @@ def test_chunked_head_equals_whole_head(monkeypatch, chunk_bytes):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_chunks_of_prompts_and_padding_have_no_logits(monkeypatch):
+    monkeypatch.setattr(losses, "_CHUNK_BYTES", 4 * 50 * 128)
+    made = []
+
+    def head(hidden):
+        jax.debug.callback(lambda: made.append(1))
+        return hidden @ jnp.ones((8, 50))
+
+    hidden, targets = jnp.ones((4, 256, 8)), jnp.zeros((4, 256), jnp.int32)
+    for share, chunks in ((1.0, 8), (0.3, 3), (0.0, 0)):
+        made.clear()
+        counts = jnp.broadcast_to(jnp.arange(256)[None] >= 256 * (1 - share), (4, 256))
+        jax.block_until_ready(losses.token_logprobs(head, hidden, targets, counts))
+        jax.effects_barrier()
+        assert len(made) == chunks
+
+
 def test_chunked_head_never_holds_all_logits():
     """2,048 tokens, 32,768 words: the gradient needs far less than one [B, L, V] array (268 MB)."""
     hidden, kernel = jnp.zeros((1, 2048, 8)), jnp.zeros((8, 32768))
     targets = jnp.zeros((1, 2048), jnp.int32)
 
     def loss(hidden, kernel):
-        return losses.token_logprobs(lambda h: h @ kernel, hidden, targets).sum()
+        return losses.token_logprobs(lambda h: h @ kernel, hidden, targets, targets == 0).sum()
 
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2048 * 32768 * 4 / 3

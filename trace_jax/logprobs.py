@@ -29,8 +29,15 @@ def hidden(module, rows: batches.Rows) -> Array:
 
 def of_hidden(module, hidden_RLD: Array, rows: batches.Rows, n_responses: int) -> Array:
     """`response_logprobs` where the activations are at hand."""
-    logp_RL = losses.token_logprobs(module.logits, hidden_RLD, rows.targets, module.head_chunk)
+    logp_RL = losses.token_logprobs(
+        module.logits, hidden_RLD, rows.targets, counted(rows, n_responses), module.head_chunk
+    )
     return sum_by_response(logp_RL, rows.responses, n_responses)
+
+
+def counted(rows: batches.Rows, n_responses: int) -> Array:
+    """Positions whose target is of a response, [R, L] bool."""
+    return rows.responses < n_responses
 
 
 def sum_by_response(values_RL: Array, responses_RL: Array, n_responses: int) -> Array:

@@ -51,9 +51,9 @@ def forward_kl(ref_logits_BLV: Array, logits_BLV: Array, mask_BL: Array) -> Arra
 
 
 def token_logprobs(
-    logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array, chunk: int = 0
+    logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array, counts_BL: Array, chunk: int = 0
 ) -> Array:
-    """log p(target) at every position, [B, L]; the LM head in chunks of tokens, never [B, L, V].
+    """log p(target) where counts_BL, else 0, [B, L]; the LM head in chunks, never [B, L, V].
 
     chunk: tokens of a data shard at once; 0: so many that their logits take 4 MiB.
     """
@@ -65,13 +65,16 @@ def token_logprobs(
         picked_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1)
         return picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
-    return _over_chunks(logprobs, logits_fn, (hidden_BLD, targets_BL), chunk)
+    return _over_chunks(logprobs, logits_fn, (hidden_BLD, targets_BL), counts_BL, chunk)
 
 
 def token_shortfalls(
-    logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array, chunk: int = 0
+    logits_fn: LogitsFn, hidden_BLD: Array, targets_BL: Array, counts_BL: Array, chunk: int = 0
 ) -> Array:
-    """The target's logit less the largest one, [B, L]: exactly 0 where greedy decoding takes it."""
+    """The target's logit less the largest one where counts_BL, else 0, [B, L].
+
+    Exactly 0 where greedy decoding takes the target.
+    """
 
     def shortfalls(hidden_BTD: Array, targets_BT: Array) -> Array:
         logits_BTV = logits_fn(hidden_BTD)
@@ -79,7 +82,7 @@ def token_shortfalls(
         picked_BT = jnp.max(jnp.where(is_target, logits_BTV, -jnp.inf), axis=-1)
         return picked_BT - jnp.max(logits_BTV, axis=-1)
 
-    return _over_chunks(shortfalls, logits_fn, (hidden_BLD, targets_BL), chunk)
+    return _over_chunks(shortfalls, logits_fn, (hidden_BLD, targets_BL), counts_BL, chunk)
 
 
 def token_kl(
@@ -87,14 +90,15 @@ def token_kl(
     ref_hidden_BLD: Array,
     logits_fn: LogitsFn,
     hidden_BLD: Array,
+    counts_BL: Array,
     chunk: int = 0,
 ) -> Array:
-    """KL(p_ref || p_theta) at every position, [B, L], through both LM heads in chunks of tokens."""
+    """KL(p_ref || p_theta) where counts_BL, else 0, [B, L], through both LM heads in chunks."""
 
     def kl(ref_hidden_BTD: Array, hidden_BTD: Array) -> Array:
         return _kl(ref_logits_fn(ref_hidden_BTD), logits_fn(hidden_BTD))
 
-    return _over_chunks(kl, logits_fn, (ref_hidden_BLD, hidden_BLD), chunk)
+    return _over_chunks(kl, logits_fn, (ref_hidden_BLD, hidden_BLD), counts_BL, chunk)
 
 
 def _kl(ref_logits: Array, logits: Array) -> Array:
@@ -104,26 +108,52 @@ def _kl(ref_logits: Array, logits: Array) -> Array:
 
 
 def _over_chunks(
-    of_chunk: Callable[..., Array], logits_fn: LogitsFn, arrays: tuple[Array, Array], chunk: int
+    of_chunk: Callable[..., Array],
+    logits_fn: LogitsFn,
+    arrays: tuple[Array, Array],
+    counts_BL: Array,
+    chunk: int,
 ) -> Array:
-    """Maps `of_chunk` over chunks along L of [B, L, ...]; the backward pass makes logits anew.
+    """Maps `of_chunk` over chunks of the tokens of [B, L, ...]; the backward pass repeats them.
 
-    Rows stay whole, so that every device that holds rows works on each chunk.
+    Tokens that count come first and chunks without any are skipped: of prompts there are no logits.
+    Every data shard sorts its own tokens and works on each chunk. Where one chunk holds all tokens,
+    nothing is sorted and those that do not count are computed as well.
     """
     B, L = arrays[0].shape[:2]
     if not chunk:
         hidden = next(a for a in arrays if a.ndim == 3)
         V = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
         chunk = max(128, _CHUNK_BYTES // (4 * V))
-    n_chunks = -(-L // max(1, chunk * sharding.shards_in_context() // B))
+    n = sharding.shards_in_context()
+    n = n if B % n == 0 else 1
+    N = B // n * L  # tokens of a data shard
+    n_chunks = -(-N // chunk)
     if n_chunks == 1:
-        return sharding.rows(jax.checkpoint(of_chunk)(*arrays))
-    T = -(-L // n_chunks)
+        out_BL = jax.checkpoint(of_chunk)(*arrays)
+        return sharding.rows(jnp.where(counts_BL, out_BL, 0.0))
+    T = -(-N // n_chunks)
+    order_nN = jnp.argsort(~counts_BL.reshape(n, N), axis=1, stable=True)
 
     def cut(a: Array) -> Array:
-        padded = jnp.pad(a, [(0, 0), (0, n_chunks * T - L)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, n_chunks, T, *a.shape[2:]), 1, 0)
+        flat = sharding.rows(a.reshape(n, N, *a.shape[2:]))
+        in_order = jax.vmap(lambda of_shard, order_N: of_shard[order_N])(flat, order_nN)
+        padded = jnp.pad(in_order, [(0, 0), (0, n_chunks * T - N)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(n, n_chunks, T, *a.shape[2:]), 1, 0)
 
-    checkpointed = jax.checkpoint(lambda chunks: of_chunk(*chunks), prevent_cse=False)
-    out_nBT = jax.lax.map(checkpointed, jax.tree.map(cut, arrays))
-    return sharding.rows(jnp.moveaxis(out_nBT, 0, 1).reshape(B, n_chunks * T)[:, :L])
+    def computed(of_shards: tuple) -> Array:
+        return of_chunk(*of_shards)
+
+    def skipped(of_shards: tuple) -> Array:
+        return jnp.zeros(of_shards[0].shape[:2], jnp.float32)
+
+    def one(chunk_and_counts: tuple) -> Array:
+        of_shards, counts_nT = chunk_and_counts
+        return jax.lax.cond(jnp.any(counts_nT), computed, skipped, of_shards)
+
+    # Around the choice, not in it, or the heads' parameters would be kept for every chunk.
+    checkpointed = jax.checkpoint(one, prevent_cse=False)
+    out_CnT = jax.lax.map(checkpointed, (jax.tree.map(cut, arrays), cut(counts_BL)))
+    out_nN = jnp.moveaxis(out_CnT, 0, 1).reshape(n, n_chunks * T)[:, :N]
+    out_nN = jnp.take_along_axis(out_nN, jnp.argsort(order_nN, axis=1), axis=1)
+    return sharding.rows(jnp.where(counts_BL, out_nN.reshape(B, L), 0.0))

@@ -165,6 +165,7 @@ def retain_loss(
         jax.lax.stop_gradient(logprobs.hidden(ref_module, rows)),
         module.logits,
         hidden_RLD,
+        logprobs.counted(rows, n),
         module.head_chunk,
     )
     lengths = jnp.maximum(logprobs.response_lengths(rows, n), 1.0)

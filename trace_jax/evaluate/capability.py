@@ -215,7 +215,10 @@ def _scores(graphdef, state, rows: batches.Rows, n_responses: int) -> jax.Array:
     module = nnx.merge(graphdef, state)
 
     def of(values: Callable, hidden: jax.Array, micro: batches.Rows) -> jax.Array:
-        found = values(module.logits, hidden, micro.targets, module.head_chunk)
+        found = values(
+            module.logits, hidden, micro.targets, logprobs.counted(micro, n_responses),
+            module.head_chunk,
+        )  # fmt: skip
         return logprobs.sum_by_response(found, micro.responses, n_responses)
 
     def body(carry: None, micro: batches.Rows) -> tuple[None, jax.Array]:
