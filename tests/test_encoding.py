@@ -19,8 +19,11 @@ def folder(tmp_path):
     return tmp_path / "tokenizer"
 
 
+@pytest.mark.parametrize("family", [None, "llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("name", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
-def test_a_tokenizer_is_the_one_that_autotokenizer_gives(folder, name):
+def test_a_tokenizer_is_the_one_that_autotokenizer_gives(folder, name, family):
+    if family is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
     settings = folder / "tokenizer_config.json"
     written = json.loads(settings.read_text())
     if name is not None:

@@ -11,6 +11,7 @@ from trace_jax import records
 from trace_jax.errors import InputError
 
 _OF_NO_FAMILY = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_TAKEN_BY = (None, "llama")  # types of models
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,8 +163,9 @@ def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """The transformers tokenizer of a folder, or of a name on the hub, without remote code.
 
-    A folder whose tokenizer is of no family's class is read by that class itself: AutoTokenizer
-    would return the same, but it imports PyTorch where that is installed, which takes seconds.
+    A tokenizer of no family's class beside a Llama, or beside no model, is read by that class
+    itself: AutoTokenizer would return the same, but it imports PyTorch where that is installed,
+    which takes seconds. (Beside a Qwen2 it returns that family's.)
 
     Raises:
       InputError: there is none, or it cannot be read.
@@ -171,7 +173,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     import transformers
 
     try:
-        if _class_name(Path(source)) in _OF_NO_FAMILY:
+        if _of_no_family(Path(source)):
             return transformers.PreTrainedTokenizerFast.from_pretrained(source)
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -179,9 +181,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         raise InputError(f"{source}: no tokenizer could be loaded ({first})") from error
 
 
-def _class_name(folder: Path) -> str | None:
-    """What a folder with tokenizer.json says its class is."""
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file() or not (folder / "tokenizer.json").is_file():
-        return None
-    return json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+def _of_no_family(folder: Path) -> bool:
+    """Whether the folder names a class for tokenizer.json that AutoTokenizer would take."""
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    named = _json(folder / "tokenizer_config.json").get("tokenizer_class")
+    return named in _OF_NO_FAMILY and _json(folder / "config.json").get("model_type") in _TAKEN_BY
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
