@@ -165,7 +165,7 @@ def _kept(
     of_chunk: Callable, logits_fn: Callable, arrays: tuple, counts_BL: jax.Array, chunk: int
 ) -> jax.Array:
     """What the chunked head stands against: all logits at once, kept for the backward pass."""
-    del logits_fn, chunk
+    del logits_fn, counts_BL, chunk
     return of_chunk(*arrays)
 
 

@@ -161,7 +161,7 @@ def paths(p: Problem, case: Case) -> dict[str, tuple[Callable[[], np.ndarray], i
     settings = fit.Settings.of(config.base_config().train, row_length=0, seed=0)
     mesh = sharding.make_mesh(1, -1, 1)
     everywhere = jax.NamedSharding(mesh, jax.P())
-    placed = (p.graphdef, *jax.device_put((p.params, p.frozen, p.gold), everywhere))
+    placed = (p.graphdef, *jax.device_put((p.params, p.frozen, tangents), everywhere))
 
     def by_loss(batch: batches.Batch, **changes: Any) -> tuple[Callable[[], np.ndarray], int]:
         arguments = (p.params, p.frozen, p.gold, batch, HYPER)

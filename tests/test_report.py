@@ -134,7 +134,7 @@ def workdir(tmp_path):
             for action, n, share, s in (("INVERT", 150, 0.34, 0.71), ("PUNISH", 300, 0.58, None))
         },
         "effective_sample_size": 187.3,
-        "stability": {"spearman": 0.68, "gold_sizes": [150, 150]},
+        "stability": {"spearman": 0.68, "n_examples": 431, "gold_sizes": [150, 150]},
         "warnings": ["85 % of the PUNISH scores are clamped <b>"],
     }
     evaluation = {
@@ -245,7 +245,7 @@ def test_sections_and_their_figures(workdir):
         "70.0–76.0",
         "5.20",
         "Effective sample size 187",
-        "of 150 and 150 pairs: 0.68",
+        "of 150 and 150 pairs, of 431 conflicts: 0.68",
         "34.0 %",
         "4 min 10 s",
         "actions.PUNISH 330",

@@ -206,19 +206,19 @@ def _by_response(
     few = [examples[i] for i in checked]
     wanted = {_key(e.prompt, y) for e in few for y in (e.y0, e.y1) if y is not None}
     some = [i for i, of_row in enumerate(keys) if wanted.intersection(of_row)]
+    passes = ((examples, packed), (few, logprobs.some_of(packed, texts, some)))
     found = []
     with run.progress(len(texts) + len(some), "impact scores") as bar:
-        for scored, groups in (
-            (examples, packed),
-            (few, logprobs.some_of(packed, texts, some)),
-        ):
+        for scored, groups in passes:  # a tangent is as large as the model: none is held longer
+            tangents_G = jax.tree.map(lambda g: g[None], tangents.pop(0))
+            of_pass = (*model, tangents_G)
             found.append(
                 by_response(
-                    scored, keys, texts, groups, (*model, tangents[len(found)]),
-                    run.settings("train"), bar.advance,
+                    scored, keys, texts, groups, of_pass, run.settings("train"), bar.advance
                 )
-            )  # fmt: skip
-    return tuple(found)
+            )
+            del tangents_G, of_pass
+    return found[0], found[1]
 
 
 def by_response(
@@ -233,10 +233,9 @@ def by_response(
     """Scores of examples along a tangent at theta_ref, [n].
 
     keys, encoded: of `unique_responses`; packed holds at least those of the examples. model:
-    (graphdef, params, frozen, tangent).
+    (graphdef, params, frozen, tangents_G with G = 1).
     """
-    graphdef, params, frozen, tangent = model
-    tangents_G = jax.tree.map(lambda g: g[None], tangent)
+    graphdef, params, frozen, tangents_G = model
 
     def compute(rows: batches.Rows, n_responses: int):
         return impact.response_derivatives(
