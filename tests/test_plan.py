@@ -44,6 +44,8 @@ def test_json_alone_on_stdout_and_nothing_written(planned, tmp_path):
         )
         assert program["flops"] > 0 and program["temp_bytes"] > 0
     assert set(found["programs"]) == {"train", "impact", "sample"}
+    a_model = 4 * found["parameters"]["total"]  # and two gradients of its size
+    assert found["programs"]["impact"]["argument_bytes"] > 3 * a_model
     assert found["records"] == {"total": 60, "by_action": None}
     assert found["tokens"]["estimated"] and 0 < found["judge"]["calls"] <= 120
     assert found["device_memory_bytes"] > 2**30
