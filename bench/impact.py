@@ -122,7 +122,7 @@ def problem(case: Case, stories: Path, folder: Path) -> Problem:
             for i, pair in enumerate(found[:OF_STAGE])
         ],
     )  # fmt: skip
-    module.remat = "none"
+    module.remat, module.attention_block = "none", 0  # vmap would compute every choice of keys
     graphdef, params, frozen = nnx.split(module, trained(case), ...)
     options = train.Options("logistic", "plain", False, PAIRS, 1, 2, 1, 0.1, 0.0, 1.0, 0.9, 0.999)
     one = Problem(
@@ -155,13 +155,15 @@ def paths(p: Problem, case: Case) -> dict[str, tuple[Callable[[], np.ndarray], i
     fixed = {"graphdef": p.graphdef, "options": p.options}
     p.module.remat = "layer"
     recomputed = nnx.split(p.module, trained(case), ...)[0]
-    p.module.remat = "none"
+    p.module.remat, p.module.attention_block = "none", -1
+    of_stage = nnx.split(p.module, trained(case), ...)[0]
+    p.module.attention_block = 0
     single, eight = one_a_row(p, 1), one_a_row(p, BATCH)
     tangents = jax.tree.map(lambda g: g[None], p.gold)
     settings = fit.Settings.of(config.base_config().train, row_length=0, seed=0)
     mesh = sharding.make_mesh(1, -1, 1)
     everywhere = jax.NamedSharding(mesh, jax.P())
-    placed = (p.graphdef, *jax.device_put((p.params, p.frozen, tangents), everywhere))
+    placed = (of_stage, *jax.device_put((p.params, p.frozen, tangents), everywhere))
 
     def by_loss(batch: batches.Batch, **changes: Any) -> tuple[Callable[[], np.ndarray], int]:
         arguments = (p.params, p.frozen, p.gold, batch, HYPER)

@@ -43,6 +43,7 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
         ("train.method", "grpo", "one of trace"),
         ("train.warmup_steps", 10**6, "must be below"),
         ("train.beta", 0.0, "greater than 0"),
+        ("model.attention_block", -2, "a number of queries"),
         ("train.layer_rows", -1, "a number of rows"),
         ("impact.path", "vjp", "one of jvp"),
         ("impact.strength", 1.5, "a share"),

@@ -35,7 +35,7 @@ PACKED = dict(
 @pytest.mark.parametrize("window", [None, 2])
 def test_visible_is_the_rule_written_out(window):
     positions, segments, branches = PACKED.values()
-    seen = attention.visible(positions, segments, branches, window=window)
+    seen = attention.visible(attention.Tokens(*PACKED.values()), window=window)
     local, everywhere = (np.asarray(seen.of_layer(is_local))[0] == 0 for is_local in (True, False))
     for i in range(10):
         for j in range(10):
@@ -70,7 +70,8 @@ def test_blocks_of_queries_equal_one_softmax(cap):
     q, k, v = (draw(size=(2, 150, heads, 6)).astype(np.float32) for heads in (4, 2, 2))
     segments = np.arange(300).reshape(2, 150) // 90
     positions = np.broadcast_to(np.arange(150), (2, 150))
-    bias = np.asarray(attention.visible(positions, segments).bias_BLS)
+    tokens = attention.Tokens(positions, segments, np.zeros_like(segments))
+    bias = np.asarray(attention.visible(tokens).bias_BLS)
     scores = np.einsum("blhc,bshc->bhls", q, np.repeat(k, 2, axis=2)) / 3
     scores = scores if cap is None else cap * np.tanh(scores / cap)
     weights = np.where(bias[:, None] == 0, np.exp(scores), 0.0)
@@ -86,12 +87,12 @@ def test_scan_equals_layer_by_layer(module):
     tokens = random_tokens(0, 2, 9)
     positions = jnp.broadcast_to(jnp.arange(9)[None], (2, 9))
     angles = attention.rotary(TINY, positions)
-    bias = attention.visible(positions).bias_BLS
+    seen = attention.visible(attention.Tokens(positions, *[jnp.zeros_like(positions)] * 2))
     x = module.embed[...][tokens]
     graphdef, stacked = nnx.split(module.layers)
     for n in range(3):
         layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], stacked))
-        x = layer(x, angles, bias)
+        x = layer(x, angles, seen, jnp.array(False))
     np.testing.assert_allclose(module.hidden(tokens), module.norm(x), atol=1e-5)
 
 

@@ -37,6 +37,7 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
         config.model.remat,
         config.model.head_chunk,
         config.train.layer_rows,
+        max(config.model.attention_block, -1 if devices[0].platform == "cpu" else 0),
     )
     work = workload.of(run)
     layouts = _layouts(run, shape, work, sharding.row_shards(mesh), devices[0].platform)

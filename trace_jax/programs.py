@@ -25,6 +25,7 @@ class Model:
     remat: str
     head_chunk: int
     layer_rows: int = 0
+    attention_block: int = 0  # -1 only for the platform that is here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,7 @@ def abstract(model: Model) -> decoder.Decoder:
     )
     module.dtype, module.remat = dtype, model.remat
     module.head_chunk, module.layer_rows = model.head_chunk, model.layer_rows
+    module.attention_block = model.attention_block
     return module
 
 

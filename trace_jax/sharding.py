@@ -12,6 +12,7 @@ divide a dimension.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,6 +189,29 @@ def rows(x: jax.Array) -> jax.Array:
 def heads(x_BLHC: jax.Array) -> jax.Array:
     """[B, L, H, C] with heads over tensor."""
     return _constrain(x_BLHC, ROWS, None, "tensor")
+
+
+def on_own_heads(
+    function: Callable,
+    q_BLHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    of_rows: Any,
+    everywhere: Any,
+) -> jax.Array:
+    """function of these arguments, [B, L, H, C], called by every device with its own rows and heads
+    of them, so that it may branch on what they hold. of_rows: [B, ...]; everywhere: not cut.
+    """
+    arguments = q_BLHC, k_BKSC, v_BKSC, of_rows, everywhere
+    mesh = _mesh()
+    if mesh is None:
+        return function(*arguments)
+    rows = _dividing(len(k_BKSC), ROWS, mesh)
+    tensor = _dividing(k_BKSC.shape[1], "tensor", mesh)
+    q, kv = PartitionSpec(rows, None, tensor), PartitionSpec(rows, tensor)
+    specs = (q, kv, kv, PartitionSpec(rows), PartitionSpec())
+    own = jax.shard_map(function, in_specs=specs, out_specs=q, check_vma=False)
+    return own(*arguments)
 
 
 def keys(x_NBKSC: jax.Array) -> jax.Array:

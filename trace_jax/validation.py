@@ -36,6 +36,11 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _one_of("model.scratch.family", config.model.scratch.family, ("llama", "qwen2", "gemma2"))
     _one_of("model.remat", config.model.remat, ("layer", "dots", "none"))
+    if config.model.attention_block < -1:
+        raise InputError(
+            f"model.attention_block={config.model.attention_block} is a number of queries; "
+            "0: whole rows; -1: as the platform wants it"
+        )
     _validate_mesh(config.mesh)
     _one_of("train.method", config.train.method, methods.METHODS)
     _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))

@@ -22,11 +22,30 @@ class Rotary(NamedTuple):
     sin_BLF: jax.Array
 
 
+class Tokens(NamedTuple):
+    """What says who may attend to whom, of each token of rows (`batches.Rows`)."""
+
+    positions_BL: jax.Array
+    segments_BL: jax.Array
+    branches_BL: jax.Array
+
+
 class Visible(NamedTuple):
     """Who may attend to whom. `far` marks keys outside a sliding window; None: there are none."""
 
     bias_BLS: jax.Array  # 0, or MASKED
     far_BLS: jax.Array | None
+
+    def attend(
+        self,
+        q_BLHC: jax.Array,
+        k_BKLC: jax.Array,
+        v_BKLC: jax.Array,
+        config: model_config.ModelConfig,
+        is_local: jax.Array | None,
+    ) -> jax.Array:
+        """What the tokens of rows attend to, [B, L, H, C]."""
+        return attend_causal(q_BLHC, k_BKLC, v_BKLC, self.of_layer(is_local), config)
 
     def of_layer(self, is_local: jax.Array | None) -> jax.Array:
         """The bias of a layer, which is local (sliding window) or global."""
@@ -108,27 +127,36 @@ def attend_causal(
     )
 
 
-def visible(
-    positions_BL: jax.Array,
-    segments_BL: jax.Array | None = None,
-    branches_BL: jax.Array | None = None,
+def sees(
+    of_q: Tokens,
+    index_L: jax.Array,
+    of_k: Tokens,
+    index_S: jax.Array,
     *,
     window: int | None = None,
-) -> Visible:
-    """May token i of a row attend to token j of it?
+    is_local: jax.Array | bool = True,
+) -> jax.Array:
+    """May a token attend to another, [B, L, S]? index: where in the row each of them stands.
 
-    j <= i along the row, both in one segment, and j in branch 0 (the shared prompt) or in i's.
-    Segment 0 is padding: it attends to padding, so it stays finite, and touches nothing else.
-    Windows go by position: j is outside where its position is `window` or more before i's.
+    The key not later along the row, both in one segment, and the key in branch 0 (the shared
+    prompt) or in the query's. Segment 0 is padding: it attends to padding, so it stays finite, and
+    touches nothing else. In a local layer a key is out of sight where its position is `window` or
+    more before the query's.
     """
-    B, L = positions_BL.shape
-    see_BLL = jnp.broadcast_to(jnp.tril(jnp.ones((L, L), bool))[None], (B, L, L))
-    if segments_BL is not None:
-        see_BLL &= segments_BL[:, :, None] == segments_BL[:, None, :]
-    if branches_BL is not None:
-        of_j = branches_BL[:, None, :]
-        see_BLL &= (of_j == 0) | (of_j == branches_BL[:, :, None])
-    return Visible(_bias(see_BLL), _far(positions_BL, positions_BL, window))
+    of_j = of_k.branches_BL[:, None, :]
+    see_BLS = (index_S[None, None, :] <= index_L[None, :, None]) & (
+        of_q.segments_BL[:, :, None] == of_k.segments_BL[:, None, :]
+    )
+    see_BLS &= (of_j == 0) | (of_j == of_q.branches_BL[:, :, None])
+    far_BLS = _far(of_q.positions_BL, of_k.positions_BL, window)
+    return see_BLS if far_BLS is None else see_BLS & ~(far_BLS & is_local)
+
+
+def visible(tokens: Tokens, *, window: int | None = None) -> Visible:
+    """`sees` for whole rows, as what is added to scores."""
+    index_L = jnp.arange(tokens.positions_BL.shape[1])
+    see_BLL = sees(tokens, index_L, tokens, index_L)
+    return Visible(_bias(see_BLL), _far(tokens.positions_BL, tokens.positions_BL, window))
 
 
 def visible_slots(positions_BL: jax.Array, slots: int, *, window: int | None = None) -> Visible:

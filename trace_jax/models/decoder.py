@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from trace_jax import sharding
-from trace_jax.models import attention, model_config
+from trace_jax.models import attention, block_attention, model_config
 
 Draw = Callable[[float, tuple[int, ...]], np.ndarray | jax.Array]  # (std, shape) -> initial values
 
@@ -123,9 +123,13 @@ class Layer(nnx.Module):
         return sharding.rows(x_BLD + m_BLD)
 
     def __call__(
-        self, x_BLD: jax.Array, angles: attention.Rotary, bias_BLS: jax.Array
+        self,
+        x_BLD: jax.Array,
+        angles: attention.Rotary,
+        seen: attention.Visible | block_attention.Blocks,
+        is_local: jax.Array,
     ) -> jax.Array:
-        attended = attention.attend_causal(*self.qkv(x_BLD, angles), bias_BLS, self.config)
+        attended = seen.attend(*self.qkv(x_BLD, angles), self.config, is_local)
         return self.finish(x_BLD, attended)
 
 
@@ -142,6 +146,8 @@ class Decoder(nnx.Module):
     Attributes:
       dtype: of activations.
       remat: one of REMAT. On one CPU core "layer" also takes less time (0.6 at 4 x 256 tokens).
+      attention_block: queries that attend at once, to no keys but those that one of them sees
+        (`block_attention`); 0: whole rows; -1: 64 on CPU in rows of 256 tokens and more, else 0.
       head_chunk: tokens of a data shard whose logits the losses hold at once; 0: 4 MiB of them.
       layer_rows: rows of a data shard that a layer works on at once; 0: all. A layer's parameters
         are gathered once for all of them, so that it takes the memory of few rows and the
@@ -155,6 +161,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = "layer"
+        self.attention_block = -1
         self.head_chunk = 0
         self.layer_rows = 0
         self.embed = nnx.Param(jnp.asarray(draw(2 * D**-0.5, (V, D)), dtype))
@@ -183,14 +190,14 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Activations [B, L, D] after the last norm, for losses that run the head in chunks.
 
-        Without positions they count from 0 along the row, padding included; `attention.visible` has
-        the rest.
+        Without positions they count from 0 along the row, padding included; without segments and
+        branches a row is one text; `attention.sees` has the rest.
         """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
         angles = attention.rotary(self.config, positions_BL)
-        window = self._window(tokens_BL.shape[1])
-        seen = attention.visible(positions_BL, segments_BL, branches_BL, window=window)
+        ids = (jnp.zeros_like(tokens_BL) if x is None else x for x in (segments_BL, branches_BL))
+        seen = self._seen(attention.Tokens(positions_BL, *ids))
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x: jax.Array, layer_and_kind: tuple) -> tuple[jax.Array, None]:
@@ -198,7 +205,7 @@ class Decoder(nnx.Module):
 
             def of_rows(few: tuple) -> jax.Array:
                 x_BLD, angles, seen = few
-                return nnx.merge(graphdef, layer)(x_BLD, angles, seen.of_layer(is_local))
+                return nnx.merge(graphdef, layer)(x_BLD, angles, seen, is_local)
 
             if groups == 1:
                 return of_rows((x, angles, seen)), None
@@ -217,11 +224,23 @@ class Decoder(nnx.Module):
             raise ValueError(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}")
         if self.remat == "none":
             return body
-        policy = None
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names(block_attention.OUTPUT)
         if self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = policies.save_from_both_policies(
+                policy, policies.dots_with_no_batch_dims_saveable
+            )
         # In a scan nothing can be merged with the recomputation, so it needs no barrier against it.
         return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+    def _seen(self, tokens: attention.Tokens) -> attention.Visible | block_attention.Blocks:
+        L = tokens.positions_BL.shape[1]
+        block, window = self.attention_block, self._window(L)
+        if block < 0:
+            block = 64 if jax.default_backend() == "cpu" and L >= 256 else 0
+        if 0 < block < L:
+            return block_attention.blocks(tokens, block, window)
+        return attention.visible(tokens, window=window)
 
     def _window(self, reach: int) -> int | None:
         """The sliding window, where positions that lie up to `reach` apart can leave it."""

@@ -274,6 +274,7 @@ class Context:
             sharding.check_model(self.mesh, module.config)
         module.dtype = self.activation_dtype
         module.remat = self.config.model.remat
+        module.attention_block = self.config.model.attention_block
         module.head_chunk = self.config.model.head_chunk
         module.layer_rows = self.config.train.layer_rows
         return module
