@@ -49,7 +49,7 @@ class _Row:
 class Slots(NamedTuple):
     """Rows in the making. A free slot has `step` = T and is never read."""
 
-    cache: decoder.Cache  # [N, B, K, S, C] twice
+    cache: decoder.Cache
     keys_B2: jax.Array  # id hash and sample number of the row, uint32
     last_B: jax.Array  # the newest token, not in the cache yet
     position_B: jax.Array  # its position
@@ -245,7 +245,7 @@ def prefill(
         return into.at[group.slots_G].set(rows, mode="drop")
 
     cache = jax.tree.map(
-        lambda into, new: into.at[:, group.slots_G, :, :P].set(new, mode="drop"), slots.cache, made
+        lambda into, new: into.at[group.slots_G, :, :P].set(new, mode="drop"), slots.cache, made
     )
     return Slots(
         cache=jax.tree.map(sharding.keys, cache),
@@ -297,7 +297,7 @@ def lower_advance(
     make = functools.partial(_empty, graphdef, size=rows, length=length, T=max_new_tokens)
 
     def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        cached = x.ndim == 5
+        cached = x.ndim == 4
         where = (sharding.of_keys if cached else sharding.of_rows)(x.shape, mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 

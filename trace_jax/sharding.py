@@ -214,9 +214,9 @@ def on_own_heads(
     return own(*arguments)
 
 
-def keys(x_NBKSC: jax.Array) -> jax.Array:
-    """[..., B, K, S, C] of a cache, with heads over tensor."""
-    return _constrain(x_NBKSC, *[None] * (x_NBKSC.ndim - 4), ROWS, "tensor")
+def keys(x_BKSC: jax.Array) -> jax.Array:
+    """[B, K, S, C] of a layer's cache, with heads over tensor."""
+    return _constrain(x_BKSC, ROWS, "tensor")
 
 
 def product(x_BLD: jax.Array, kernel: jax.Array, cut: int) -> jax.Array:
@@ -309,8 +309,8 @@ def place_rows(tree: Any, mesh: Mesh | None = None, *, leading: int = 1) -> Any:
 
 
 def of_keys(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where `keys` has a cache [N, B, K, S, C]."""
-    parts = [None, _dividing(shape[1], ROWS, mesh), _dividing(shape[2], "tensor", mesh)]
+    """Where `keys` has a layer of a cache."""
+    parts = _dividing(shape[0], ROWS, mesh), _dividing(shape[1], "tensor", mesh)
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 

@@ -9,7 +9,7 @@ Everything is plain XLA operations, because `jax.jvp` has to pass through all of
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,10 +134,13 @@ class Layer(nnx.Module):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens decoded so far: slot s of a row holds its position s."""
+    """Keys and values of the tokens decoded so far: slot s of a row holds its position s.
 
-    keys_NBKSC: jax.Array
-    values_NBKSC: jax.Array
+    An array [B, K, S, C] a layer: of one array of all layers each would be cut out for every token.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
 
 class Decoder(nnx.Module):
@@ -264,16 +267,11 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens."""
-        config = self.config
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            config.num_key_value_heads,
-            length,
-            config.head_dim,
-        )
+        heads, channels = self.config.num_key_value_heads, self.config.head_dim
+        shape = (batch, heads, length, channels)
         empty = sharding.keys(jnp.zeros(shape, self.dtype))
-        return Cache(empty, empty)
+        layers = (empty,) * self.config.num_hidden_layers
+        return Cache(layers, layers)
 
     def decode(
         self, tokens_BL: jax.Array, start_B: jax.Array, cache: Cache
@@ -283,32 +281,31 @@ class Decoder(nnx.Module):
         A token sees the slots up to its own position. Padding on the right of a prompt lands in
         slots that no earlier token sees and that the tokens decoded next overwrite.
         """
-        L, S = tokens_BL.shape[1], cache.keys_NBKSC.shape[3]
+        L, S = tokens_BL.shape[1], cache.keys[0].shape[2]
         positions_BL = start_B[:, None] + jnp.arange(L)[None]
         seen = attention.visible_slots(positions_BL, S, window=self._window(S))
         angles = attention.rotary(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(carry: tuple, layer_kind_index: tuple) -> tuple[tuple, None]:
-            x_BLD, keys, values = carry
-            layer, is_local, n = layer_kind_index
+        def body(x_BLD: jax.Array, of_layer: tuple) -> tuple[jax.Array, Cache]:
+            layer, is_local, (keys, values) = of_layer
             layer = nnx.merge(graphdef, layer)
             q, k, v = layer.qkv(x_BLD, angles)
-            keys, values = (_written(c, x, n, start_B) for c, x in ((keys, k), (values, v)))
-            attended = attention.attend(
-                q, keys[n], values[n], seen.of_layer(is_local), layer.config
-            )
-            return (layer.finish(x_BLD, attended), keys, values), None
+            keys, values = _written(keys, k, start_B), _written(values, v, start_B)
+            attended = attention.attend(q, keys, values, seen.of_layer(is_local), layer.config)
+            return layer.finish(x_BLD, attended), Cache(keys, values)
 
-        N = self.config.num_hidden_layers
-        unroll = N if L == 1 else 1  # unrolled, a one-token step writes to the cache in place
-        (x_BLD, keys, values), _ = jax.lax.scan(
-            body,
-            (self._embed(tokens_BL), *cache),
-            (stacked, self._local_layers(), jnp.arange(N)),
-            unroll=unroll,
-        )
-        return self.norm(x_BLD), Cache(keys, values)
+        x_BLD, layers = self._embed(tokens_BL), (stacked, self._local_layers())
+        of_layers = [Cache(*pair) for pair in zip(*cache, strict=True)]
+        if L == 1:  # unrolled, a step of one token writes to the cache in place
+            for n, of_layer in enumerate(of_layers):
+                layer = jax.tree.map(lambda leaf, n=n: leaf[n], layers)
+                x_BLD, of_layers[n] = body(x_BLD, (*layer, of_layer))
+        else:
+            together = jax.tree.map(lambda *of_each: jnp.stack(of_each), *of_layers)
+            x_BLD, together = jax.lax.scan(body, x_BLD, (*layers, together))
+            of_layers = [Cache(*(x[n] for x in together)) for n in range(len(of_layers))]
+        return self.norm(x_BLD), Cache(*zip(*of_layers, strict=True))
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
         """Every part of the vocabulary looks up all tokens; what comes out goes to the rows."""
@@ -324,11 +321,11 @@ def _norm(config: model_config.ModelConfig, shape: tuple[int, ...], dtype: jnp.d
     return Norm(weight, config.rms_norm_eps, 1.0 if config.is_gemma else 0.0)
 
 
-def _written(cache_NBKSC: jax.Array, x_BKLC: jax.Array, n: Any, start_B: jax.Array) -> jax.Array:
-    """The cache with x in layer n, from slot start_B of every row; in place where XLA may."""
+def _written(cache_BKSC: jax.Array, x_BKLC: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The cache with x from slot start_B of every row; in place where XLA may."""
     B, _, L, _ = x_BKLC.shape
     rows_B1, slots_BL = jnp.arange(B)[:, None], start_B[:, None] + jnp.arange(L)[None]
-    return cache_NBKSC.at[n, rows_B1, :, slots_BL].set(x_BKLC.transpose(0, 2, 1, 3))
+    return cache_BKSC.at[rows_B1, :, slots_BL].set(x_BKLC.transpose(0, 2, 1, 3))
 
 
 def init(config: model_config.ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Decoder:
