@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from trace_jax import (
@@ -87,7 +87,8 @@ class Settings:
 
     def hyper(self) -> train.Hyper:
         """What the step takes as arguments."""
-        return train.Hyper(*(jnp.float32(v) for v in (self.learning_rate, self.beta, self.tau)))
+        # numpy: a conversion on the device would wait behind the steps that it still computes
+        return train.Hyper(*map(np.float32, (self.learning_rate, self.beta, self.tau)))
 
 
 def adapted(module, settings: Settings):
