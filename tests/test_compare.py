@@ -8,6 +8,7 @@ import pytest
 
 from trace_jax import compare, comparison_tables, config, records
 from trace_jax.errors import InputError
+from trace_jax.evaluate import choices
 
 
 def test_a_method_carries_its_overrides():
@@ -80,11 +81,14 @@ def test_figures_and_paired_differences_by_hand(tmp_path):
             rows = [_row(p, s, p < good, "trained") for p in range(4) for s in range(2)]
             rows += [_row(p, 0, p < good, "trained", "greedy") for p in range(4)]
             records.write_jsonl(target / "samples.jsonl", rows)
-            records.write_json(target / "eval.json", {"perplexity": 2.0 + seed})
+            answers = choices.figure([1, 1, 0, seed])
+            records.write_json(target / "eval.json", {"perplexity": 2.0 + seed} | answers)
     before = [_row(p, s, False, m) for m in ("base", "ref") for p in range(4) for s in range(2)]
     before += [_row(p, 0, False, m, "greedy") for m in ("base", "ref") for p in range(4)]
     records.write_jsonl(tmp_path / "baseline.jsonl", before)
-    records.write_json(tmp_path / "perplexity.json", {"test": {"base": 1.5, "ref": 1.7}})
+    records.write_json(tmp_path / "perplexity.json", {
+        "test": {"base": 1.5, "ref": 1.7, "chosen": {"base": [1, 1, 1, 1], "ref": [1, 1, 0, 0]}}
+    })  # fmt: skip
 
     found = compare.summary(config.base_config(), tmp_path, variants, [0, 1], winrate=False)
 
@@ -94,12 +98,31 @@ def test_figures_and_paired_differences_by_hand(tmp_path):
     assert a["compliance"]["rate"] == a["compliance_greedy"]["rate"] == 1.0
     assert a["retained"]["rate"] == 0.75 and a["compliance_old"]["rate"] == 0.25
     assert a["perplexity"] == 2.5 and found["ref"]["perplexity"] == 1.7
+    assert a["choice_accuracy"]["rate"] == 0.625 and a["choice_accuracy"]["seeds"] == [0.5, 0.75]
+    assert [found[m]["choice_accuracy"]["rate"] for m in ("base", "ref")] == [1.0, 0.5]
     assert found["base"]["compliance_guarded"]["rate"] == 0.0
     guarded, raw = found["tests"]
     assert (guarded["a"], guarded["b"], guarded["difference"]) == ("a", "b", 0.5)
     assert raw["figure"] == "compliance" and raw["difference"] == 0 and raw["p_holm"] == 1
     text = comparison_tables.markdown(found)
     assert "| a | 75.0 [" in text and "+50.0 points" in text
+    assert "| right of 4 |" in text and "| 62.5 [" in text
+    assert "right of 4" in comparison_tables.latex(found)
+
+
+def test_runs_without_choices_are_compared_all_the_same(tmp_path):
+    """As those of the version before."""
+    (variant,) = variants = [compare.Variant("a", {"train.method": "a"})]
+    target = compare.folder(tmp_path, variant, 0)
+    target.mkdir(parents=True)
+    rows = [_row(p, 0, True, "trained", mode) for mode in ("sample", "greedy") for p in range(4)]
+    records.write_jsonl(target / "samples.jsonl", rows)
+    records.write_json(target / "eval.json", {"perplexity": 2.0})
+    records.write_jsonl(tmp_path / "baseline.jsonl", [r | {"model": "base"} for r in rows])
+    records.write_json(tmp_path / "perplexity.json", {"test": {"base": 1.5}})
+    found = compare.summary(config.base_config(), tmp_path, variants, [0], winrate=False)
+    assert "choice_accuracy" not in found["methods"]["a"] | found["base"]
+    assert "right of 4" not in comparison_tables.markdown(found) + comparison_tables.latex(found)
 
 
 def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys):

@@ -95,7 +95,8 @@ def found() -> dict:
     runs = {name: [rows(share, seed) for seed in range(3)] for name, share in SHARES.items()}
     perplexity = {n: [p * (1 + 0.01 * s) for s in range(3)] for n, p in PERPLEXITY.items()}
     perplexity["trace_no_kl"][0] += 0.01
-    made = comparison.summary(runs, perplexity, Judge())
+    chosen = {"trace": [[1] * 60] * 3, "trace_no_kl": [[1] * 30 + [0] * 30] * 3}
+    made = comparison.summary(runs, perplexity, Judge(), chosen)
     return made | {"seeds": [0, 1, 2], "split": "test"}
 
 
@@ -104,6 +105,7 @@ def test_statements_are_answered(found):
     assert answers["trace above u2a", "compliance_guarded"] == "yes"
     assert answers["dpo_gold above trace", "compliance"] == "yes"
     assert answers["no KL loses utility", "perplexity"] == "yes"
+    assert answers["no KL loses utility", "choice_accuracy"] == "yes"
     assert ("no triage loses compliance", "compliance") not in answers
 
 

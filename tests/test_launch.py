@@ -142,6 +142,7 @@ def test_eval_has_its_form(straight):
     found = _json(straight[0] / "eval.json")
     for figures in (found, found["base"], found["ref"]):
         assert figures["perplexity"] > 1
+        assert 0 <= figures["choice_accuracy"]["rate"] <= 1
         for name in RATES:
             rate = figures[name]
             assert rate.keys() == {"rate", "low", "high", "n", "by_action", "by_clause"}

@@ -29,6 +29,7 @@ def _figures(guarded, perplexity):
         "compliance": _rate(guarded + 0.05),
         "compliance_greedy": _rate(guarded + 0.08),
         "perplexity": perplexity,
+        "choice_accuracy": _rate(0.61),
     }
 
 
@@ -297,6 +298,7 @@ def test_evaluation_compares_the_three_models(workdir):
     found = report.collect(workdir)["evaluation"]
     assert [row["model"] for row in found["rows"]] == ["base", "ref", "trained"]
     assert [row["perplexity"] for row in found["rows"]] == [3.9, 4.7, 5.2]
+    assert [row["accuracy"]["rate"] for row in found["rows"]] == [0.61] * 3
     rates = [rate["rate"] for rate in found["rows"][2]["rates"]]
     assert rates == pytest.approx([0.73, 0.78, 0.81])
     by_action, by_clause = found["tables"]

@@ -183,6 +183,7 @@ def summary(
 ) -> dict:
     """comparison.json of finished runs; see `comparison.summary`."""
     from trace_jax import comparison
+    from trace_jax.evaluate import choices
 
     split = config.evaluate.splits[0]
     kept = policy.diff(policy.load(config.policy.old), policy.load(config.policy.new)).unchanged
@@ -191,9 +192,14 @@ def summary(
         name: [comparison.rows_of(f / "samples.jsonl", "trained", split, kept) for f in of]
         for name, of in folders.items()
     }
-    perplexity = {
-        name: [records.read_json(f / "eval.json")["perplexity"] for f in of]
-        for name, of in folders.items()
+    evaluated = {
+        name: [records.read_json(f / "eval.json") for f in of] for name, of in folders.items()
+    }
+    perplexity = {name: [e["perplexity"] for e in of] for name, of in evaluated.items()}
+    chosen = {
+        name: [e["choice_accuracy"]["chosen"] for e in of]
+        for name, of in evaluated.items()
+        if all("choice_accuracy" in e for e in of)  # runs of earlier versions have none
     }
     known = records.read_json(prepared / "perplexity.json")[split]
     before = {
@@ -203,14 +209,16 @@ def summary(
     judge = context.Context(config, workdir.Workdir(prepared)).judge if winrate else None
     return {
         **{
-            model: comparison.figures(of) | {"perplexity": known[model]}
+            model: comparison.figures(of)
+            | {"perplexity": known[model]}
+            | choices.figure(known.get("chosen", {}).get(model))
             for model, of in before.items()
             if of[0]
         },
         "seeds": list(seeds),
         "split": split,
         "unchanged_clauses": list(kept),
-        **comparison.summary(runs, perplexity, judge),
+        **comparison.summary(runs, perplexity, judge, chosen),
     }
 
 

@@ -13,9 +13,10 @@ from scipy import stats
 
 from trace_jax import judges, records
 from trace_jax.errors import InputError
-from trace_jax.evaluate import compliance, paired, statistics, winrate
+from trace_jax.evaluate import choices, compliance, paired, statistics, winrate
 
 Runs = list[list[dict]]  # rows of each seed
+Chosen = Sequence[Sequence[int]]  # answers of each seed to `choices.questions`
 
 # Name in the JSON -> (what a row says, of which mode).
 FIGURES = {
@@ -33,7 +34,7 @@ LOWER, UPPER = "u2a", "dpo_gold"  # the gap of arXiv 2511.02623, which TRACE clo
 class Statement:
     """A claim of the paper: figure(a) - figure(b) is above `margin`.
 
-    figure: one of FIGURES, or "perplexity" (log ratio; above 0 is worse).
+    figure: one of FIGURES, "choice_accuracy", or "perplexity" (log ratio; above 0 is worse).
     """
 
     claim: str
@@ -60,6 +61,13 @@ STATEMENTS = (
         "impact weights above the same, dealt at random", "trace_full_weights", "trace_shuffled"
     ),
     Statement("no KL loses utility", "trace_no_kl", "trace", figure="perplexity"),
+    Statement(
+        "no impact weights loses utility",
+        "trace_full_weights",
+        "trace_no_impact",
+        figure="choice_accuracy",
+    ),
+    Statement("no KL loses utility", "trace", "trace_no_kl", figure="choice_accuracy"),
 )
 
 
@@ -76,13 +84,16 @@ def summary(
     runs: Mapping[str, Runs],
     perplexity: Mapping[str, Sequence[float]],
     judge: judges.Comparer | None = None,
+    chosen: Mapping[str, Chosen] | None = None,
 ) -> dict[str, Any]:
     """{"methods", "tests", "statements", "gap_closed"} of comparison.json.
 
     The first method is tested against every other. judge: for win rates against u2a, if it is one
-    of the methods.
+    of the methods. chosen: answers to `choices.questions` of each seed, of the methods that have
+    them.
     """
     _check_prompts(runs)
+    chosen = chosen or {}
     first, *others = runs
     tests = [_test(figure, first, b, runs) for figure in TESTED for b in others]
     for figure in TESTED:
@@ -94,7 +105,10 @@ def summary(
         for name in runs:
             if name != LOWER:
                 methods[name]["win_rate_vs_u2a"] = _win_rate(judge, runs[name], runs[LOWER])
-    found = {"methods": methods, "tests": tests, "statements": _statements(runs, perplexity)}
+    for name, of in chosen.items():
+        methods[name]["choice_accuracy"] = choices.rate_over_seeds(of)
+    statements = _statements(runs, perplexity, chosen)
+    found = {"methods": methods, "tests": tests, "statements": statements}
     if {first, LOWER, UPPER} <= runs.keys() and first not in (LOWER, UPPER):
         found["gap_closed"] = _gap(first, runs)
     return found
@@ -168,20 +182,25 @@ def _gap(method: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
 
 
 def _statements(
-    runs: Mapping[str, Runs], perplexity: Mapping[str, Sequence[float]]
+    runs: Mapping[str, Runs],
+    perplexity: Mapping[str, Sequence[float]],
+    chosen: Mapping[str, Chosen],
 ) -> list[dict[str, Any]]:
+    def test_of(s: Statement, figure: str) -> dict[str, Any]:
+        if figure == "perplexity":
+            return _log_ratio(perplexity[s.a], perplexity[s.b])
+        if figure == "choice_accuracy":
+            a, b = choices.outcomes(chosen[s.a]), choices.outcomes(chosen[s.b])
+        else:
+            a, b = outcomes(runs[s.a], figure), outcomes(runs[s.b], figure)
+        return dataclasses.asdict(paired.compare(a, b))
+
     found = []
     for s in STATEMENTS:
-        if s.a not in runs or s.b not in runs:
+        if not {s.a, s.b} <= (chosen if s.figure == "choice_accuracy" else runs).keys():
             continue
         for figure in (s.figure,) if s.figure else TESTED:
-            test = (
-                _log_ratio(perplexity[s.a], perplexity[s.b])
-                if figure == "perplexity"
-                else dataclasses.asdict(
-                    paired.compare(outcomes(runs[s.a], figure), outcomes(runs[s.b], figure))
-                )
-            )
+            test = test_of(s, figure)
             row = {"claim": s.claim, "figure": figure, "a": s.a, "b": s.b, "margin": s.margin}
             found.append(row | {k: test[k] for k in ("difference", "low", "high", "p")})
     for row, p in zip(found, paired.holm([r["p"] for r in found]), strict=True):

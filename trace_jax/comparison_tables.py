@@ -12,18 +12,22 @@ COLUMNS = {
     "retained": "unchanged clauses",
     "compliance_old": "old policy",
 }
-_NAMES = {"compliance_guarded": "guarded", "compliance": "raw", "perplexity": "log perplexity"}
+ACCURACY = "right of 4"
+_NAMES = {
+    "compliance_guarded": "guarded", "compliance": "raw", "perplexity": "log perplexity",
+    "choice_accuracy": ACCURACY,
+}  # fmt: skip
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Percent with 95 % intervals; the tests, the statements and the gap below."""
-    wins = any("win_rate_vs_u2a" in row for row in found["methods"].values())
-    heads = [*COLUMNS.values(), "perplexity", *(["win rate against u2a"] if wins else [])]
+    more = {"choice_accuracy": ACCURACY, "win_rate_vs_u2a": "win rate against u2a"}
+    more = {k: v for k, v in more.items() if any(k in row for _, row in _rows(found))}
+    heads = [*COLUMNS.values(), "perplexity", *more.values()]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, row in _rows(found):
         cells = [_cell(row[key]) for key in COLUMNS] + [f"{row['perplexity']:.2f}"]
-        if wins:
-            cells.append(_cell(row["win_rate_vs_u2a"]) if "win_rate_vs_u2a" in row else "-")
+        cells += [_cell(row[key]) if key in row else "-" for key in more]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, found["seeds"]))
     lines += ["", f"Percent [95 % interval]; {found['split']} prompts; seeds {seeds}.", ""]
@@ -84,15 +88,20 @@ def _gap(found: Mapping[str, Any]) -> list[str]:
 
 def latex(found: Mapping[str, Any]) -> str:
     """A booktabs table: rate with its interval as an index, percent."""
-    heads = " & ".join(["", *COLUMNS.values(), "perplexity"])
+    columns = COLUMNS | (
+        {"choice_accuracy": ACCURACY}
+        if all("choice_accuracy" in r for _, r in _rows(found))
+        else {}
+    )
+    heads = " & ".join(["", *columns.values(), "perplexity"])
     lines = [
-        r"\begin{tabular}{l" + "r" * (len(COLUMNS) + 1) + "}",
+        r"\begin{tabular}{l" + "r" * (len(columns) + 1) + "}",
         r"\toprule",
         heads + r" \\",
         r"\midrule",
     ]
     for name, row in _rows(found):
-        cells = [_latex_cell(row[key]) for key in COLUMNS]
+        cells = [_latex_cell(row[key]) for key in columns]
         escaped = name.replace("_", r"\_").replace("%", r"\%")
         lines.append(" & ".join([escaped, *cells, f"{row['perplexity']:.2f}"]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

@@ -71,8 +71,8 @@ def collect(workdir: Path) -> dict[str, Any]:
         coverage.json, "overridden", "corrupted", "doubtful": rows of the short list}.
       impact: impact_summary.json with "charts": [chart].
       training: [chart]; a chart is {"title", "names", "svg"}.
-      evaluation: {"rows": [{"model", "rates": [rate], "perplexity"}], "tables": [{"title",
-        "columns", "rows"}], "guard"}; a rate is {"rate", "low", "high", "n"} or None.
+      evaluation: {"rows": [{"model", "rates": [rate], "perplexity", "accuracy": rate}], "tables":
+        [{"title", "columns", "rows"}], "guard"}; a rate is {"rate", "low", "high", "n"} or None.
       generations: rows of `generations.history`, where the run has a parent.
       samples: [{"prompt", "cells": [{"model", "response", "compliant", "guarded", "violated"}]}].
       stages: [{"stage", "seconds", "summary": [(name, value)]}]. total_seconds: float.
@@ -212,6 +212,7 @@ def _evaluation(result: Row | None) -> Row | None:
             "model": model,
             "rates": [found.get(key) for key in _RATES],
             "perplexity": found.get("perplexity"),
+            "accuracy": found.get("choice_accuracy"),
         }
         for model, found in by_model.items()
     ]

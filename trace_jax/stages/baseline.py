@@ -8,8 +8,11 @@ from trace_jax.stages import context, responses
 def run(run: context.Context) -> dict:
     """Writes baseline.jsonl (rows of models "base" and "ref"), perplexity.json and guard.json.
 
+    perplexity.json: split -> {"base", "ref": perplexity, "chosen": {"base", "ref": 0 or 1 of each
+    of `choices.questions`}}.
+
     The guard is fitted on base samples of the first split that is evaluated; base samples are also
-    the fixed text for perplexity.
+    the fixed text for perplexity and choices.
     """
     found = []
     for split in run.config.evaluate.splits:
@@ -19,9 +22,14 @@ def run(run: context.Context) -> dict:
     perplexities = {}
     for split in run.config.evaluate.splits:
         text = [r for r in found if r["model"] == "base" and r["split"] == split]
-        perplexities[split] = {"base": responses.perplexity(run, run.base, text, "base")}
-        if run.has_ref:
-            perplexities[split]["ref"] = responses.perplexity(run, run.ref, text, "ref")
+        models = {"base": run.base} | ({"ref": run.ref} if run.has_ref else {})
+        perplexities[split] = {
+            name: responses.perplexity(run, module, text, name) for name, module in models.items()
+        } | {
+            "chosen": {
+                name: responses.chosen(run, module, text, name) for name, module in models.items()
+            }
+        }
     records.write_json(run.workdir.path / "perplexity.json", perplexities)
     first = run.config.evaluate.splits[0]
     thresholds = compliance.fit_guard(

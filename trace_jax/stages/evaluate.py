@@ -1,12 +1,16 @@
 """Stage evaluate: the re-aligned model on the held-out prompts, beside the base model and M_ref."""
 
 from trace_jax import records, tracking
-from trace_jax.evaluate import compliance, guard
+from trace_jax.evaluate import choices, compliance, guard
 from trace_jax.stages import context, responses
 
 
 def run(run: context.Context) -> dict:
-    """Writes samples.jsonl (all models) and eval.json (top level: first of evaluate.splits)."""
+    """Writes samples.jsonl (all models) and eval.json (top level: first of evaluate.splits).
+
+    eval.json: `compliance.summary`, perplexity and choice_accuracy (`choices.py`) of the re-aligned
+    model, the same of others under "base" and "ref"; "guard", "split", and "splits" for the rest.
+    """
     before = [row for _, row in records.read_jsonl(run.file("baseline", "baseline.jsonl"))]
     thresholds = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
     perplexities = records.read_json(run.file("baseline", "perplexity.json"))
@@ -21,10 +25,14 @@ def run(run: context.Context) -> dict:
         actions = responses.actions(run, base_rows)
         figures = compliance.summary(trained, actions)
         figures["perplexity"] = responses.perplexity(run, run.trained, base_rows, "trained")
+        chosen = {"trained": responses.chosen(run, run.trained, base_rows, "trained")}
+        chosen |= perplexities[split].get("chosen", {})
+        figures |= choices.figure(chosen["trained"])
         for model in sorted({r["model"] for r in of_split}):
             of_model = [r for r in of_split if r["model"] == model]
             figures[model] = compliance.summary(of_model, actions) | {
-                "perplexity": perplexities[split][model]
+                "perplexity": perplexities[split][model],
+                **choices.figure(chosen.get(model)),
             }
         found[split] = figures
         told = {k: figures[k]["rate"] for k in ("compliance_guarded", "compliance")}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from trace_jax import judges, records, respond, triage, workdir
-from trace_jax.evaluate import compliance
+from trace_jax.evaluate import choices, compliance
 from trace_jax.stages import context
 
 PARTIAL = ".responses"  # rows already made by a stage that was interrupted
@@ -121,6 +121,16 @@ def perplexity(run: context.Context, module, base_rows: list[dict], name: str) -
     return float(
         np.exp(-np.mean(likelihood(run, module, pairs, f"{name}: perplexity of base text")))
     )
+
+
+def chosen(run: context.Context, module, base_rows: list[dict], name: str) -> list[int]:
+    """Of each of `choices.questions`: was it answered rightly? [] where there are none."""
+    asked = choices.questions(base_rows)
+    pairs = [(q.prompt, response) for q in asked for response in q.responses]
+    if not pairs:
+        return []
+    values = likelihood(run, module, pairs, f"{name}: choices of continuations")
+    return choices.right(values.reshape(-1, choices.CHOICES))
 
 
 def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:
