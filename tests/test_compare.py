@@ -145,6 +145,8 @@ def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys
     assert (path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     done = {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
     assert len(done) == 2
+    assert len(list(path.glob("compare/.reference/*.npz"))) == 1  # for every seed; sft needs none
+    assert not list(path.glob("compare/*/checkpoints/reference_logprobs.npz"))
     assert compare.main(command) == 0
     assert done == {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
 

@@ -114,8 +114,9 @@ def test_reference_log_probs_are_kept_and_made_again_for_other_texts(base, tmp_p
         feed.logprobs, "of_texts", lambda *a, **k: calls.append(1) or of_texts(*a, **k)
     )
 
-    def compute(texts):
-        return feed.reference_logprobs(base, texts, 64, 2, tmp_path / "run", tiny.quiet)
+    def compute(texts, of=""):
+        kept = feed.Kept(tmp_path / "run", of)
+        return feed.reference_logprobs(base, texts, 64, 2, kept, tiny.quiet)
 
     first = compute(encoded)
     np.testing.assert_allclose(first, tiny.reference(base, encoded), atol=1e-5)
@@ -125,6 +126,11 @@ def test_reference_log_probs_are_kept_and_made_again_for_other_texts(base, tmp_p
     skipping = dataclasses.replace(encoded[0], skip=(1, 0))
     assert compute([skipping, *encoded[1:]])[0, 0] > first[0, 0]
     assert len(calls) == 3
+    for texts in (encoded, encoded[::-1], encoded):  # a folder that runs share has room for each
+        compute(texts, of="one M_ref")
+    assert len(calls) == 5
+    compute(encoded, of="another")
+    assert len(calls) == 6
 
 
 def test_nothing_to_train_on_is_refused(base, tmp_path):

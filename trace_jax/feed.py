@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,23 @@ class Steps:
         return iter(data.to_iter_dataset(grain.ReadOptions(1, 2)))
 
 
-def steps(module, examples, encoded, settings, directory: Path, progress) -> Steps:
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Where log-probs under theta_ref are kept.
+
+    of: of which theta_ref, for a folder that several runs share; empty: the folder says it, as a
+    stage whose model changed does not continue there.
+    """
+
+    directory: Path
+    of: str = ""
+
+    def path(self, key: str) -> Path:
+        """The file of texts with this key."""
+        return self.directory / (f"{key[:16]}.npz" if self.of else "reference_logprobs.npz")
+
+
+def steps(module, examples, encoded, settings, kept: Kept, progress) -> Steps:
     """Pack plans and step sources of the conflict and the KL examples.
 
     settings: `fit.Settings`.
@@ -73,21 +90,19 @@ def steps(module, examples, encoded, settings, directory: Path, progress) -> Ste
         ref = np.zeros((len(used), 2), np.float32)
         if any(e.pref or e.npo0 or e.npo1 for e in used):
             ref = reference_logprobs(
-                module, texts[name], row_length, settings.micro_rows, directory, progress
+                module, texts[name], row_length, settings.micro_rows, kept, progress
             )
         found[name] = batches.StepSource(plan, texts[name], used, ref)
     return Steps(**found, members=members)
 
 
 def reference_logprobs(
-    module, encoded, row_length: int, micro_rows: int, directory: Path, progress
+    module, encoded, row_length: int, micro_rows: int, kept: Kept, progress
 ) -> np.ndarray:
-    """log p_ref of both responses, [n, 2]; kept beside the checkpoints, keyed by the tokens.
-
-    The weights are fixed by `directory`: a stage whose model changed does not continue there.
-    """
-    key = hashlib.sha256(json.dumps([dataclasses.astuple(e) for e in encoded]).encode()).hexdigest()
-    path = directory / "reference_logprobs.npz"
+    """log p_ref of both responses, [n, 2]; kept, keyed by the tokens and by what `kept` is of."""
+    texts = [dataclasses.astuple(e) for e in encoded]
+    key = hashlib.sha256((kept.of + json.dumps(texts)).encode()).hexdigest()
+    path = kept.path(key)
     if path.exists():
         with np.load(path) as stored:
             if str(stored["key"]) == key:
@@ -97,8 +112,8 @@ def reference_logprobs(
             module, encoded, row_length=row_length, micro_rows=micro_rows, progress=bar.advance
         )
     if processes.is_first():
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npz")
+        kept.directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")  # of runs side by side
         np.savez(temporary, key=key, logp=logp)
         temporary.replace(path)
     return logp

@@ -164,18 +164,21 @@ def fit(
     on_drop: Callable[[str], None] | None,
     progress,
     pauses: Pauses | None = None,
+    kept_reference: feed.Kept | None = None,
 ) -> Fitted:
     """Trains a copy of `module` and returns it; continues from the newest checkpoint.
 
-    theta_ref is `module` as given. `progress(total, description, start)` is a context that gives a
-    bar with `advance(n)`.
+    theta_ref is `module` as given; its log-probs are kept in `directory` or in `kept_reference`.
+    `progress(total, description, start)` is a context that gives a bar with `advance(n)`.
     """
     kept, encoded = batches.encode_examples(encoder, examples, on_drop=on_drop)
     if not kept:
         raise InputError(
             "no examples to train on: every record is UNRESOLVED, dropped or has coefficient 0"
         )
-    source = feed.steps(module, kept, encoded, settings, directory, progress)
+    source = feed.steps(
+        module, kept, encoded, settings, kept_reference or feed.Kept(directory), progress
+    )
     graphdef, params, frozen = nnx.split(adapted(module, settings), trainable(settings), ...)
     ref_params = None if source.retain is None else reference(params, settings)
     origin = params if settings.drift else None

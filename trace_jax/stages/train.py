@@ -1,6 +1,9 @@
 """Stage train: the chosen method's examples, minimised from M_ref."""
 
-from trace_jax import fit, metrics, records
+import hashlib
+import json
+
+from trace_jax import feed, fit, metrics, records
 from trace_jax.stages import context, pauses
 
 
@@ -23,6 +26,7 @@ def run(run: context.Context) -> dict:
         on_drop=run.on_drop(dropped),
         progress=run.progress,
         pauses=pauses.Pauses(run),
+        kept_reference=_shared_reference(run),
     )
     run.trained = fitted.module
     if dropped:
@@ -35,6 +39,17 @@ def run(run: context.Context) -> dict:
         "truncated_responses": run.encoder.truncated_responses,
         "real_token_share": round(fitted.real_token_share, 4),
     }
+
+
+def _shared_reference(run: context.Context) -> feed.Kept | None:
+    """Where runs of a comparison share log-probs under their M_ref; None where none is shared."""
+    shared = run.workdir.of("align")
+    if shared is run.workdir:
+        return None
+    made = json.dumps([shared.finished(stage) for stage in ("prepare", "align")], sort_keys=True)
+    return feed.Kept(
+        shared.path / "compare" / ".reference", hashlib.sha256(made.encode()).hexdigest()
+    )
 
 
 def _warn(run: context.Context) -> None:
