@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from trace_jax import (
@@ -87,8 +87,7 @@ class Settings:
 
     def hyper(self) -> train.Hyper:
         """What the step takes as arguments."""
-        # numpy: a conversion on the device would wait behind the steps that it still computes
-        return train.Hyper(*map(np.float32, (self.learning_rate, self.beta, self.tau)))
+        return train.Hyper(*(jnp.float32(v) for v in (self.learning_rate, self.beta, self.tau)))
 
 
 def adapted(module, settings: Settings):

@@ -108,7 +108,7 @@ def _gold_gradient(
     options = dataclasses.replace(
         run.settings("train").options(), preference="logistic", n_conflict=len(half)
     )
-    hyper = run.settings("train").hyper()._replace(beta=np.float32(config.gold_beta))
+    hyper = run.settings("train").hyper()._replace(beta=jnp.float32(config.gold_beta))
     return impact.objective_gradient(
         params, frozen, sharding.place_rows(step), hyper, graphdef=graphdef, options=options
     )
