@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import children
 from faults import runs
 
 from trace_jax import bucket, processes, remote
@@ -180,7 +181,7 @@ def test_a_run_killed_in_training_ends_the_same_on_another_machine(
     url = "gs://bucket/runs/killed"
     one, two = ({"TRACE_JAX_CACHE": str(tmp_path / n)} | storage for n in ("one", "two"))
     process = runs.start(config, url, **one)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + children.PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         if list((tmp_path / "one").rglob("checkpoints/began.json")):
             time.sleep(1.0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ def test_what_a_page_says_to_run_runs(checkout, page):
         command = ["bash", "-euo", "pipefail", "-c"] if kind == "bash" else [sys.executable, "-c"]
         done = subprocess.run(
             [*command, code], cwd=checkout, env=environment, capture_output=True, text=True,
-            check=False, timeout=500,
+            check=False, timeout=children.PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, f"{code}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 

@@ -14,7 +14,7 @@ def told() -> list[str]:
 
 
 def _until(condition) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import gemini_client
 
 WORKER = Path(__file__).with_name("judge_process_worker.py")
@@ -24,7 +25,7 @@ def run(count, folder, address, **environment):
         )
         for i in range(count)
     ]
-    told = [process.communicate(timeout=120)[1] for process in started]
+    told = [err for _, err in children.said_by(started)]
     return [process.returncode for process in started], told
 
 

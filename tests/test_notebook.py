@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def test_it_runs_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     run = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=run).execute()
+    nbclient.NotebookClient(notebook, timeout=children.PATIENCE, kernel_name="python3", resources=run).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )

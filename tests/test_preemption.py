@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 
 from trace_jax import metrics, preemption
@@ -22,7 +23,7 @@ def _command(config: Path, path: Path, *flags: str) -> list[str]:
 
 
 def _end(process: subprocess.Popen) -> tuple[int, str]:
-    said = process.communicate(timeout=120)[1]
+    ((_, said),) = children.said_by([process])
     return process.returncode, said.strip().splitlines()[-1]
 
 
@@ -35,7 +36,7 @@ def test_training_that_is_told_to_go_goes_on_to_the_same_end(straight, config, t
         if name == "stopped":
             rows = path / "metrics.jsonl"
             before = rows.stat().st_mtime_ns
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + children.PATIENCE
             while time.monotonic() < deadline:
                 fresh = rows.exists() and rows.stat().st_mtime_ns != before
                 if fresh and rows.read_text().count("\n") >= 5:

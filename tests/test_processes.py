@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import tiny
@@ -46,7 +47,7 @@ def run(
         )
         for i in range(count)
     ]  # fmt: skip
-    said = [process.communicate(timeout=200)[1] for process in started]
+    said = [err for _, err in children.said_by(started)]
     assert [process.returncode for process in started] == [0] * count, "\n".join(said)
     return said
 
@@ -137,7 +138,7 @@ def test_the_whole_program_in_two_processes(config, straight_run, tmp_path):
         )
         for index in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=400) for process in started]
+    outputs = children.said_by(started)
     assert [process.returncode for process in started] == [0, 0], outputs
     alone = {p.name for p in straight_run.iterdir()}
     assert {p.name for p in workdir.iterdir()} == alone

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
+
 from trace_jax import workdir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +31,7 @@ def start(config: Path, path: Path, *more: str, **environment: str) -> subproces
 def run(config: Path, path: Path, *more: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(config, path, *more), cwd=ROOT, env=os.environ | environment,
-        capture_output=True, text=True, check=False, timeout=600,
+        capture_output=True, text=True, check=False, timeout=children.PATIENCE,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import time
 
+import children
 import pytest
 
 from faults import runs
@@ -47,7 +48,7 @@ def test_memory_that_ends_while_data_is_read_is_one_line(straight, config, tmp_p
         shell = f'ulimit -d {limit}; exec "$@"' if limit else 'exec "$@"'
         return subprocess.run(
             ["bash", "-c", shell, "bash", *command], cwd=runs.ROOT, capture_output=True, text=True,
-            check=False, timeout=300,
+            check=False, timeout=children.PATIENCE,
         )  # fmt: skip
 
     write(100)

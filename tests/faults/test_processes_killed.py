@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 
+import children
 import pytest
 
 from faults import runs
@@ -33,7 +34,7 @@ def _start(config, path, count: int, *more: str) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
-def _until(condition, seconds: float = 240) -> None:
+def _until(condition, seconds: float = children.PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -41,7 +42,7 @@ def _until(condition, seconds: float = 240) -> None:
 
 
 def _end(processes: list[subprocess.Popen]) -> list[str]:
-    return [process.communicate(timeout=400)[1] for process in processes]
+    return [err for _, err in children.said_by(processes)]
 
 
 def test_a_process_that_stands_still_is_named_by_the_other(config, tmp_path):
