@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import children
+import pytest
 from faults import runs
 
 from trace_jax import bucket, processes, remote

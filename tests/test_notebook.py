@@ -34,7 +34,10 @@ def test_it_runs_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     run = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=children.PATIENCE, kernel_name="python3", resources=run).execute()
+    client = nbclient.NotebookClient(
+        notebook, timeout=children.PATIENCE, kernel_name="python3", resources=run
+    )
+    client.execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
