@@ -94,6 +94,21 @@ def test_a_second_run_on_this_machine_is_refused_and_changes_nothing(machine):
         assert files(path) == {"new.txt": "not in the bucket yet"}
 
 
+def test_what_ended_a_run_is_told_even_where_the_bucket_is_gone_too(machine, monkeypatch, capsys):
+    close, url = bucket.Mirror.close, "gs://bucket/runs/gone"
+
+    def closed_and_gone(mirror):
+        close(mirror)
+        raise InputError(f"{mirror.url} cannot be written")
+
+    monkeypatch.setattr(bucket.Mirror, "close", closed_and_gone)
+    with pytest.raises(InputError, match="loss is not finite"), bucket.opened(url):
+        raise InputError("the loss is not finite")
+    assert f"warning: {url} cannot be written" in capsys.readouterr().err
+    with pytest.raises(InputError, match="cannot be written"), bucket.opened(url):
+        pass
+
+
 def test_a_look_at_a_workdir_leaves_the_weights_where_they_are(machine):
     with bucket.opened("gs://bucket/runs/look") as path:
         (path / "model.safetensors").write_bytes(b"weights")

@@ -52,11 +52,18 @@ def opened(path: str | os.PathLike, *, read_only: bool = False) -> Iterator[Path
         mirror.pull()
         _active, processes.shared = mirror, mirror
         mirror.start()
+        ended = False
         try:
             yield mirror.local
+            ended = True
         finally:
             _active, processes.shared = None, None
-            mirror.close()
+            try:
+                mirror.close()
+            except InputError as error:
+                if ended:
+                    raise
+                metrics.warn(str(error))  # the error to tell is what ended the run
 
 
 def owner(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -205,7 +212,7 @@ class Mirror:
                 if processes.is_first():
                     self._sign()
             except InputError as error:  # the next try, or the end of the stage, may go better
-                metrics.warn(f"  warning: {error}")
+                metrics.warn(str(error))
 
     def _sign(self) -> None:
         self.remote.mkdir(parents=True, exist_ok=True)

@@ -178,41 +178,18 @@ def fit(
     source = feed.steps(
         module, kept, encoded, settings, kept_reference or feed.Kept(directory), progress
     )
-    graphdef, params, frozen = nnx.split(adapted(module, settings), trainable(settings), ...)
-    ref_params = None if source.retain is None else reference(params, settings)
-    origin = params if settings.drift else None
-
-    def step_fn(state: train.TrainState, step: batches.Step):
-        return train.train_step(
-            state,
-            frozen,
-            ref_params,
-            sharding.place_rows(step),
-            settings.hyper(),
-            origin,
-            graphdef=graphdef,
-            options=settings.options(),
-        )
-
-    def module_of(state: train.TrainState, *, merge: bool) -> nnx.Module:
-        return _finished(graphdef, state.params, params, frozen, settings, merge=merge)
-
-    total = settings.total_steps
-    cuts = [0, *(p for p in (pauses.steps if pauses else ()) if 0 < p < total), total]
-    stopped_at = None
+    parted = _Parted(module, settings)
+    step_fn = parted.step_fn(with_reference=source.retain is not None)
+    total, stopped_at = settings.total_steps, None
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
-        state = train.init_state(params, settings.options())
+        state = parted.init_state()
         start = saved.latest_step or 0
         if processes.is_first():
             directory.mkdir(parents=True, exist_ok=True)  # in a bucket, Orbax makes another
         records.write_json(directory / BEGAN, {"step": start, "time": time.time()})
-        segment = next(i for i in range(len(cuts) - 1) if start <= cuts[i + 1])
-        for past in cuts[1 : segment + 1]:
-            kept = pauses(past, None, kept)
-            source.reweigh(kept)
-        data = source.iterator(cuts[segment], cuts[segment + 1])
+        stretch = _Stretch(source, kept, pauses, total, start)
         if start:
-            _, state = saved.restore(state, data)
+            _, state = saved.restore(state, stretch.data)
         with (
             metrics.MetricsWriter(metrics_path, resume_after=start) as writer,
             progress(total, f"train {directory.name}", start) as bar,
@@ -223,40 +200,120 @@ def fit(
                 bar.advance(1)
                 return writer.skipped <= settings.skip_steps
 
+            def save(step: int, state: train.TrainState) -> None:
+                saved.save(step, state, stretch.data)
+
             while True:
-                end = cuts[segment + 1]
                 with preemption.stepping():
                     state = train.loop(
                         state,
-                        data,
+                        stretch.data,
                         step_fn,
-                        start=max(start, cuts[segment]),
-                        total_steps=end,
+                        start=max(start, stretch.begin),
+                        total_steps=stretch.end,
                         record_ids=source.record_ids,
                         on_metrics=on_metrics,
-                        save=lambda step, state, data=data: saved.save(step, state, data),
+                        save=save,
                         save_every=settings.save_every,
                         due=preemption.due,
                     )
-                if end == total:
+                if stretch.end == total:
                     break
-                reweighed = pauses(end, module_of(state, merge=False), kept)
+                reweighed = pauses(stretch.end, parted.module(state, merge=False), stretch.examples)
                 if reweighed is None:
-                    stopped_at = end
-                    state = _stop(directory, state, end)
+                    stopped_at = stretch.end
+                    state = _stop(directory, state, stopped_at)
                     break
-                if end in pauses.good:
-                    _keep_good(directory, state, end)
-                kept = reweighed
-                source.reweigh(kept)
-                segment += 1
-                data = source.iterator(cuts[segment], cuts[segment + 1])
+                if stretch.end in pauses.good:
+                    _keep_good(directory, state, stretch.end)
+                stretch.go_on(reweighed)
     return Fitted(
-        module_of(state, merge=True),
+        parted.module(state, merge=True),
         feed.real_token_share(source),
         (stopped_at or total) - start,
         stopped_at,
     )
+
+
+class _Parted:
+    """A module as the train step takes it: what is trained, what is not, and what it was before."""
+
+    def __init__(self, module: nnx.Module, settings: Settings):
+        self.settings = settings
+        self.graphdef, self.params, self.frozen = nnx.split(
+            adapted(module, settings), trainable(settings), ...
+        )
+
+    def init_state(self) -> train.TrainState:
+        return train.init_state(self.params, self.settings.options())
+
+    def step_fn(self, *, with_reference: bool) -> Callable:
+        """(state, host's step) -> what `train.train_step` gives for them."""
+        settings = self.settings
+        ref_params = reference(self.params, settings) if with_reference else None
+        origin = self.params if settings.drift else None
+
+        def step_fn(state: train.TrainState, step: batches.Step):
+            return train.train_step(
+                state,
+                self.frozen,
+                ref_params,
+                sharding.place_rows(step),
+                settings.hyper(),
+                origin,
+                graphdef=self.graphdef,
+                options=settings.options(),
+            )
+
+        return step_fn
+
+    def module(self, state: train.TrainState, *, merge: bool) -> nnx.Module:
+        """theta as a module, leaves in the dtype of those before; adapters merged, or beside."""
+        if self.settings.adapters == "lora":
+            module = nnx.merge(self.graphdef, state.params, self.frozen)
+            return lora.merge(module) if merge else module
+        cast = jax.tree.map(lambda t, b: t.astype(b.dtype), state.params, self.params)
+        return nnx.merge(self.graphdef, cast, self.frozen)
+
+
+class _Stretch:
+    """The steps between two pauses, with the examples as the pause before them weighed them."""
+
+    def __init__(
+        self,
+        source: feed.Steps,
+        examples: Sequence[methods.Example],
+        pauses: Pauses | None,
+        total: int,
+        start: int,
+    ):
+        self._source, self.examples = source, examples
+        self._cuts = [0, *(p for p in (pauses.steps if pauses else ()) if 0 < p < total), total]
+        self._index = next(i for i in range(len(self._cuts) - 1) if start <= self._cuts[i + 1])
+        for past in self._cuts[1 : self._index + 1]:
+            self._reweigh(pauses(past, None, self.examples))
+        self.data = self._iterator()
+
+    @property
+    def begin(self) -> int:
+        return self._cuts[self._index]
+
+    @property
+    def end(self) -> int:
+        return self._cuts[self._index + 1]
+
+    def go_on(self, examples: Sequence[methods.Example]) -> None:
+        """To the next stretch, with these coefficients."""
+        self._reweigh(examples)
+        self._index += 1
+        self.data = self._iterator()
+
+    def _reweigh(self, examples: Sequence[methods.Example]) -> None:
+        self.examples = examples
+        self._source.reweigh(examples)
+
+    def _iterator(self):
+        return self._source.iterator(self.begin, self.end)
 
 
 def _keep_good(directory: Path, state: train.TrainState, step: int) -> None:
@@ -278,18 +335,6 @@ def _stop(directory: Path, state: train.TrainState, step: int) -> train.TrainSta
     return found[1]
 
 
-def _finished(
-    graphdef, trained: nnx.State, before: nnx.State, frozen: nnx.State, settings, *, merge=True
-):
-    """The module after training, adapters merged; leaves have the dtype of those before it."""
-    if settings.adapters == "lora":
-        module = nnx.merge(graphdef, trained, frozen)
-        return lora.merge(module) if merge else module
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda t, b: t.astype(b.dtype), trained, before), frozen
-    )
-
-
 def reference(params: nnx.State, settings: Settings) -> nnx.State:
     """Trainable leaves of theta_ref for KL examples: adapters off under LoRA (no second copy).
 
@@ -303,8 +348,8 @@ def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
 
     merge=False leaves the adapters beside the kernels.
     """
-    graphdef, params, frozen = nnx.split(adapted(module, settings), trainable(settings), ...)
-    state = train.init_state(params, settings.options())
+    parted = _Parted(module, settings)
+    state = parted.init_state()
     stopped = (directory / _STOPPED).exists()
     where = directory / _GOOD if stopped else directory
     with checkpoints.Checkpoints(where, keep=settings.keep) as saved:
@@ -314,7 +359,7 @@ def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
             f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; "
             "rerun stage train"
         )
-    return _finished(graphdef, state.params, params, frozen, settings, merge=merge)
+    return parted.module(state, merge=merge)
 
 
 def n_parameters(module) -> int:
