@@ -16,6 +16,7 @@
 : "${CONFIG:=configs/gemma9b.py:lora}"
 : "${WORKDIR:=/tmp/trace_jax/run}"             # several hosts, or SPOT: gs://BUCKET/run, which the TPU's service account may write
 : "${FLAGS:=}"                                 # more flags, as in --config.policy.new=policy.yaml
+: "${OVERLAP:=false}"                          # true: full fine-tuning gathers parameters while it computes, for more memory (docs/running.md)
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # passed on from this shell where they are set, over stdin, in no command line
 : "${ATTEMPTS:=20}"                            # starts, the first included
 : "${OUT:=runs/$NAME}"                         # where fetched results go
@@ -104,8 +105,13 @@ workers() {
 # Starts the job on every worker, each with the secrets on its own stdin, and stays with it. Exit code 75 is a job that
 # was preempted, saved itself and wants to be started again.
 start() {
+  local overlap=()
+  if [ "$OVERLAP" = true ]; then
+    overlap=(LIBTPU_INIT_ARGS="'--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
+--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true'")
+  fi
   local job="cd trace_jax && while IFS= read -r line; do export \"\$line\"; done; \
-exec .venv/bin/python -m trace_jax.launch --config=$CONFIG --workdir=$WORKDIR --distributed $FLAGS"
+exec env ${overlap[*]} .venv/bin/python -m trace_jax.launch --config=$CONFIG --workdir=$WORKDIR --distributed $FLAGS"
   if $DRY_RUN; then
     tpu ssh --worker=all --command="$job"
     return

@@ -1,6 +1,7 @@
 """Scripts that start jobs elsewhere: what they would do, and that a shell would understand them."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from bench import scaling
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SCRIPTS = ("tpu_pod.sh", "gpu.sh", "slurm.sbatch")
@@ -43,6 +46,15 @@ def test_a_dry_run_of_a_pod_starts_the_program_and_shows_no_secret():
         "trace_jax.launch --config=configs/llama8b.py:full --workdir=/mnt/r --distributed" in said
     )
     assert "mine:/mnt/r runs/mine" in said and secret not in done.stdout + done.stderr
+
+
+def test_a_pod_that_overlaps_has_the_flags_that_were_measured():
+    job = shlex.split(_run("tpu_pod.sh", "run", "--dry-run", PROJECT="p", OVERLAP="true").stdout)
+    (command,) = (word for word in job if "trace_jax.launch" in word)
+    (variable,) = (word for word in shlex.split(command) if word.startswith("LIBTPU_INIT_ARGS="))
+    flags = [f"--{name}={value}" for name, value in scaling.OVERLAP.items()]
+    assert variable.partition("=")[2].split() == flags
+    assert "LIBTPU" not in _run("tpu_pod.sh", "run", "--dry-run", PROJECT="p").stdout
 
 
 def test_dry_runs_elsewhere():
