@@ -5,7 +5,7 @@ python -m bench.studies --config=configs/quickstart.py --workdir=runs/quickstart
 
 Every point is a variant of a comparison over one prepared run, at the operating point that
 `bench.frontier` chose for its method (docs/results/NAME_frontier.json). Writes
-docs/results/NAME_studies.json and .png.
+docs/results/NAME_studies.json, .md and .png.
 
 noise   the paper's corruption of 0, 10, 20 % of the records
 size    25, 50, 100 % of the records
@@ -129,13 +129,45 @@ def plot(found: dict, path: Path) -> None:
                     for r, p in zip(rate, rows, strict=True)
                 ],
             ]
+            if len(rows) == 1:  # the same at every x
+                axes.axhline(rate[0], ls="--", color="gray", label=line)
+                low, high = (100 * rows[0]["compliance_guarded"][end] for end in ("low", "high"))
+                axes.axhspan(low, high, color="gray", alpha=0.15)
+                continue
             axes.errorbar([p["x"] for p in rows], rate, yerr=error, fmt="o-", capsize=3, label=line)
         axes.set_title(study)
         axes.set_xlabel(labels[study])
+        axes.set_xticks(sorted({p["x"] for p in of_study if p["x"] or study == "noise"}))
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("guarded compliance, T=1 (%)")
     figure.savefig(path, dpi=110)
+
+
+def table(found: dict) -> str:
+    """Markdown: every point, and the gap closed."""
+    lines = [
+        "| study | what | at | guarded, T=1 | raw, T=1 | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for p in found["points"]:
+        rates = [
+            "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * p[k][e] for e in ("rate", "low", "high")))
+            for k in ("compliance_guarded", "compliance")
+        ]
+        lines.append(
+            f"| {p['study']} | {p['line']} | {p['x']:.0%} | {' | '.join(rates)} "
+            f"| {p['perplexity']:.2f} |"
+        )
+    text = "\n".join(lines) + "\n"
+    seeds = ", ".join(map(str, found["seeds"]))
+    text += f"\nPercent [95 % interval]; {found['split']} prompts; seeds {seeds}; "
+    text += f"commit {found['commit']}.\n"
+    for x, gap in found.get("gap_closed", {}).items():
+        rate, low, high = (100 * gap[e] for e in ("rate", "low", "high"))
+        text += "\nGap from u2a to exact dpo_gold that trace closes with a judge that errs on "
+        text += f"{float(x):.0%}: {rate:.0f} % [{low:.0f}, {high:.0f}].\n"
+    return text
 
 
 def main(argv: list[str]) -> int:
@@ -159,12 +191,8 @@ def main(argv: list[str]) -> int:
     out = realign.RESULTS / f"{values.name}_studies.json"
     records.write_json(out, found)
     plot(found, out.with_suffix(".png"))
-    for p in found["points"]:
-        g = p["compliance_guarded"]
-        print(f"{p['study']:6} {p['line']:18} {p['x']:.2f}: {g['rate']:.1%} [{g['low']:.1%}, "
-              f"{g['high']:.1%}], perplexity {p['perplexity']:.2f}")  # fmt: skip
-    for x, gap in found.get("gap_closed", {}).items():
-        print(f"gap closed at error {x}: {gap}")
+    out.with_suffix(".md").write_text(table(found))
+    print(table(found))
     return 0
 
 

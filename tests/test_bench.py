@@ -28,6 +28,16 @@ def test_points_of_studies_differ_in_what_they_say():
     assert len(by_name) == 20 and all(compare.own_stages(v) for v in by_name.values())
 
 
+def test_a_table_of_studies_says_every_point_and_the_gap():
+    rate = {"rate": 0.5, "low": 0.25, "high": 0.75}
+    point = {"study": "gold", "line": "trace", "x": 0.1, "perplexity": 1.5}
+    point |= {"compliance_guarded": rate, "compliance": rate | {"rate": 0.6}}
+    found = {"points": [point], "split": "test", "seeds": [0, 1], "commit": "abc"}
+    told = studies.table(found | {"gap_closed": {"0.1": rate}})
+    assert "| gold | trace | 10% | 50.0 [25.0, 75.0] | 60.0 [25.0, 75.0] | 1.50 |" in told
+    assert "errs on 10%: 50 % [25, 75]." in told and "seeds 0, 1; commit abc." in told
+
+
 def test_a_method_has_points_of_its_own_or_the_common_ones():
     grid = ["1e-4:0.1:150", "npo@1e-5:0.1:50", "2e-4:0.1:150", "npo@3e-6:0.5:50"]
     rates = {m: [v.overrides["train.learning_rate"] for v in frontier.points(grid, m)]
