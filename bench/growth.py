@@ -19,7 +19,7 @@ from pathlib import Path
 from bench import frontier
 from trace_jax import records, workdir
 
-STAGES = ("prepare", "align", "triage", "correct", "impact", "train")
+STAGES = ("prepare", "align", "triage", "baseline", "correct", "impact", "train")
 FEW_STEPS = (
     "--config.model.scratch.training.total_steps=60",
     "--config.align.total_steps=20",
