@@ -36,6 +36,8 @@ ROWS = (
     ("scaling", "weak_flops_ratio", "FLOPs a chip, twice the chips and rows, Gemma-2-9B", "≤ 1.05"),
     ("scaling", "weak_bytes_ratio", "bytes received a chip, the same", "≤ 1.2"),
     ("scaling", "waited_share_with_overlap", "of these waited for, with the flags for overlap", ""),
+    ("growth", "growth_of_seconds", "growth of a stage's time / of its records, at most", "≤ 1.05"),
+    ("growth", "growth_of_peak_memory", "peak memory, ten times the records", "≤ 1.1"),
     ("startup", "import_seconds", "import without jax, s", "≤ 0.5"),
     ("startup", "help_seconds", "--help, s", "≤ 1"),
     ("startup", "warm_over_cold", "first step, warm / cold compilation cache", "≤ 0.5"),
