@@ -173,7 +173,7 @@ def test_no_text_is_no_refusal(text):
 def test_two_megabytes_take_no_second(piece):
     begin = time.process_time()
     refusals.kind("it is wrong " + piece * (2_000_000 // len(piece)))
-    assert time.process_time() - begin < 1.0
+    assert time.process_time() - begin < 1.0  # 0.05 on a quiet core
 
 
 @pytest.mark.parametrize("name", FILES)
