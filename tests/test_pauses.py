@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from trace_jax import launch, records
 
@@ -87,11 +89,91 @@ def test_training_that_breaks_what_is_kept_ends_at_the_evaluation_before(run, ca
     assert [r["step"] for r in _rows(path, "evaluation")] == [1, 2]
 
 
+BEST = (
+    "--config.train.evaluate_every=1", "--config.evaluate.splits=test,validation",
+    "--config.train.keep_best=True", "--config.train.save_every=1",
+)  # fmt: skip
+
+
+def _scripted(monkeypatch, guarded: dict[int, float], perplexity: dict[int, float]) -> None:
+    """Evaluations of these figures instead of the model's own, by step."""
+    from trace_jax.stages import pauses
+
+    of = pauses._Evaluation.of
+    monkeypatch.setattr(
+        pauses._Evaluation, "of",
+        lambda self, module, step: of(self, module, step) | {
+            "compliance_guarded": guarded[step], "perplexity": perplexity[step],
+            "perplexity_ref": 2.0,
+        },
+    )  # fmt: skip
+
+
+def _weights(path: Path) -> dict[str, np.ndarray]:
+    return load_file(path / "model" / "model.safetensors")
+
+
+def test_the_best_evaluation_within_the_limit_is_what_a_run_ends_with(run, monkeypatch, capsys):
+    """Step 2 is the best of those whose perplexity is at most 1.1 times M_ref's."""
+    _scripted(monkeypatch, {1: 0.5, 2: 0.7, 3: 0.9, 4: 0.6}, {1: 2, 2: 2.1, 3: 2.5, 4: 2})
+    code, path = run(*BEST, "--config.train.total_steps=4", f"{STAGES},evaluate,export")
+    assert code == 0
+    summary = records.read_json(path / ".stages" / "train.json")["summary"]
+    assert summary["kept_step"] == 2 and "kept: step 2 of 4" in capsys.readouterr().err
+    kept = _weights(path)
+    # Another process takes it from disk.
+    shutil.rmtree(path / "model")
+    assert run(*BEST, "--config.train.total_steps=4", "--stages=export", redo=True)[0] == 0
+    again = _weights(path)
+    assert all(np.array_equal(kept[k], again[k]) for k in kept)
+    assert (path / "checkpoints" / "stopped.json").exists()
+    _scripted(monkeypatch, {1: 0.5, 2: 0.7, 3: 0.9}, {1: 2, 2: 2.1, 3: 2})
+    assert run(*BEST, "--config.train.total_steps=3")[0] == 0
+    assert records.read_json(path / ".stages" / "train.json")["summary"]["kept_step"] == 3
+    assert not (path / "checkpoints" / "stopped.json").exists()
+
+
+def test_the_best_of_evaluations():
+    from trace_jax.stages import pauses
+
+    def row(step, guarded, perplexity):
+        return {"step": step, "compliance_guarded": guarded, "perplexity": perplexity,
+                "perplexity_ref": 2.0}  # fmt: skip
+
+    rows = [row(1, 0.3, 2.0), row(2, 0.6, 2.2), row(3, 0.6, 2.0), row(4, 0.9, 2.3)]
+    assert pauses.best(rows, 1.1)["step"] == 2
+    assert pauses.best(rows, 1.2)["step"] == 4
+    assert pauses.best(rows, 0.5)["step"] == 1  # all are over: the least perplexity, the first
+
+
+def test_a_run_killed_after_its_best_step_still_ends_with_it(run, monkeypatch):
+    """The state that was kept outlives the process, and so does why."""
+    from trace_jax.stages import pauses
+
+    figures = {1: 0.5, 2: 0.7, 3: 0.6, 4: 0.6}, dict.fromkeys((1, 2, 3, 4), 2.0)
+    _scripted(monkeypatch, *figures)
+    call = pauses.Pauses.__call__
+
+    def killed(self, step, module, examples):
+        if step == 3 and module is not None:
+            raise KeyboardInterrupt
+        return call(self, step, module, examples)
+
+    with monkeypatch.context() as once:
+        once.setattr(pauses.Pauses, "__call__", killed)
+        run(*BEST, "--config.train.total_steps=4")
+    code, path = run(*BEST, "--config.train.total_steps=4", redo=False)
+    assert code == 0
+    assert records.read_json(path / ".stages" / "train.json")["summary"]["kept_step"] == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--config.train.evaluate_every=2",), "evaluate.splits=test,validation"),
         (("--config.train.stop_below=0.5",), "set train.evaluate_every=N"),
+        (("--config.train.keep_best=True",), "set train.evaluate_every=N"),
+        (("--config.train.perplexity_limit=0",), "greater than 0"),
         (("--config.train.refresh_every=-1",), "is a number of steps"),
         (("--config.u2a.inner=sgd",), "one of npo, ga, graddiff"),
         (("--config.impact.curvature=kfac",), "one of identity, fisher_diag, cg"),

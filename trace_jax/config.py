@@ -14,7 +14,9 @@ BEFORE = {
     "model.attention_block": -1,  # which was whole rows: another rounding, not another result
     "model.scratch.training.balance_steps": False,
     "train.balance_steps": False,
+    "train.keep_best": False,
     "train.layer_rows": 0,
+    "train.perplexity_limit": 1.1,
     "train.skip_steps": 0,
 }
 
@@ -67,6 +69,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.refresh_every = 0  # steps after which impact weights are taken anew, at theta; 0: never
     c.train.evaluate_every = 0  # steps between evaluations on validation prompts; 0: none
     c.train.evaluate_prompts = 64
+    c.train.keep_best = False  # end with the evaluation of highest guarded compliance (the last
+    # step is evaluated as well) among those within perplexity_limit, not with the last step
+    c.train.perplexity_limit = 1.1  # keep_best: over M_ref's, on the base model's own samples
     c.train.stop_below = 0.0  # end early where the share of samples that keep the unchanged clauses
     # and are not degenerate falls below this part of M_ref's; 0: never
     c.train.skip_steps = 0  # steps whose loss or gradient is not finite that are left out, and

@@ -5,7 +5,7 @@ One path for every method and stage.
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,7 @@ from trace_jax.errors import InputError
 from trace_jax.models import lora
 
 BEGAN = "began.json"  # beside the checkpoints: from which step this try goes on, and since when
-_GOOD, _STOPPED = "good", "stopped.json"  # of a run that may stop early
+_KEPT, _ENDED = "good", "stopped.json"  # of a run that may end with the state of a pause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +122,14 @@ class Fitted:
     """The trained module (adapters merged) and what the run is worth knowing of.
 
     stopped_at: the step after which a pause ended the run, or None. The module is then that of the
-    last good pause before it.
+      last pause before it that was kept.
+    kept_step: the step that the module is of.
     """
 
     module: nnx.Module
     real_token_share: float
     steps_run: int
+    kept_step: int
     stopped_at: int | None = None
 
 
@@ -135,12 +137,10 @@ class Pauses(Protocol):
     """What happens between two steps of a run.
 
     Attributes:
-      steps: after how many updates, in order.
-      good: of these, those whose state is kept once they go on, for a later one that stops.
+      steps: after how many updates, in order; the last may be the run's last.
     """
 
     steps: Sequence[int]
-    good: Collection[int]
 
     def __call__(
         self, step: int, module: nnx.Module | None, examples: Sequence[methods.Example]
@@ -149,6 +149,12 @@ class Pauses(Protocol):
 
         module: theta now, adapters beside the kernels; None where the pause is past already, and
         what it gave then is wanted again.
+        """
+
+    def keeps(self, step: int) -> bool:
+        """Whether the run would end with the state of this pause, if it came to no later one.
+
+        Asked once the pause has gone on; it takes the place of the state kept before.
         """
 
 
@@ -180,7 +186,7 @@ def fit(
     )
     parted = _Parted(module, settings)
     step_fn = parted.step_fn(with_reference=source.retain is not None)
-    total, stopped_at = settings.total_steps, None
+    total, stopped_at, kept_step = settings.total_steps, None, settings.total_steps
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
         state = parted.init_state()
         start = saved.latest_step or 0
@@ -217,20 +223,25 @@ def fit(
                         save_every=settings.save_every,
                         due=preemption.due,
                     )
-                if stretch.end == total:
+                if pauses is None or stretch.end not in pauses.steps:
                     break
                 reweighed = pauses(stretch.end, parted.module(state, merge=False), stretch.examples)
+                ends = reweighed is None or stretch.end == total
+                if reweighed is not None and pauses.keeps(stretch.end):
+                    if not ends:
+                        _keep(directory, state, stretch.end)
+                elif ends:
+                    kept_step, state = _kept(directory, state, stretch.end)
                 if reweighed is None:
                     stopped_at = stretch.end
-                    state = _stop(directory, state, stopped_at)
+                if ends:
                     break
-                if stretch.end in pauses.good:
-                    _keep_good(directory, state, stretch.end)
                 stretch.go_on(reweighed)
     return Fitted(
         parted.module(state, merge=True),
         feed.real_token_share(source),
         (stopped_at or total) - start,
+        kept_step,
         stopped_at,
     )
 
@@ -316,23 +327,24 @@ class _Stretch:
         return self._source.iterator(self.begin, self.end)
 
 
-def _keep_good(directory: Path, state: train.TrainState, step: int) -> None:
-    """Keeps the state of a pause, for one that stops the run later."""
-    with checkpoints.Checkpoints(directory / _GOOD, keep=1) as good:
-        good.save(step, state)
+def _keep(directory: Path, state: train.TrainState, step: int) -> None:
+    """Keeps the state of a pause, for a run that ends with it."""
+    with checkpoints.Checkpoints(directory / _KEPT, keep=1) as kept:
+        kept.save(step, state)
 
 
-def _stop(directory: Path, state: train.TrainState, step: int) -> train.TrainState:
-    """The state of the last pause that was good, which is what the run ends with."""
-    with checkpoints.Checkpoints(directory / _GOOD, keep=1) as good:
-        found = good.restore(state)
+def _kept(directory: Path, state: train.TrainState, ended_at: int) -> tuple[int, train.TrainState]:
+    """Step and state of the pause that was kept last, which is what the run ends with."""
+    with checkpoints.Checkpoints(directory / _KEPT, keep=1) as kept:
+        found = kept.restore(state)
     if found is None:
         raise InputError(
-            f"training went wrong before its first evaluation (step {step}), so there is nothing "
-            "to go back to; lower train.learning_rate, or evaluate earlier (train.evaluate_every)"
+            f"training went wrong before its first evaluation (step {ended_at}), so there is "
+            "nothing to go back to; lower train.learning_rate, or evaluate earlier "
+            "(train.evaluate_every)"
         )
-    records.write_json(directory / _STOPPED, {"step": found[0], "stopped_at": step})
-    return found[1]
+    records.write_json(directory / _ENDED, {"step": found[0], "stopped_at": ended_at})
+    return found
 
 
 def reference(params: nnx.State, settings: Settings) -> nnx.State:
@@ -350,11 +362,11 @@ def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
     """
     parted = _Parted(module, settings)
     state = parted.init_state()
-    stopped = (directory / _STOPPED).exists()
-    where = directory / _GOOD if stopped else directory
+    of_pause = (directory / _ENDED).exists()
+    where = directory / _KEPT if of_pause else directory
     with checkpoints.Checkpoints(where, keep=settings.keep) as saved:
         step, state = saved.restore(state) or (0, state)
-    if step != settings.total_steps and not stopped:
+    if step != settings.total_steps and not of_pause:
         raise InputError(
             f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; "
             "rerun stage train"

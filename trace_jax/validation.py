@@ -47,6 +47,10 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     if config.train.layer_rows < 0:
         raise InputError(f"train.layer_rows={config.train.layer_rows} is a number of rows; 0: all")
     _one_of("train.alpha_scale", config.train.alpha_scale, ("one", "per_conflict"))
+    if not config.evaluate.splits:
+        raise InputError("evaluate.splits is empty; use test, validation or test,validation")
+    for split in config.evaluate.splits:
+        _one_of("evaluate.splits", split, ("test", "validation"))
     _validate_pauses(config)
     _validate_u2a(config.u2a)
     _one_of("correct.source", config.correct.source, ("self", "local", "gemini", "none"))
@@ -74,10 +78,6 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _validate_triage(config.triage)
     for name in ("align", "train", "model.scratch.training"):
         _validate_training(name, _section(config, name))
-    if not config.evaluate.splits:
-        raise InputError("evaluate.splits is empty; use test, validation or test,validation")
-    for split in config.evaluate.splits:
-        _one_of("evaluate.splits", split, ("test", "validation"))
     for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
         _positive(key, _section(config, key))
     for key in ("correct.max_new_tokens", "evaluate.max_new_tokens"):
@@ -105,8 +105,10 @@ def _validate_pauses(config: ml_collections.ConfigDict) -> None:
             raise InputError(f"train.{key}={c[key]} is a number of steps; 0 is never")
     if not 0 <= c.stop_below <= 1:
         raise InputError(f"train.stop_below={c.stop_below} is a share of M_ref's, 0 to 1")
-    if c.stop_below and not c.evaluate_every:
-        raise InputError("train.stop_below needs evaluations: set train.evaluate_every=N steps")
+    for key in ("stop_below", "keep_best"):
+        if c[key] and not c.evaluate_every:
+            raise InputError(f"train.{key} needs evaluations: set train.evaluate_every=N steps")
+    _positive("train.perplexity_limit", c.perplexity_limit)
     if c.evaluate_every and "validation" not in config.evaluate.splits:
         raise InputError(
             "train.evaluate_every asks validation prompts; give "

@@ -1,4 +1,4 @@
-"""Between steps of stage train: weights taken anew, evaluation, and an early stop."""
+"""Between steps of stage train: weights taken anew, evaluation, early stop, the best step."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,8 +24,9 @@ class Pauses:
             every = -(-total // run.config.u2a.rounds)
         self._refresh = _every(every, total)
         self._evaluate = _every(config.evaluate_every, total)
+        if config.keep_best:
+            self._evaluate.add(total)
         self.steps = sorted(self._refresh | self._evaluate)
-        self.good = self._evaluate if config.stop_below else set()
         self._path = run.workdir.path / _FILE
         rows = records.read_jsonl(self._path) if self._path.exists() else ()
         self._done = {(row["step"], row["kind"]): row for _, row in rows}
@@ -40,14 +41,26 @@ class Pauses:
             examples = self._reweighed(step, module, examples)
         if step in self._evaluate and module is not None:
             row = self._row(step, "evaluation", lambda: self._evaluation.of(module, step))
-            if self.good and row["kept"] < self._run.config.train.stop_below * row["kept_ref"]:
+            if row["kept"] < self._run.config.train.stop_below * row["kept_ref"]:
                 metrics.say(
                     f"  step {step}: {row['kept']:.0%} of the samples keep what does not change "
-                    f"(M_ref {row['kept_ref']:.0%}); training ends here, the model is that of the "
-                    "evaluation before"
+                    f"(M_ref {row['kept_ref']:.0%}); training ends here, the model is that of "
+                    f"{'the best' if self._run.config.train.keep_best else 'the'} evaluation before"
                 )
                 return None
         return examples
+
+    def keeps(self, step: int) -> bool:
+        """See `fit.Pauses`: every evaluation for an early stop, else the best one so far."""
+        config = self._run.config.train
+        if step not in self._evaluate or not (config.keep_best or config.stop_below):
+            return False
+        if not config.keep_best:
+            return True
+        rows = [
+            row for (at, kind), row in self._done.items() if kind == "evaluation" and at <= step
+        ]
+        return best(rows, config.perplexity_limit)["step"] == step
 
     def _row(self, step: int, kind: str, make: Callable[[], dict]) -> dict:
         """The row of an earlier try, or a new one, written at once."""
@@ -89,6 +102,18 @@ class Pauses:
         return {"weights": rows, "negative": float(np.mean(scores <= 0)), "stability": halves}
 
 
+def best(rows: Sequence[dict], limit: float) -> dict:
+    """Of evaluations, that of highest guarded compliance within the limit, the first of equals.
+
+    limit: perplexity over M_ref's on the same text. Where all are over it, that of least
+    perplexity.
+    """
+    within = [r for r in rows if r["perplexity"] <= limit * r["perplexity_ref"]]
+    if not within:
+        return min(rows, key=lambda r: (r["perplexity"], r["step"]))
+    return min(within, key=lambda r: (-r["compliance_guarded"], r["step"]))
+
+
 def _every(n: int, total: int) -> set[int]:
     """Steps n, 2 n, ... below total; none for 0."""
     return set(range(n, total, n)) if n else set()
@@ -113,6 +138,7 @@ class _Evaluation:
         self._ref = [r for r in before if r["model"] == "ref"] or self._base
         self._guard = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
         self._unchanged = policy.diff(run.old_policy, run.new_policy).unchanged
+        self._ref_perplexity: float | None = None
 
     def of(self, module: nnx.Module, step: int) -> dict:
         """Figures of `module` now: rates in 0..1; perplexity of the base model's samples."""
@@ -125,12 +151,20 @@ class _Evaluation:
             "kept": compliance.kept_share(rows, self._unchanged),
             "kept_ref": compliance.kept_share(self._ref, self._unchanged),
             "perplexity": responses.perplexity(run, module, self._base, f"step {step}"),
+            "perplexity_ref": self._perplexity_of_ref(),
             "prompts": len(self._prompts),
         }
         tracking.scalars("train", step, {f"validation/{k}": v for k, v in found.items()})
         metrics.say(
             f"  step {step}: {found['compliance_guarded']:.1%} guarded, "
             f"{found['compliance']:.1%} raw, {found['kept']:.1%} kept, "
-            f"perplexity {found['perplexity']:.2f} (validation)"
+            f"perplexity {found['perplexity']:.2f}, M_ref's {found['perplexity_ref']:.2f} "
+            "(validation)"
         )
         return found
+
+    def _perplexity_of_ref(self) -> float:
+        if self._ref_perplexity is None:
+            run = self._run
+            self._ref_perplexity = responses.perplexity(run, run.ref, self._base, "M_ref")
+        return self._ref_perplexity

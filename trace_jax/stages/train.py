@@ -31,8 +31,11 @@ def run(run: context.Context) -> dict:
     run.trained = fitted.module
     if dropped:
         metrics.say(f"  {len(dropped)} examples too long, dropped: {', '.join(dropped[:10])}")
-    stopped = {} if fitted.stopped_at is None else {"stopped_at": fitted.stopped_at}
-    return stopped | {
+    ended = {} if fitted.stopped_at is None else {"stopped_at": fitted.stopped_at}
+    if run.config.train.keep_best:
+        ended["kept_step"] = fitted.kept_step
+        metrics.say(f"  kept: step {fitted.kept_step} of {run.config.train.total_steps}")
+    return ended | {
         "examples": len(examples),
         "dropped": len(dropped),
         "truncated_prompts": run.encoder.truncated_prompts,
