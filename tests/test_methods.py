@@ -107,6 +107,15 @@ def test_gold_without_corrections_leaves_punish_out():
     assert table("dpo_gold_uncorrected", CORRECTIONS, WEIGHTS) == expected
 
 
+def test_gold_with_nll_has_it_on_every_pair():
+    gold = table("dpo_gold", CORRECTIONS, WEIGHTS)
+    found = table("dpo_gold_nll", CORRECTIONS, WEIGHTS, alpha_nll=0.5, retain_pairs=True)
+    assert found == {
+        action: [(y0, y1, of | {"nll": 0.5}) for y0, y1, of in rows]
+        for action, rows in gold.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("inner", "loss", "retain"),
     [

@@ -10,6 +10,7 @@
 | dpo, which makes M_ref | (y_w, y_l) pref = 1 | the same | the same |
 | dpo_gold | (y_l, y_w) pref = 1 | (y_c, y_w) pref = 1, else left out | (y_w, y_l) pref = 1 |
 | dpo_gold_uncorrected | the same | left out | the same |
+| dpo_gold_nll | dpo_gold, and every pair also has nll = alpha_nll, of its better response |
 | naive_oracle_dpo | pref = 1, the response that alone complies first; else the data's order |
 | npo | (y_w) npo0 = 1 | the same | left out |
 | u2a | (y_w) npo0 = omega, or nll = -omega (ga, graddiff) | the same | left out; kl for graddiff |
@@ -25,6 +26,7 @@ This is the only place where chosen and rejected change places.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from trace_jax import records
 from trace_jax.errors import InputError
@@ -38,6 +40,7 @@ METHODS = (
     "dpo",
     "dpo_gold",
     "dpo_gold_uncorrected",
+    "dpo_gold_nll",
     "naive_oracle_dpo",
     "npo",
     "u2a",
@@ -69,6 +72,7 @@ PRESETS: dict[str, dict[str, object]] = {
 CONFLICTS = ("INVERT", "PUNISH")
 WEIGHTED = ("trace", "trace_no_kl", "trace_no_triage", "trace_invert_only", "u2a")  # by impact
 TRACE = ("trace", "trace_no_kl", "trace_no_impact", "trace_invert_only")
+_NLL = (*TRACE, "dpo_gold_nll")  # take alpha_nll
 INNER = ("npo", "ga", "graddiff")  # inner losses of u2a
 SOFT = (
     "trace",
@@ -76,6 +80,7 @@ SOFT = (
     "trace_no_impact",
     "trace_invert_only",
     "dpo_gold",
+    "dpo_gold_nll",
     "npo",
 )  # by mass
 UNTRIAGED = ("dpo", "sft")  # they use UNRESOLVED records as well
@@ -118,8 +123,8 @@ def examples(
 
     corrections: record id -> y_c. weights: (record id, action) -> impact weight; None means 1.
     punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"
-    is always dual NPO. inner: the loss of u2a, one of INNER. retain_pairs, alpha_nll: of trace and
-    its ablations, see the table.
+    is always dual NPO. inner: the loss of u2a, one of INNER. retain_pairs: of trace and its
+    ablations; alpha_nll: of these and dpo_gold_nll, see the table.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
@@ -137,8 +142,10 @@ def examples(
                 found = _unlearned(item, action, weight, alpha_kl, inner)
             else:
                 found = _of_record(method, item, action, weight, corrections, alpha_kl, punish)
-            if method in TRACE:
-                found = _with_options(item, action, found, retain_pairs, alpha_nll)
+            if method in TRACE and retain_pairs:
+                found = _with_retained_pair(item, action, found)
+            if method in _NLL:
+                found = [replace(e, nll=alpha_nll * e.pref) if e.pref else e for e in found]
             out += [_times(e, mass) for e in found] if with_masses else found
     if with_zeros:
         return out
@@ -158,7 +165,7 @@ def _times(e: Example, mass: float) -> Example:
     if mass == 1.0:
         return e
     names = ("pref", "npo0", "npo1", "kl", "nll")
-    return dataclasses.replace(e, **{name: mass * getattr(e, name) for name in names})
+    return replace(e, **{name: mass * getattr(e, name) for name in names})
 
 
 def _of_record(
@@ -188,11 +195,11 @@ def _of_record(
         case "naive_oracle_dpo", _:
             turned = judged_better(item) == "rejected"
             return pair(y_l, y_w) if turned else pair(y_w, y_l)
-        case "dpo_gold", "PUNISH":
+        case (("dpo_gold" | "dpo_gold_nll"), "PUNISH"):
             return pair(corrections[record.id], y_w) if corrected else []
         case "dpo_gold_uncorrected", "PUNISH":
             return []
-        case (("dpo_gold" | "dpo_gold_uncorrected"), _):
+        case (("dpo_gold" | "dpo_gold_nll" | "dpo_gold_uncorrected"), _):
             return pair(y_l, y_w) if action == "INVERT" else pair(y_w, y_l)
         case "npo", _:
             return [example(y_w, npo0=1.0)] if action in CONFLICTS else []
@@ -209,19 +216,14 @@ def _of_record(
     return [example(y_w, kl=alpha_kl)]
 
 
-def _with_options(
-    item: records.TriagedRecord,
-    action: str,
-    found: list[Example],
-    retain_pairs: bool,
-    alpha_nll: float,
+def _with_retained_pair(
+    item: records.TriagedRecord, action: str, found: list[Example]
 ) -> list[Example]:
-    """trace's examples of a record with what retain_pairs and alpha_nll add to them."""
-    record = item.record
-    if retain_pairs and action == "RETAIN" and item.rejected_verdict.compliant is False:
-        pair = (record.prompt, record.chosen, record.rejected)
-        found = [*found, Example(record.id, action, *pair, pref=1.0)]
-    return [dataclasses.replace(e, nll=alpha_nll * e.pref) if e.pref else e for e in found]
+    """Beside the KL example of a RETAIN record its pair, where y_l violates."""
+    if action != "RETAIN" or item.rejected_verdict.compliant is not False:
+        return found
+    r = item.record
+    return [*found, Example(r.id, action, r.prompt, r.chosen, r.rejected, pref=1.0)]
 
 
 def _unlearned(
