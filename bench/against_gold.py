@@ -3,11 +3,11 @@
 python -m bench.against_gold --config=configs/stories.py --workdir=runs/stories4 --name=stories \\
     [--seeds=10] [--jobs=2] [--config.key=value]
 
-dpo_gold operates where `bench.frontier` put it (docs/results/NAME_frontier.json); trace at its own
-best validation point among those whose perplexity is at most that of dpo_gold's point. Four samples
-a prompt; paired difference over prompts and seeds on the test prompts. Writes
-docs/results/NAME_against_gold.json. The workdir is one of its own, since the number of samples
-decides what stage baseline writes.
+trace as the config has it, the same in every config of a benchmark; dpo_gold where
+`bench.frontier` put it (docs/results/NAME_frontier.json). Both keep their best evaluation on
+validation prompts. Four samples a prompt; paired difference over prompts and seeds on the test
+prompts. Writes docs/results/NAME_against_gold.json. The workdir is one of its own, since the number
+of samples decides what stage baseline writes.
 """
 
 import sys
@@ -26,32 +26,25 @@ MARGIN = -0.05  # not below by more than this
 
 
 def variants(tuned: dict) -> list[compare.Variant]:
-    """trace and dpo_gold at their points.
-
-    Raises:
-      InputError: no point of trace has as little perplexity.
-    """
+    """trace as the config has it, dpo_gold at its point."""
     (gold,) = realign.variants(["dpo_gold"], tuned)
-    limit = tuned["methods"]["dpo_gold"]["best"]["perplexity"]
-    points = [p for p in tuned["methods"]["trace"]["points"] if p["perplexity"] <= limit]
-    if not points:
-        raise InputError(f"no point of trace has perplexity at most {limit:.2f}, as dpo_gold has")
-    best = max(points, key=lambda p: p["compliance_guarded"])
-    keys = {"learning_rate": "learning_rate", "beta": "beta", "steps": "total_steps"}
-    own = {f"train.{key}": best[name] for name, key in keys.items()}
-    return [compare.Variant("trace", {"train.method": "trace"} | own), gold]
+    return [compare.Variant("trace", {"train.method": "trace"}), gold]
 
 
 def measure(config, prepared: Path, tuned: dict, seeds: int, jobs: int) -> dict:
     """The comparison, and whether the answer is yes."""
     chosen = variants(tuned)
+    train = config.train
     config = config_lib.with_overrides(config, {"evaluate.samples": SAMPLES})
     found = compare.compare(config, prepared, chosen, seeds, jobs, winrate=False)
     (test,) = [t for t in found["tests"] if t["figure"] == "compliance_guarded"
                and {t["a"], t["b"]} == {"trace", "dpo_gold"}]  # fmt: skip
     perplexity = {v.name: found["methods"][v.name]["perplexity"] for v in chosen}
     return found | {
-        "operating_points_here": {v.name: v.overrides for v in chosen},
+        "operating_points_here": {
+            "trace": {f"train.{k}": train[k] for k in ("learning_rate", "beta", "total_steps")},
+            "dpo_gold": chosen[1].overrides,
+        },
         "difference": test,
         "not_below": test["low"] > MARGIN,
         "no_more_perplexity": perplexity["trace"] <= perplexity["dpo_gold"],

@@ -7,9 +7,9 @@ python -m bench.frontier --config=configs/stories.py --workdir=runs/stories \\
 A grid point is learning rate : beta : steps. Every method gets as many points: the common ones, or
 those of its own where there are any (npo@1e-5:0.1:50), for methods that the common ones destroy.
 Each runs once (the config's seed) over the prepared workdir, evaluated on validation prompts as it
-trains. Writes OUT.json and OUT.png and names each method's best point by guarded compliance at T=1
-among those whose perplexity on the base model's own samples is at most 10 % over M_ref's. The test
-prompts are never read.
+trains. Writes OUT.json and OUT.png and names each method's best point: the highest guarded
+compliance at T=1, at any evaluation of its way, at a perplexity on the base model's own samples of
+at most 10 % over M_ref's, which is what train.keep_best keeps. The test prompts are never read.
 
 python -m bench.frontier --readme    writes the tables of docs/results/*_frontier.json to README.md
 """
@@ -28,6 +28,8 @@ from trace_jax.errors import InputError
 LIMIT = 1.10  # perplexity over M_ref's
 WIDEST = 2.0  # of M_ref's perplexity, in the plot
 EVALUATIONS = 5  # of a run, the last after its last step
+PROMPTS = 100  # of an evaluation on the way
+POINT = ("learning_rate", "beta", "steps")
 
 
 def machine() -> dict[str, str]:
@@ -67,7 +69,8 @@ def frontier(config, prepared: Path, methods: list[str], grid: list[str], jobs: 
     for variant in (v for of in variants.values() for v in of):
         every = max(1, round(int(variant.overrides["train.total_steps"]) / EVALUATIONS))
         own = {"evaluate.splits": ("validation",), "seed": config.seed}
-        own |= {"train.evaluate_every": every, "train.evaluate_prompts": 100}
+        own |= {"train.keep_best": False, "train.evaluate_every": every}
+        own |= {"train.evaluate_prompts": PROMPTS}
         todo.append((prepared / "frontier" / variant.name, variant.overrides | own))
     evaluated = compare.run_all(config, prepared, todo, jobs)
     rows = {
@@ -81,8 +84,8 @@ def frontier(config, prepared: Path, methods: list[str], grid: list[str], jobs: 
         "limit": LIMIT,
         "ref": ref,
         "methods": {
-            method: _method([rows[v.name] for v in of], LIMIT * ref["perplexity"])
-            for method, of in variants.items()
+            name: method([rows[v.name] for v in of], LIMIT * ref["perplexity"])
+            for name, of in variants.items()
         },
         **machine(),
     }
@@ -106,24 +109,25 @@ def _row(overrides: dict, found: dict, target: Path) -> dict:
     }
 
 
-def _method(rows: list[dict], limit: float) -> dict:
-    """A method's points and the best of those within the limit, None if there is none.
+def method(rows: list[dict], limit: float) -> dict:
+    """A method's points and the best of all evaluations on their ways within the limit.
 
-    within_limit: the most it reached within the limit anywhere on its ways, for methods at equal
-    utility.
+    best: {learning_rate, beta, steps, step of the evaluation, compliance_guarded, perplexity}; None
+    where all are over the limit.
     """
-    allowed = [r for r in rows if r["perplexity"] <= limit]
-    best = max(allowed, key=lambda r: r["compliance_guarded"], default=None)
-    everywhere = [p for r in rows for p in (*r["way"], r) if p["perplexity"] <= limit]
-    return {
-        "points": rows,
-        "best": best and {k: v for k, v in best.items() if k != "way"},
-        "within_limit": max((p["compliance_guarded"] for p in everywhere), default=None),
-    }
+    ways = [
+        {k: row[k] for k in POINT} | {"step": row["steps"]} | at
+        for row in rows
+        for at in (*row["way"], {k: row[k] for k in ("compliance_guarded", "perplexity")})
+    ]
+    allowed = [at for at in ways if at["perplexity"] <= limit]
+    best = max(allowed, key=lambda at: at["compliance_guarded"], default=None)
+    return {"points": rows, "best": best}
 
 
 def plot(found: dict, path: Path) -> None:
-    """Guarded compliance against perplexity: the way of every run, its end as a mark.
+    """Guarded compliance against perplexity: the way of every run, its end as a mark, a star for
+    the best evaluation of a method.
 
     What lies beyond WIDEST times M_ref's perplexity stands at the right edge, as an arrow.
     """
@@ -143,12 +147,14 @@ def plot(found: dict, path: Path) -> None:
             y = [start[1], *(100 * r["compliance_guarded"] for r in path_)]
             colour = f"C{index % 10}"
             axes.plot(x, y, "-", color=colour, alpha=0.35, linewidth=1)
-            best = of["best"] and all(row[k] == v for k, v in of["best"].items())
             label = method if i == 0 else None
-            marker = dict(marker="*", markersize=13) if best else dict(marker="o", markersize=5)
+            marker = dict(marker="o", markersize=5)
             if row["perplexity"] > edge:
                 marker = dict(marker=">", markersize=7)
             axes.plot(x[-1], y[-1], color=colour, linestyle="", label=label, **marker)
+        if best := of["best"]:
+            at = (best["perplexity"], 100 * best["compliance_guarded"])
+            axes.plot(*at, color=colour, marker="*", markersize=14, markeredgecolor="black")
     axes.plot(*start, "k*", markersize=12, label="M_ref")
     axes.axvline(
         found["limit"] * ref["perplexity"], color="grey", linestyle="--", label="limit: +10 %"
@@ -160,29 +166,26 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def markdown(name: str, found: dict) -> str:
-    """The best point of every method, percent."""
+def markdown(benchmark: str, found: dict) -> str:
+    """The best evaluation of every method, percent."""
     ref = found["ref"]
     lines = [
-        f"**{name}**: M_ref {100 * ref['compliance_guarded']:.1f} guarded at perplexity "
+        f"**{benchmark}**: M_ref {100 * ref['compliance_guarded']:.1f} guarded at perplexity "
         f"{ref['perplexity']:.2f}; limit {found['limit'] * ref['perplexity']:.2f}; "
         f"commit {found['commit']}.",
         "",
-        "| | learning rate, beta | guarded | raw | perplexity | most within the limit on any way |",
-        "|---|---|---|---|---|---|",
+        "| | learning rate, beta, steps | best at step | guarded | perplexity |",
+        "|---|---|---|---|---|",
     ]
-    for method, of in found["methods"].items():
-        row = of["best"] or min(of["points"], key=lambda p: p["perplexity"])
-        most = "-" if of["within_limit"] is None else f"{100 * of['within_limit']:.1f}"
-        cells = [
-            f"{row['learning_rate']:g}, {row['beta']:g}"
-            + ("" if of["best"] else " (over the limit)"),
-            f"{100 * row['compliance_guarded']:.1f}",
-            f"{100 * row['compliance']:.1f}",
-            f"{row['perplexity']:.2f}",
-            most,
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    for name, of in found["methods"].items():
+        if of["best"] is None:
+            lines.append(f"| {name} | all over the limit | - | - | - |")
+            continue
+        row = of["best"]
+        lines.append(
+            f"| {name} | {row['learning_rate']:g}, {row['beta']:g}, {row['steps']} | {row['step']} "
+            f"| {100 * row['compliance_guarded']:.1f} | {row['perplexity']:.2f} |"
+        )
     return "\n".join([*lines, ""])
 
 
@@ -222,7 +225,7 @@ def main(argv: list[str]) -> int:
     plot(found, out.with_suffix(".png"))
     for method, of in found["methods"].items():
         for row in of["points"]:
-            best = of["best"] and all(row[k] == v for k, v in of["best"].items())
+            best = of["best"] and all(row[k] == of["best"][k] for k in POINT)
             print(
                 f"{row['compliance_guarded']:.3f} guarded {row['compliance']:.3f} raw "
                 f"{row['perplexity']:.2f} perplexity  {method} {row['learning_rate']:g}:"

@@ -30,7 +30,7 @@ def measure(config, workdir: Path, third: str, n_seeds: int, jobs: int) -> dict:
     kept = policy.diff(policy.load(before["policy"]["new"]), policy.load(third)).unchanged
     rows, perplexity = {}, {}
     for way, parent in (("chained", str(workdir)), ("direct", "")):
-        own = {"parent": parent, "policy.new": third, "evaluate.splits": ("test",)}
+        own = {"parent": parent, "policy.new": third, "evaluate.splits": ("test", "validation")}
         of_way = config_lib.resolved(config_lib.with_overrides(config, own))
         prepared = workdir / "generations" / way
         launch.realign(of_way, prepared, only=",".join(compare.SHARED))

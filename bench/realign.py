@@ -6,7 +6,8 @@ python -m bench.realign --readme    writes the tables of docs/results/*.json int
 
 A comparison (`trace_jax.compare`) with METHODS at the operating points that `bench.frontier` chose
 on validation (docs/results/NAME_frontier.json): each tuned method at its own, the others at that of
-the method they vary. Writes docs/results/NAME.json, .md, .tex and .png with the machine, versions
+the method they vary. Every run keeps its best evaluation on validation prompts (train.keep_best),
+as the frontier did. Writes docs/results/NAME.json, .md, .tex and .png with the machine, versions
 and commit.
 """
 
@@ -27,18 +28,22 @@ METHODS = {
     "trace_full_weights": ("trace_full_weights", "trace_full_weights"),
     "trace_no_nll": ("trace+train.alpha_nll=0", "trace"),
     "trace_no_kl": ("trace_no_kl", "trace"),
-    "trace_no_triage": ("trace_no_triage", "trace"),
+    "trace_no_triage": ("trace_no_triage", "npo"),  # it unlearns all, as npo the conflicts
     "trace_dual_npo": ("trace_dual_npo", "trace"),
     "trace_shuffled": ("trace_shuffled", "trace_full_weights"),
     "trace_invert_only": ("trace_invert_only", "trace"),
     "trace_paper": ("trace_paper", "trace_paper"),
     "dpo_gold": ("dpo_gold", "dpo_gold"),
     "dpo_gold_uncorrected": ("dpo_gold_uncorrected", "dpo_gold"),
+    "dpo_gold_nll": ("dpo_gold_nll", "dpo_gold"),
+    "trace@beta": ("trace", "trace"),
+    "dpo_gold@beta": ("dpo_gold", "dpo_gold"),
     "naive_oracle_dpo": ("naive_oracle_dpo", "naive_oracle_dpo"),
     "npo": ("npo", "npo"),
     "u2a": ("u2a", "u2a"),
     "sft": ("sft", "sft"),
 }
+BETA_OF = {"trace@beta": "dpo_gold", "dpo_gold@beta": "trace"}  # else its own point's
 RESULTS = Path("docs/results")
 BEGIN, END = "<!-- results: python -m bench.realign --readme -->", "<!-- end of results -->"
 REPLICATION = Path("docs/replication.md")
@@ -69,14 +74,22 @@ def variants(names: list[str], tuned: dict) -> list[compare.Variant]:
             raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
         text, at = METHODS[name]
         (variant,) = compare.parse_methods(text)
-        if at not in tuned["methods"]:
-            raise InputError(f"the frontier has no points of {at}; run bench.frontier with it")
-        of = tuned["methods"][at]
-        point = of["best"] or min(of["points"], key=lambda row: row["perplexity"])
+        point = _point(at, tuned)
         keys = {"learning_rate": "learning_rate", "beta": "beta", "steps": "total_steps"}
         own = {f"train.{key}": point[name_] for name_, key in keys.items()}
+        if name in BETA_OF:
+            own["train.beta"] = _point(BETA_OF[name], tuned)["beta"]
+        own |= {"train.keep_best": True, "train.evaluate_prompts": frontier.PROMPTS}
+        own["train.evaluate_every"] = max(1, round(point["steps"] / frontier.EVALUATIONS))
         found.append(compare.Variant(name, own | variant.overrides))
     return found
+
+
+def _point(method: str, tuned: dict) -> dict:
+    if method not in tuned["methods"]:
+        raise InputError(f"the frontier has no points of {method}; run bench.frontier with it")
+    of = tuned["methods"][method]
+    return of["best"] or min(of["points"], key=lambda row: row["perplexity"])
 
 
 def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, jobs: int) -> None:

@@ -11,8 +11,8 @@ noise   the paper's corruption of 0, 10, 20 % of the records
 size    25, 50, 100 % of the records
 soft    a judge that errs on 10 or 20 % of its verdicts and says how sure it is: actions by the more
         likely verdict, against a share of every action by its probability
-gold    dpo_gold on exact verdicts; the others see only such a judge: here the share of the gap
-        closed means what the paper means
+gold    dpo_gold on exact verdicts; the others and the controls see only such a judge: here the
+        share of the gap closed means what the paper means
 """
 
 import sys
@@ -26,6 +26,10 @@ from trace_jax import compare, launch, records
 from trace_jax.errors import InputError
 
 NOISE, SIZE, ERROR = (0.0, 0.1, 0.2), (0.25, 0.5, 1.0), (0.1, 0.2)
+
+NOISY = (
+    "trace", "u2a", "trace_no_impact", "trace_paper", "naive_oracle_dpo", "npo", "sft",
+)  # fmt: skip  # methods of study gold that see the judge that errs
 
 
 def _point(study: str, method: str, x: float, label: str, **overrides: object) -> dict:
@@ -49,7 +53,7 @@ def points() -> list[dict]:
         for soft in (False, True):
             label = "trace, soft" if soft else "trace, hard"
             found.append(_point("soft", "trace", x, label, triage__error=x, triage__soft=soft))
-        found += [_point("gold", m, x, m, triage__error=x) for m in ("trace", "u2a")]
+        found += [_point("gold", m, x, m, triage__error=x) for m in NOISY]
     return [*found, _point("gold", "dpo_gold", 0.0, "dpo_gold, exact")]
 
 
@@ -82,25 +86,29 @@ def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int,
         rows.append({k: p[k] for k in ("study", "line", "x")} | figures
                     | {"perplexity": of["perplexity"]})  # fmt: skip
     out = {"points": rows, "seeds": found["seeds"], "split": found["split"]}
+
+    def outcomes(p: dict):
+        target = variants[variant(p, tuned).name]
+        paths = [compare.folder(prepared, target, s) / "samples.jsonl" for s in found["seeds"]]
+        rows = [comparison.rows_of(path, "trained", found["split"], ()) for path in paths]
+        return comparison.outcomes(rows, "compliance_guarded")
+
+    def of(study: str, line: str, x: float):
+        return outcomes(
+            next(p for p in chosen if (p["study"], p["line"], p["x"]) == (study, line, x))
+        )
+
     if "gold" in studies:
-        out["gap_closed"] = {}
-        for x in ERROR:
-            names = [variant(p, tuned).name for p in chosen
-                     if p["study"] == "gold" and p["x"] in (0.0, x)]  # fmt: skip
-            by_method = {name.split("+")[0]: variants[name] for name in names}
-            of = {
-                m: [
-                    comparison.rows_of(
-                        compare.folder(prepared, v, s) / "samples.jsonl", "trained",
-                        found["split"], (),
-                    )
-                    for s in found["seeds"]
-                ]
-                for m, v in by_method.items()
-            }  # fmt: skip
-            outcomes = [comparison.outcomes(of[m], "compliance_guarded")
-                        for m in ("trace", "u2a", "dpo_gold")]  # fmt: skip
-            out["gap_closed"][str(x)] = paired.gap_closed(*outcomes)
+        exact = of("gold", "dpo_gold, exact", 0.0)
+        out["gap_closed"] = {
+            str(x): paired.gap_closed(of("gold", "trace", x), of("gold", "u2a", x), exact)
+            for x in ERROR
+        }
+    if "soft" in studies:
+        out["soft_minus_hard"] = {
+            str(x): vars(paired.compare(of("soft", "trace, soft", x), of("soft", "trace, hard", x)))
+            for x in ERROR
+        }
     return out
 
 
@@ -163,6 +171,10 @@ def table(found: dict) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
     text += f"\nPercent [95 % interval]; {found['split']} prompts; seeds {seeds}; "
     text += f"commit {found['commit']}.\n"
+    for x, d in found.get("soft_minus_hard", {}).items():
+        mean, low, high = (100 * d[e] for e in ("difference", "low", "high"))
+        text += f"\nSoft minus hard triage, a judge that errs on {float(x):.0%}: "
+        text += f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}].\n"
     for x, gap in found.get("gap_closed", {}).items():
         rate, low, high = (100 * gap[e] for e in ("rate", "low", "high"))
         text += "\nGap from u2a to exact dpo_gold that trace closes with a judge that errs on "

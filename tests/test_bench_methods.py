@@ -1,0 +1,119 @@
+"""What the scripts of bench/ that train choose before they run anything."""
+
+import runpy
+
+import pytest
+
+from bench import against_gold, frontier, realign, studies
+from trace_jax import compare
+from trace_jax.errors import InputError
+
+POINT = {"learning_rate": 1e-4, "beta": 0.1, "steps": 9, "perplexity": 1.0}
+
+
+def _tuned(*names: str, **changes) -> dict:
+    of = {"best": POINT, "points": [POINT]} | changes
+    return {"methods": dict.fromkeys(names, of)}
+
+
+def test_points_of_studies_differ_in_what_they_say():
+    """A frontier with one point a method; equal points are one run, others are not."""
+    tuned = _tuned(*{at for _, at in realign.METHODS.values()})
+    found = {p["study"] + str(i): studies.variant(p, tuned) for i, p in enumerate(studies.points())}
+    by_name = {v.name: v for v in found.values()}
+    assert by_name["trace+triage.error=0.1+triage.soft=True"].overrides["triage.soft"] is True
+    assert by_name["trace"].overrides["train.learning_rate"] == 1e-4
+    changes = (
+        "train.data_share=0.25",
+        "train.data_share=0.5",
+        "triage.error=0.1",
+        "triage.error=0.2",
+    )
+    assert {v.name for v in found.values() if v.name.startswith("naive")} == {
+        "naive_oracle_dpo", *(f"naive_oracle_dpo+{change}" for change in changes),
+    }  # fmt: skip
+    assert len(by_name) == 30 and all(compare.own_stages(v) for v in by_name.values())
+
+
+def test_a_table_of_studies_says_every_point_and_the_gap():
+    rate = {"rate": 0.5, "low": 0.25, "high": 0.75}
+    point = {"study": "gold", "line": "trace", "x": 0.1, "perplexity": 1.5}
+    point |= {"compliance_guarded": rate, "compliance": rate | {"rate": 0.6}}
+    found = {"points": [point], "split": "test", "seeds": [0, 1], "commit": "abc"}
+    told = studies.table(found | {"gap_closed": {"0.1": rate}})
+    assert "| gold | trace | 10% | 50.0 [25.0, 75.0] | 60.0 [25.0, 75.0] | 1.50 |" in told
+    assert "errs on 10%: 50 % [25, 75]." in told and "seeds 0, 1; commit abc." in told
+
+
+def test_a_method_has_points_of_its_own_or_the_common_ones():
+    grid = ["1e-4:0.1:150", "npo@1e-5:0.1:50", "2e-4:0.1:150", "npo@3e-6:0.5:50"]
+    rates = {m: [v.overrides["train.learning_rate"] for v in frontier.points(grid, m)]
+             for m in ("npo", "trace")}  # fmt: skip
+    assert rates == {"npo": ["1e-5", "3e-6"], "trace": ["1e-4", "2e-4"]}
+    with pytest.raises(InputError, match="reads learning_rate:beta:steps"):
+        frontier.points(["npo@1e-5"], "npo")
+    with pytest.raises(InputError, match="as many points each: trace 2, npo 1"):
+        frontier.frontier(None, None, ["trace", "npo"], grid[:3], 1)
+
+
+def test_methods_of_the_table_take_their_operating_points():
+    tuned = _tuned("trace_full_weights", "trace_paper")
+    shuffled, paper = realign.variants(["trace_shuffled", "trace_paper"], tuned)
+    assert shuffled.overrides["impact.weights"] == "shuffled"
+    assert shuffled.overrides["train.beta"] == 0.1 and shuffled.overrides["train.total_steps"] == 9
+    assert paper.overrides["train.beta"] == 0.3  # the paper's, whatever was tuned
+    assert paper.overrides["train.learning_rate"] == 1e-4
+    with pytest.raises(InputError, match="no points of npo"):
+        realign.variants(["npo"], tuned)
+    with pytest.raises(InputError, match="an older bench.frontier"):
+        realign.variants(["trace"], {"points": []})
+    far = [POINT | {"perplexity": 3.0}, POINT | {"perplexity": 2.0, "beta": 0.7}]
+    (npo,) = realign.variants(["npo"], _tuned("npo", best=None, points=far))
+    assert npo.overrides["train.beta"] == 0.7
+
+
+def test_every_method_of_the_table_is_one_that_compares():
+    for text, tuned_as in realign.METHODS.values():
+        (variant,) = compare.parse_methods(text)
+        assert compare.own_stages(variant) and tuned_as in realign.METHODS
+
+
+def test_the_best_point_is_the_best_evaluation_within_the_limit():
+    at = {"learning_rate": 1e-4, "beta": 0.1, "steps": 9}
+    rows = [
+        at | {"compliance_guarded": 0.9, "perplexity": 3.0, "way": []},
+        at | {"compliance_guarded": 0.5, "perplexity": 1.5, "beta": 0.7, "compliance": 0.9,
+              "way": [{"step": 1, "compliance_guarded": 0.6, "perplexity": 1.4},
+                      {"step": 5, "compliance_guarded": 0.8, "perplexity": 2.1}]},
+    ]  # fmt: skip
+    found = frontier.method(rows, 2.0)["best"]
+    chosen = {"step": 1, "compliance_guarded": 0.6, "perplexity": 1.4}
+    assert found == at | {"beta": 0.7} | chosen
+    assert frontier.method(rows, 2.5)["best"]["step"] == 5
+    assert frontier.method(rows, 3.0)["best"]["step"] == 9
+    assert frontier.method(rows[:1], 2.0)["best"] is None
+
+
+def test_every_run_of_the_table_keeps_its_best_evaluation():
+    for variant in realign.variants(["trace", "trace_no_triage"], _tuned("trace", "npo")):
+        assert variant.overrides["train.keep_best"] is True
+        assert variant.overrides["train.evaluate_every"] == 2
+
+
+def test_equal_betas_are_those_of_the_other_method():
+    far = POINT | {"beta": 0.7}
+    methods = _tuned("trace")["methods"] | _tuned("dpo_gold", best=far)["methods"]
+    both = realign.variants(["trace@beta", "dpo_gold@beta"], {"methods": methods})
+    assert [v.overrides["train.beta"] for v in both] == [0.7, 0.1]
+    assert [v.overrides["train.method"] for v in both] == ["trace", "dpo_gold"]
+
+
+def test_trace_meets_dpo_gold_as_the_config_has_it():
+    trace, gold = against_gold.variants(_tuned("dpo_gold"))
+    assert trace.overrides == {"train.method": "trace"} and gold.overrides["train.beta"] == 0.1
+
+
+def test_the_default_of_trace_is_one_on_both_benchmarks():
+    files = (runpy.run_path(f"configs/{name}.py") for name in ("quickstart", "stories"))
+    quickstart, stories = (file["get_config"]().train for file in files)
+    assert quickstart.to_dict() == stories.to_dict()
