@@ -94,6 +94,7 @@ def test_a_second_run_on_this_machine_is_refused_and_changes_nothing(machine):
         assert files(path) == {"new.txt": "not in the bucket yet"}
 
 
+@pytest.mark.fault
 def test_what_ended_a_run_is_told_even_where_the_bucket_is_gone_too(machine, monkeypatch, capsys):
     close, url = bucket.Mirror.close, "gs://bucket/runs/gone"
 
@@ -140,6 +141,7 @@ def test_files_of_several_processes_meet(machine, monkeypatch):
             (mirrors[0].local / "of2.txt").unlink()  # the first one may delete what others wrote
 
 
+@pytest.mark.fault
 def test_a_run_elsewhere_holds_the_workdir_until_it_is_silent(machine):
     url = "gs://bucket/runs/held"
     owner = remote.open_path(url) / ".owner.json"
@@ -190,6 +192,7 @@ def test_a_model_in_a_bucket_is_fetched_once_and_again_when_it_changes(machine, 
     assert (remote.local("gs://bucket/models/tiny") / "config.json").read_text() == '{"a": 1}'
 
 
+@pytest.mark.fault
 def test_a_run_killed_in_training_ends_the_same_on_another_machine(
     straight, config, storage, tmp_path
 ):
@@ -234,6 +237,7 @@ def bucket_listing(url: str, environment: dict[str, str]) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.fault
 @pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="half a minute of tries: make soak")
 def test_a_bucket_that_nobody_can_reach_is_one_line_and_exit_code_2(config, tmp_path):
     nobody = "http://127.0.0.1:9"

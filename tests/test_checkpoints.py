@@ -71,6 +71,7 @@ def test_resume_of_full_fine_tuning_also_restores_the_optimizer(base, tmp_path):
     tiny.assert_same(nnx.state(resumed.module), nnx.state(whole.module))
 
 
+@pytest.mark.fault
 def test_two_stops_and_a_line_cut_off_in_metrics(base, straight, tmp_path):
     for after in (3, 5):
         with pytest.raises(Killed):
@@ -128,6 +129,7 @@ def _damage(folder, how: str) -> None:
         path.write_bytes(bytes(data))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, straight, tmp_path, capsys, how):
     with pytest.raises(Killed):
@@ -147,6 +149,7 @@ def test_an_intact_checkpoint_is_left_as_it_is(base, straight):
     assert {p: p.read_bytes() for p in straight[0].rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.fault
 def test_a_disk_that_is_full_is_one_line_and_the_one_before_stays(base, small_disk):
     """Room for one checkpoint, not for two."""
     folder = small_disk(256)

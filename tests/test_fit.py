@@ -173,6 +173,7 @@ def test_a_pause_changes_the_coefficients_from_there_on(base, run_all, tmp_path)
     assert found[:3] == straight[:3] and found[3] == pytest.approx(2 * straight[3], rel=1e-5)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("killed_at", [1, 3, 4])
 def test_a_run_with_pauses_goes_on_as_it_would_have(base, tmp_path, monkeypatch, killed_at):
     straight = tiny.fit(base, tmp_path / "straight", pauses=Pauses(2, 4))
@@ -214,6 +215,7 @@ def test_a_first_pause_that_stops_leaves_nothing_to_go_back_to(base, tmp_path):
         tiny.fit(base, tmp_path, pauses=Pauses(2, stop=2, good=(2,)))
 
 
+@pytest.mark.fault
 def test_steps_with_nan_gradients_are_left_out_and_counted_or_end_the_run(base, tmp_path):
     """One record gives a gradient that is not a number whenever its turn comes."""
     examples = list(EXAMPLES)

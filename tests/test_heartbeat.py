@@ -81,6 +81,7 @@ def test_status_shows_the_signs_of_a_run_at_work(tmp_path, capsys):
     assert status.of(tmp_path)["processes"] == []
 
 
+@pytest.mark.fault
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, told):
     (tmp_path / heartbeat.FOLDER).write_text("a file where the folder should be")
     with heartbeat.beating(tmp_path, stuck_after=0.05, interval=0.01, say=told.append):

@@ -175,6 +175,7 @@ def test_stored_rope_frequencies_are_ignored(module, saved):
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -191,6 +192,7 @@ def test_wrong_tensors_are_named(saved, change, message):
         models.load(saved)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "file, content, message",
     [
@@ -218,6 +220,7 @@ def test_an_index_without_files_is_named(saved, index):
         models.load(saved)
 
 
+@pytest.mark.fault
 def test_truncated_weights_are_damaged(saved):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:-100])

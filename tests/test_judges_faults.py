@@ -67,6 +67,7 @@ def undisturbed(written, tmp_path_factory):
     return folder, counts, again
 
 
+@pytest.mark.fault
 def test_every_response_ends_as_the_truth_says(written, undisturbed):
     found = {}
     for item in triage.read(undisturbed[0] / "triage.jsonl"):
@@ -84,6 +85,7 @@ def test_a_good_reply_is_never_asked_for_twice(undisturbed):
     assert again["requests"] == counts["requests"]  # a finished triage.jsonl asks nothing
 
 
+@pytest.mark.fault
 def test_killed_ten_times_it_ends_the_same_byte_for_byte(written, undisturbed, tmp_path):
     rng = random.Random(7)
     kills = sorted(rng.uniform(0.02, 0.98) for _ in range(KILLS))

@@ -107,6 +107,7 @@ def test_the_price_of_tokens_is_kept(server):
     assert spent.price == pytest.approx(fresh + 0.1 * spent.cached_tokens + 10 * 20)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("budget", [{"budget_calls": 7}, {"budget_usd": 0.003, "price_input": 1.0}])
 def test_a_budget_stops_cleanly_and_what_was_paid_is_kept(server, tmp_path, budget):
     items = [("Tell", f"calm b{i} {sorted(budget)}") for i in range(40)]
@@ -122,6 +123,7 @@ def test_a_budget_stops_cleanly_and_what_was_paid_is_kept(server, tmp_path, budg
     assert all(asked(server, response) == 1 for _, response in items)
 
 
+@pytest.mark.fault
 def test_a_wrong_key_stops_at_once(server, monkeypatch):
     monkeypatch.setenv("GEMINI_API_KEY", "wrong-key-1234")
     before = gemini_client.get(server)["requests"]
@@ -139,6 +141,7 @@ def test_no_key_and_an_unknown_model_are_said(server, monkeypatch):
         gemini_client.judge()
 
 
+@pytest.mark.fault
 def test_a_service_that_is_down_ends_the_run_with_a_line(server, monkeypatch):
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", "http://127.0.0.1:9")
     judge = gemini_client.judge(backoff_seconds=0.1, tries=1000, outage_seconds=0.5)

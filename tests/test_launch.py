@@ -258,6 +258,7 @@ def test_redo_leaves_downstream_alone_where_nothing_came_out_different(run, conf
     assert report.read_text() != "edited"
 
 
+@pytest.mark.fault
 def test_a_partial_triage_is_continued(run, config, capsys):
     path, started = run / "triage.jsonl", run / ".stages" / "triage.started.json"
     whole, mark = path.read_text(), _json(run / ".stages" / "triage.json")
@@ -274,6 +275,7 @@ def test_a_partial_triage_is_continued(run, config, capsys):
     assert not started.exists()
 
 
+@pytest.mark.fault
 def test_a_killed_training_goes_on_to_the_same_end(straight, run, config, monkeypatch, capsys):
     for name in ("checkpoints", "metrics.jsonl", "eval.json", "samples.jsonl"):
         target = run / name
@@ -307,6 +309,7 @@ def test_a_killed_training_goes_on_to_the_same_end(straight, run, config, monkey
         assert (run / name).read_text() == (straight[0] / name).read_text(), name
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["triage.jsonl", "impact.jsonl", "ref/model.safetensors"])
 @pytest.mark.parametrize("how", ["edited", "gone"])
 def test_an_artefact_that_changed_since_is_named(run, config, capsys, name, how):
@@ -381,6 +384,7 @@ def test_flags_of_one_call_do_not_reach_the_next(config, tmp_path, capsys):
     assert "needs stage prepare" in _error(capsys, *flags, "--stages=impact")
 
 
+@pytest.mark.fault
 def test_an_unwritable_workdir_is_one_line(config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     said = _error(capsys, f"--config={config}", f"--workdir={tmp_path / 'file' / 'run'}")
@@ -421,6 +425,7 @@ def jsonl(straight, config, tmp_path) -> tuple[Path, list[dict], tuple[str, ...]
     return path, rows, flags
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -439,6 +444,7 @@ def test_a_malformed_record_is_one_line_with_file_and_line(jsonl, capsys, line, 
     assert f"{path}:5" in found and said in found
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [

@@ -38,6 +38,7 @@ def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
         pass
 
 
+@pytest.mark.fault
 def test_a_dead_owner_holds_nothing(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
@@ -60,6 +61,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
             pass
 
 
+@pytest.mark.fault
 def test_the_program_is_refused(holder, config, tmp_path):
     command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}"]
     command += [f"--workdir={tmp_path / 'run'}", "--stages=prepare"]

@@ -27,6 +27,7 @@ def _end(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said.strip().splitlines()[-1]
 
 
+@pytest.mark.fault
 def test_training_that_is_told_to_go_goes_on_to_the_same_end(straight, config, tmp_path):
     ends = []
     for name in ("straight", "stopped"):
@@ -54,6 +55,7 @@ def test_training_that_is_told_to_go_goes_on_to_the_same_end(straight, config, t
     assert ends[0] == ends[1] and len(ends[0]) == 60
 
 
+@pytest.mark.fault
 def test_other_work_stops_at_once(config, tmp_path):
     process = subprocess.Popen(
         _command(config, tmp_path / "run", "--stages=prepare"),

@@ -98,6 +98,7 @@ def test_a_missing_file_is_an_input_error(tmp_path):
         records.read_json(tmp_path / "none.json")
 
 
+@pytest.mark.fault
 def test_whole_files_are_written_or_not_at_all(tmp_path):
     path = tmp_path / "a.jsonl"
     records.write_jsonl(path, [{"a": "é"}, {"a": 2}])
@@ -119,6 +120,7 @@ def test_whole_files_are_written_or_not_at_all(tmp_path):
         records.JsonlAppender(tmp_path / "no such folder" / "b.jsonl")
 
 
+@pytest.mark.fault
 def test_appending_goes_on_after_the_last_whole_line(tmp_path):
     path = tmp_path / "a.jsonl"
     with records.JsonlAppender(path) as out:

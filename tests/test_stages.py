@@ -32,6 +32,7 @@ def _interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.fault
 def test_an_interrupted_baseline_generates_nothing_again(run, straight, config, monkeypatch):
     _forget(run, "baseline")
     with monkeypatch.context() as patch:
@@ -49,6 +50,7 @@ def test_an_interrupted_baseline_generates_nothing_again(run, straight, config, 
         assert (run / name).read_bytes() == (straight[0] / name).read_bytes()
 
 
+@pytest.mark.fault
 def test_a_judge_that_fails_in_an_evaluation_costs_no_answers(run, config, monkeypatch, capsys):
     """Its verdicts are kept by its store; the models' answers by the stage."""
     _forget(run, "evaluate")
@@ -70,6 +72,7 @@ def test_a_judge_that_fails_in_an_evaluation_costs_no_answers(run, config, monke
     assert not (run / ".responses").exists()
 
 
+@pytest.mark.fault
 def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, monkeypatch):
     """The judge accepts everything; the first search is cut off after its first acceptance."""
     searched = []

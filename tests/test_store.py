@@ -162,6 +162,7 @@ def test_export_to_parquet(tmp_path):
     assert store.Store(":memory:").export(tmp_path / "empty.parquet") == 0
 
 
+@pytest.mark.fault
 def test_files_that_are_no_store_of_this_version(tmp_path):
     text = tmp_path / "text"
     text.write_text("not a database, but long enough to look at: " * 100)
@@ -203,6 +204,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path):
     assert again.find_comparisons(ONE, [b"q"]) == {b"q": "tie"}
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "damage",
     ["status = 'violating'", "probability = 0.1", "item = 2", "sum = sum + 1"],
