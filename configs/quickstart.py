@@ -2,7 +2,7 @@
 
 python -m trace_jax.launch --config=configs/quickstart.py --workdir=runs/quickstart
 
-2 CPU cores, about 2 minutes. Expect guarded compliance with the new policy of 38 % for M_ref and
+2 to 5 minutes on 2 cores. Expect guarded compliance with the new policy of 38 % for M_ref and
 73 % re-aligned (docs/results/synth.json).
 """
 

@@ -1,25 +1,65 @@
-"""What README's first screen shows is what the quickstart gives.
+"""What README's first screen says is so, and what it shows is what the quickstart gives.
 
-`.ci/run` does the quickstart before the tests; without it only what needs no run is looked at.
+`.ci/run` does the quickstart before the tests, and a user may have done so by `make quickstart`;
+without a run of the config as it is only what needs none is looked at.
 """
 
 import collections
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from trace_jax import config as config_lib
+from trace_jax import triage
+
 ROOT = Path(__file__).resolve().parents[1]
-RUN = ROOT / "runs" / "ci-quickstart"
 SCREEN = (ROOT / "README.md").read_text().split("\n## Your own model")[0]
 ACTIONS = ("INVERT", "PUNISH", "RETAIN", "UNRESOLVED")
 MODELS = {"base": "base", "M_ref": "ref", "re-aligned": None}
 
-needs_run = pytest.mark.skipif(
-    not (RUN / "eval.json").exists(), reason="runs/ci-quickstart is made by .ci/run"
-)
+CONFIG = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+# What it says of the program, and who checks that.
+CLAIMS = {
+    "INVERT it, PUNISH both sides, RETAIN it": "test_triage.py",
+    "gradient\nalignment with a global objective weighs each conflict": "test_impact.py",
+    "one jitted train step minimises": "test_train.py"
+    "::test_steps_equal_an_independent_implementation",
+    "a model in Hugging Face layout": "test_launch.py"
+    "::test_the_exported_model_is_the_trained_one_in_transformers_too",
+    "a report of what changed, with intervals": "test_report.py::test_sections_and_their_figures",
+    "generates SynthValueBench": "test_synth.py",
+    "with any key of": "test_launch.py::test_bad_flags_are_one_line",
+    "A finished stage is skipped": "test_launch.py"
+    "::test_a_second_run_skips_everything_and_changes_no_file",
+    "an interrupted one goes on": "test_launch.py::test_a_killed_training_goes_on_to_the_same_end",
+    "is refused with the difference shown": "test_launch.py"
+    "::test_a_changed_config_is_refused_with_the_difference",
+    "`--redo` does it again, with what depends on it": "test_launch.py"
+    "::test_redo_does_that_stage_and_what_depends_on_it",
+    "what is done, what runs, and when it will end": "test_status.py"
+    "::test_a_training_at_work_has_a_speed_and_an_end",
+}
+
+
+def _run() -> Path | None:
+    """CI's finished run, or a user's of configs/quickstart.py as it is now."""
+    if (ROOT / "runs" / "ci-quickstart" / "eval.json").exists():
+        return ROOT / "runs" / "ci-quickstart"
+    path = ROOT / "runs" / "quickstart"
+    wanted = json.loads(json.dumps(config_lib.resolved(CONFIG).to_dict()))
+    same = (path / "report.html").exists() and wanted == json.loads(
+        (path / "config.json").read_text()
+    )
+    return path if same else None
+
+
+RUN = _run()
+needs_run = pytest.mark.skipif(RUN is None, reason="needs a quickstart: .ci/run, make quickstart")
 
 
 def shown() -> dict[str, list[str]]:
@@ -37,8 +77,101 @@ def test_both_tables_are_there():
 
 
 def test_every_record_of_the_config_is_counted():
-    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-    assert sum(int(shown()[action][0]) for action in ACTIONS) == config.data.pairs
+    assert sum(int(shown()[action][0]) for action in ACTIONS) == CONFIG.data.pairs
+
+
+def test_every_claim_is_there_and_has_a_test():
+    for claim, test in CLAIMS.items():
+        assert claim in SCREEN, claim
+        file, _, name = test.partition("::")
+        assert f"def {name or 'test_'}" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_the_tables_have_the_columns_that_a_run_prints(straight):
+    def columns(text: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("┃")]
+        return [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines]
+
+    printed = straight[1].stdout
+    assert columns(SCREEN) == columns(printed)[:2]
+    for title in ("Triage and weights", "Compliance with the new policy, held-out prompts (test)"):
+        assert title in SCREEN and title in printed
+    assert set(shown()) <= {
+        line.split("│")[1].strip() for line in printed.splitlines() if "│" in line
+    }
+
+
+def test_triage_jsonl_says_of_every_pair_what_and_by_which_clauses(straight):
+    for item in triage.read(straight[0] / "triage.jsonl"):
+        sides = (item.chosen_verdict, item.rejected_verdict)
+        assert item.action == triage.action(*(v.compliant for v in sides))
+        for verdict in sides:
+            assert verdict.clauses
+            by_clause = "violating" in {clause.status for clause in verdict.clauses.values()}
+            assert (verdict.status == "violating") == by_clause
+
+
+def test_how_long_it_takes_is_said_in_one_way():
+    pages = ("README.md", "docs/index.md", "docs/getting_started.md", "configs/quickstart.py")
+    for page in pages:
+        text = (ROOT / page).read_text().split("\n## Your own")[0]
+        assert re.findall(r"\w+(?: to \w+)? minutes on \w+ cores", text) == [
+            "2 to 5 minutes on 2 cores"
+        ], page
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >>{told}
+case "$1" in
+  -c) exit {old} ;;
+  -m) if [ "$2" = venv ]; then /bin/mkdir -p "$3/bin"; /bin/cp "$0" "$3/bin/python"; fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A checkout on a machine with a shell, make and one Python, which writes down its orders."""
+    if (make := shutil.which("make")) is None:
+        pytest.skip("needs make")
+    for name in ("Makefile", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs, told = tmp_path / "bin", tmp_path / "told"
+    programs.mkdir()
+    for program in (make, "/bin/sh", *map(shutil.which, ("echo", "touch"))):
+        (programs / Path(program).name).symlink_to(program)
+
+    def run(target: str, python: str = "python3.11", old: int = 0):
+        for path in programs.glob("python*"):
+            path.unlink()
+        (programs / python).write_text(PYTHON.format(told=told, old=old))
+        (programs / python).chmod(0o755)
+        told.write_text("")
+        environment = {"PATH": str(programs), "HOME": str(tmp_path)}
+        done = subprocess.run(
+            [make, target], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return done, [line for line in told.read_text().splitlines() if line[:2] != "-c"]
+
+    return run
+
+
+@pytest.mark.parametrize("python", ["python3.11", "python3.12", "python3.13", "python3"])
+def test_python_and_make_are_enough(bare, python):
+    done, told = bare("quickstart", python)
+    assert done.returncode == 0, done.stderr
+    by_hand = re.search(r"^python (-m trace_jax.launch .*)$", SCREEN, re.MULTILINE)[1]
+    assert told == ["-m venv .venv", "-m pip install -qq -c constraints.txt -e .[test]", by_hand]
+    _, again = bare("quickstart", python)
+    assert again == [by_hand]  # .venv is there
+    _, tests = bare("test", python)
+    assert [line.split()[1] for line in tests] == ["ruff", "ruff", "pytest"]
+
+
+def test_an_older_python_is_told(bare):
+    done, told = bare("quickstart", "python3", old=1)
+    assert done.returncode and told == []
+    assert "trace_jax needs Python 3.11 or newer" in done.stderr
 
 
 @needs_run
