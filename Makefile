@@ -2,7 +2,7 @@
 # make test         lint, format check and the test suite
 # make soak         every fault (docs/faults.md), 50 kills and 100,000 hostile inputs (make test has 2 and 1,600); an hour or so
 # make docs         the documentation as a site, build/site/index.html
-# make audit        known vulnerabilities of the pinned dependencies
+# make audit        known vulnerabilities of the pinned dependencies (needs the network)
 # make bench        every benchmark that this machine can run (BENCH_ARGS=--quick: the headlines)
 # make clean        remove .venv, runs/ and caches
 
@@ -41,7 +41,7 @@ docs: $(INSTALLED)
 
 audit: $(INSTALLED)
 	$(PYTHON) -m pip install -qq pip-audit
-	$(PYTHON) -m pip_audit -r constraints.txt --no-deps --disable-pip
+	.ci/audit $(PYTHON)
 
 bench: $(INSTALLED)
 	$(PYTHON) -m pip install -qq trl accelerate torch==2.13.0 libtpu

@@ -1,6 +1,7 @@
-"""No pickle, no remote code, no shell, nothing evaluated: of every module of the package."""
+"""No pickle, no remote code, no shell, nothing evaluated; how an audit of dependencies ends."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,31 @@ def test_the_package_and_its_configs_do_nothing_of_it():
     assert len(files) > 100
     dangers = {str(p.relative_to(ROOT)): _dangers(p.read_text(encoding="utf-8")) for p in files}
     assert {name: found for name, found in dangers.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "ends", "told"),
+    [
+        ("No known vulnerabilities found", 0, 0, "No known vulnerabilities found"),
+        ("Found 2 known vulnerabilities in 1 package\nName Version ID", 1, 1, "Name Version ID"),
+        ("ERROR:pip_audit._cli:Could not connect to the service", 1, 3, "could not be reached"),
+        ("python: No module named pip_audit", 1, 3, "could not be reached"),
+    ],
+)
+def test_an_audit_tells_a_vulnerability_from_no_answer(tmp_path, said, code, ends, told):
+    python = tmp_path / "python"
+    asked = "-m pip_audit -r constraints.txt --no-deps --disable-pip"
+    python.write_text(
+        f'#!/bin/sh\n[ "$*" = "{asked}" ] || exit 9\necho "{said}" >&2\nexit {code}\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run([ROOT / ".ci" / "audit", python], capture_output=True, text=True)
+    assert done.returncode == ends and told in done.stdout + done.stderr
+    assert "Could not connect" not in said or said in done.stderr
+
+
+def test_make_and_a_release_audit():
+    for name in ("Makefile", ".ci/release"):
+        assert ".ci/audit" in (ROOT / name).read_text()
+    for name in ("audit", "release"):
+        subprocess.run(["bash", "-n", str(ROOT / ".ci" / name)], check=True)
