@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One job on a Cloud TPU slice: create or reuse it, install, start on all workers, follow the log, fetch the results.
 #
-#   launch/tpu_pod.sh run     [--dry-run]   everything above; a preempted job is started again
+#   launch/tpu_pod.sh run     [--dry-run]   everything above; a preempted job is started again, a running one followed again
 #   launch/tpu_pod.sh fetch   [--dry-run]   results so far
+#   launch/tpu_pod.sh stop    [--dry-run]   the job saves its step and ends; the slice stays
 #   launch/tpu_pod.sh delete  [--dry-run]   the slice, after asking
 #
 # Needs gcloud, logged in. Variables, from the environment or edited here:
@@ -11,21 +12,29 @@
 : "${NAME:=trace-jax}"
 : "${ACCELERATOR:=v5litepod-8}"                # one host of 8 chips, v5e:2x4; v5litepod-16 is v5e:4x4 on four hosts
 : "${RUNTIME:=v2-alpha-tpuv5-lite}"
-: "${QUEUED:=false}"                           # true: a queued resource, which waits for its turn
-: "${SPOT:=false}"                             # true: cheaper, may be taken away at any time; needs a WORKDIR that stays: gs://
+: "${QUEUED:=false}"                           # true: a queued resource, NAME-queue, which waits for its turn
+: "${SPOT:=false}"                             # true: cheaper, may be taken away at any time, with its disk: WORKDIR on gs://
 : "${CONFIG:=configs/gemma9b.py:lora}"
-: "${WORKDIR:=/tmp/trace_jax/run}"             # several hosts, or SPOT: gs://BUCKET/run, which the TPU's service account may write
+: "${WORKDIR:=/var/tmp/trace_jax/run}"         # several hosts, or SPOT: gs://BUCKET/run, which the TPU's service account may write
 : "${FLAGS:=}"                                 # more flags, as in --config.policy.new=policy.yaml
 : "${OVERLAP:=false}"                          # true: full fine-tuning gathers parameters while it computes, for more memory (docs/running.md)
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # passed on from this shell where they are set, over stdin, in no command line
-: "${ATTEMPTS:=20}"                            # starts, the first included
+: "${ATTEMPTS:=20}"                            # of a slice with the job on it, the first included
+: "${WAIT:=30}"                                # seconds between two looks at something that is not there yet
 : "${OUT:=runs/$NAME}"                         # where fetched results go
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
-  sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//'
+  exit 2
+}
+
+say() { echo "$*" >&2; }
+
+refuse() {
+  say "$*"
   exit 2
 }
 
@@ -37,6 +46,13 @@ case "${2:-}" in
   --dry-run) DRY_RUN=true ;;
   *) usage ;;
 esac
+case "$WORKDIR" in
+  gs://* | /*) ;;
+  *) refuse "WORKDIR=$WORKDIR would lie in the checkout, which every start replaces: give a path from / on, or gs://BUCKET/run" ;;
+esac
+if [ "$SPOT" = true ] && [ "${WORKDIR#gs://}" = "$WORKDIR" ]; then
+  say "warning: a spot slice that is taken away takes $WORKDIR with it, and the job begins again; WORKDIR=gs://BUCKET/run stays"
+fi
 
 # Prints a command, and runs it unless it is a dry run.
 run() {
@@ -46,114 +62,287 @@ run() {
   $DRY_RUN || "$@"
 }
 
-tpu() {
-  local verb=$1
-  shift
-  run gcloud compute tpus tpu-vm "$verb" "$NAME" --project="$PROJECT" --zone="$ZONE" "$@"
+cloud() { # KIND VERB ARGUMENT...
+  run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet
 }
 
-state() {
-  gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format='value(state)' 2>/dev/null || true
-}
+# --- the slice ---
 
+# The state of the slice or of its queued resource, empty where there is none. Fails where Google Cloud cannot be asked:
+# what is not known to be gone is never made anew. STATE is the field that holds it.
+state() { # KIND NAME STATE
+  gcloud compute tpus "$1" list --project="$PROJECT" --zone="$ZONE" --format="value(name.basename(), $3)" |
+    awk -v name="$2" '$1 == name { print $2 }'
+}
+slice_state() { state tpu-vm "$NAME" state; }
+queue_state() { state queued-resources "$NAME-queue" state.state; }
+
+# Until the slice is ready. Fails where another try may help; ends the script where a person has to decide.
 create() {
+  local found
+  if $DRY_RUN; then
+    order
+    return
+  fi
+  while true; do
+    found=$(slice_state) || return
+    case "$found" in
+      READY) return ;;
+      CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING | UNHIDING | STOPPING | DELETING) wait_for "$NAME is $found" ;;
+      STOPPED) start_slice ;;
+      PREEMPTED | TERMINATED)
+        say "$NAME was taken away, and its disk with it: a new one is made; what is in gs:// stays"
+        remove || return
+        ;;
+      "")
+        order || return
+        found=$(slice_state) || return
+        [ -n "$found" ] || wait_for "$NAME is not there yet"
+        ;;
+      *) refuse "$NAME is $found: look at it in the console; launch/tpu_pod.sh delete takes it down, NAME=other makes another" ;;
+    esac
+  done
+}
+
+wait_for() {
+  say "$*; waiting"
+  sleep "$WAIT"
+}
+
+# A stopped slice has its disk, so it is never deleted here.
+start_slice() {
+  cloud tpu-vm start "$NAME" ||
+    refuse "$NAME is stopped and could not be started (see above; spot slices and slices of several hosts cannot be). All that \
+is on its disk is still there. Try again later, or NAME=other for another slice, or launch/tpu_pod.sh delete, which \
+deletes the slice with its disk"
+}
+
+# Asks for a slice where there is none: directly, or by a place in the queue, which may be there from before.
+order() {
   local spot=()
   if [ "$SPOT" = true ]; then spot=(--spot); fi
-  if ! $DRY_RUN; then
-    case "$(state)" in
-      READY) echo "$NAME is there and ready"; return ;;
-      PREEMPTED | TERMINATED | STOPPED) tpu delete --quiet ;;
-    esac
+  if [ "$QUEUED" != true ]; then
+    cloud tpu-vm create "$NAME" --accelerator-type="$ACCELERATOR" --version="$RUNTIME" "${spot[@]}"
+    return
   fi
-  if [ "$QUEUED" = true ]; then
-    run gcloud compute tpus queued-resources create "$NAME-queue" --node-id="$NAME" --project="$PROJECT" --zone="$ZONE" \
-      --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${spot[@]}"
-    if ! $DRY_RUN; then
-      until [ "$(state)" = READY ]; do
-        echo "waiting for $NAME-queue"
-        sleep 60
-      done
-    fi
+  local found=""
+  $DRY_RUN || found=$(queue_state) || return
+  case "$found" in
+    "")
+      cloud queued-resources create "$NAME-queue" --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
+        --runtime-version="$RUNTIME" "${spot[@]}"
+      ;;
+    FAILED)
+      cloud queued-resources describe "$NAME-queue" --format="yaml(state)"
+      say "$NAME-queue failed, see above; it is asked for again"
+      remove && return 1
+      ;;
+    SUSPENDED) remove ;; # its slice is gone
+    ACTIVE)              # so is it here, if it did not come this very moment
+      found=$(slice_state) || return
+      [ -n "$found" ] || remove
+      ;;
+    *) say "$NAME-queue is $found" ;;
+  esac
+}
+
+# A queued resource goes together with its slice; neither can be deleted well without the other.
+remove() {
+  local found=""
+  $DRY_RUN || found=$(queue_state) || return
+  if [ -n "$found" ] || { $DRY_RUN && [ "$QUEUED" = true ]; }; then
+    cloud queued-resources delete "$NAME-queue" --force
   else
-    tpu create --accelerator-type="$ACCELERATOR" --version="$RUNTIME" "${spot[@]}"
+    cloud tpu-vm delete "$NAME"
   fi
+}
+
+# --- the workers; what they do is in tpu_worker.sh ---
+
+worker() { # WORKER|all COMMAND...
+  local which=$1
+  shift
+  cloud tpu-vm ssh "$NAME" --worker="$which" --ssh-flag=-oServerAliveInterval=30 --command="bash tpu_worker.sh $(printf '%q ' "$@")"
+}
+
+copy() { cloud tpu-vm scp "$@"; }
+
+count_workers() {
+  WORKERS=1
+  $DRY_RUN && return
+  WORKERS=$(gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(networkEndpoints.ipAddress)' | tr ';' '\n' | grep -c .)
+}
+
+# Sets JOB to: none, running, ended, or unknown where not every worker answers; and ID (of all workers, or "several") and CODE.
+look() {
+  local said
+  JOB=unknown ID="" CODE=""
+  said=$(worker all look </dev/null 2>/dev/null | sed -n 's/^job: //p') || return 0
+  [ "$(grep -c . <<<"$said")" = "$WORKERS" ] || return 0
+  case "$said" in
+    *running*) JOB=running ;;
+    *ended*) JOB=ended ;;
+    *) JOB=none ;;
+  esac
+  ID=$(awk '{ print $NF }' <<<"$said" | sort -u)
+  [ "$(wc -l <<<"$ID")" = 1 ] || ID=several
+  CODE=$(awk '$1 == "ended" { print ($2 == 2 ? 0 : $2 == 0 ? 2 : 1), $2 }' <<<"$said" | sort -n | awk 'NR == 1 { print $2 }')
 }
 
 install() {
-  local archive
+  local archive code=0
   archive=$(mktemp --suffix=.tar.gz)
-  run git archive --format=tar.gz --output="$archive" HEAD
-  tpu scp "$archive" "$NAME:trace_jax.tar.gz" --worker=all
-  tpu ssh --worker=all --command="rm -rf trace_jax && mkdir trace_jax && tar -xzf trace_jax.tar.gz -C trace_jax \
-&& cd trace_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[gcs,tpu]'"
+  run git archive --format=tar.gz --output="$archive" HEAD &&
+    copy "$archive" "$NAME:trace_jax.tar.gz" --worker=all &&
+    worker all install </dev/null || code=$?
   rm -f "$archive"
+  return "$code"
 }
 
-# Lines NAME=value of the secrets that are set here; read on the workers into the environment, never written.
+# Lines NAME=value of the secrets that are set here, and the dot that ends them.
 secrets() {
   local name
   for name in $SECRETS; do
     if [ -n "${!name:-}" ]; then printf '%s=%s\n' "$name" "${!name}"; fi
   done
+  echo .
 }
 
-workers() {
-  gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format='value(networkEndpoints.ipAddress)' |
-    tr ';' '\n' | grep -c .
-}
-
-# Starts the job on every worker, each with the secrets on its own stdin, and stays with it. Exit code 75 is a job that
-# was preempted, saved itself and wants to be started again.
-start() {
-  local overlap=()
+# Sets COMMAND, and the NAME of it that tells this job from others on the slice.
+describe_job() {
+  local flags
+  read -r -a flags <<<"$FLAGS"
+  COMMAND=()
   if [ "$OVERLAP" = true ]; then
-    overlap=(LIBTPU_INIT_ARGS="'--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
---xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true'")
+    COMMAND=(env LIBTPU_INIT_ARGS="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
+--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true")
   fi
-  local job="cd trace_jax && while IFS= read -r line; do export \"\$line\"; done; \
-exec env ${overlap[*]} .venv/bin/python -m trace_jax.launch --config=$CONFIG --workdir=$WORKDIR --distributed $FLAGS"
-  if $DRY_RUN; then
-    tpu ssh --worker=all --command="$job"
-    return
-  fi
-  local n worker pid code=0 pids=()
-  n=$(workers)
-  for ((worker = 0; worker < n; worker++)); do
-    secrets | gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$worker" --command="$job" &
-    pids+=($!)
+  COMMAND+=(.venv/bin/python -m trace_jax.launch --config="$CONFIG" --workdir="$WORKDIR" --distributed "${flags[@]}")
+  JOB_NAME=$(printf '%s\n' "${COMMAND[@]}" | cksum | cut -d' ' -f1)
+}
+
+# Each worker on its own, because each has the secrets on its own stdin. All of them, or none.
+start() {
+  local id worker tries
+  id=$JOB_NAME-$(date +%s)
+  SEEN=()
+  for ((worker = 0; worker < WORKERS; worker++)); do
+    for tries in 1 2 3; do
+      if worker "$worker" start "$id" "${COMMAND[@]}" < <(secrets); then continue 2; fi
+      sleep "$WAIT"
+    done
+    say "worker $worker did not start after $tries tries; the others stop"
+    worker all stop </dev/null || true
+    return 1
   done
-  for pid in "${pids[@]}"; do
-    wait "$pid" || code=$?
+}
+
+# Prints the log of a worker from where it was left until the connection or the job ends; succeeds where the job has ended.
+SEEN=() # lines, by worker
+follow() { # WORKER
+  local line number from=${SEEN[$1]:-0} mark=""
+  if ((WORKERS > 1)); then mark="[$1] "; fi
+  while IFS= read -r line; do
+    if [ "$line" = end ]; then return; fi
+    number=${line%%:*}
+    case "$number" in "" | *[!0-9]*) continue ;; esac
+    if ((from + number > ${SEEN[$1]:-0})); then
+      SEEN[$1]=$((from + number))
+      printf '%s%s\n' "$mark" "${line#*:}"
+    fi
+  done < <(worker "$1" follow "$((from + 1))" </dev/null 2>/dev/null)
+  return 1
+}
+
+# Stays with the job until it has ended everywhere, through broken connections. Returns its exit code, or 75 where the slice is gone.
+stay() {
+  local worker found
+  for ((worker = 1; worker < WORKERS; worker++)); do
+    set -m # a process group of its own, to end it with all its connections
+    (until follow "$worker"; do sleep "$WAIT"; done) &
+    set +m
+    OTHERS+=("-$!")
   done
-  return "$code"
+  while true; do
+    follow 0 || true
+    look
+    case "$JOB" in
+      ended) break ;;
+      none) CODE=75 && break ;; # another slice of this name
+      unknown)
+        found=$(slice_state) || found=unknown
+        case "$found" in "" | PREEMPTED | TERMINATED | STOPPED | STOPPING | DELETING) CODE=75 && break ;; esac
+        say "$NAME does not answer (it is $found); the job goes on there, trying again"
+        ;;
+    esac
+    sleep "$WAIT"
+  done
+  leave_others
+  return "$CODE"
+}
+
+OTHERS=() # process groups that follow workers 1, 2, ...
+leave_others() {
+  ((${#OTHERS[@]})) || return 0
+  sleep 1 # what they said last
+  kill -- "${OTHERS[@]}" 2>/dev/null || true
+  OTHERS=()
 }
 
 fetch() {
   run mkdir -p "$OUT"
   case "$WORKDIR" in
     gs://*) run gcloud storage rsync --recursive "$WORKDIR" "$OUT" ;;
-    *) tpu scp --recurse --worker=0 "$NAME:$WORKDIR" "$OUT" ;;
+    *) copy --recurse --worker=0 "$NAME:$WORKDIR" "$OUT" ;;
   esac
 }
 
+# --- all of it ---
+
+# One slice with the job on it, from wherever the last try left them. Returns the job's exit code, or 75 to try again.
+attempt() {
+  create || return 75
+  count_workers || return 75
+  copy launch/tpu_worker.sh "$NAME:tpu_worker.sh" --worker=all || return 75
+  JOB=none
+  $DRY_RUN || look
+  case "$JOB" in
+    unknown) say "not every worker of $NAME answers" && return 75 ;;
+    running)
+      [ "$ID" != several ] || { say "only some workers have the job" && worker all stop </dev/null || true; return 75; }
+      [ "${ID%-*}" = "$JOB_NAME" ] || refuse "$NAME runs another job (other CONFIG, WORKDIR or FLAGS): launch/tpu_pod.sh stop ends it"
+      say "$NAME runs this job already; this is its log"
+      ;;
+    *)
+      install || return 75
+      start || return 75
+      ;;
+  esac
+  $DRY_RUN || stay
+}
+
 main() {
-  local attempt code
-  for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
-    create
-    install
+  local try code
+  describe_job
+  trap 'say "the job on $NAME, if it was started, goes on: the same command follows it again, launch/tpu_pod.sh stop ends it"; exit 130' INT TERM
+  trap leave_others EXIT
+  for ((try = 1; try <= ATTEMPTS; try++)); do
     code=0
-    start || code=$?
-    if [ "$code" = 0 ]; then
-      fetch
-      echo "done; launch/tpu_pod.sh delete takes the slice down"
-      return
-    fi
-    if [ "$code" = 2 ]; then
-      echo "the job refused its input; see the line above" >&2
-      return 2
-    fi
-    echo "attempt $attempt ended with $code; the job goes on from its last checkpoint" >&2
-    sleep 30
+    attempt || code=$?
+    case "$code" in
+      0)
+        fetch || { say "the job is done, but its results did not come: launch/tpu_pod.sh fetch" && return 1; }
+        echo "done; launch/tpu_pod.sh delete takes the slice down"
+        return
+        ;;
+      2 | 130)
+        say "the job ended with $code, see above; it is not started again"
+        return "$code"
+        ;;
+    esac
+    say "attempt $try of $ATTEMPTS ended with $code; the job goes on from its last checkpoint"
+    $DRY_RUN || sleep "$WAIT"
   done
   return 1
 }
@@ -161,15 +350,13 @@ main() {
 case "$ACTION" in
   run) main ;;
   fetch) fetch ;;
+  stop) worker all stop </dev/null ;;
   delete)
     if ! $DRY_RUN; then
       read -r -p "delete $NAME in $ZONE, with everything on it? [y/N] " answer
       [ "$answer" = y ] || exit 0
     fi
-    tpu delete --quiet
-    if [ "$QUEUED" = true ]; then
-      run gcloud compute tpus queued-resources delete "$NAME-queue" --project="$PROJECT" --zone="$ZONE" --quiet
-    fi
+    remove
     ;;
   *) usage ;;
 esac

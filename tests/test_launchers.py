@@ -13,7 +13,7 @@ import yaml
 from bench import scaling
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
-SCRIPTS = ("tpu_pod.sh", "gpu.sh", "slurm.sbatch")
+SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "gpu.sh", "slurm.sbatch")
 
 
 def _run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,310 @@
+"""launch/tpu_pod.sh against a cloud that is a folder (fakes/gcloud): what it does on bad days."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import children
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAKES = Path(__file__).with_name("fakes")
+SECRET = "very secret"
+
+
+class Cloud:
+    """A folder that stands for Google Cloud, and a checkout beside it."""
+
+    def __init__(self, folder: Path, hosts: int):
+        self.folder, self.checkout = folder / "cloud", folder / "checkout"
+        shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        self.groups = []
+        (self.folder / "path").mkdir(parents=True)
+        shutil.copy(FAKES / "python3.11", self.folder / "path")
+        self.write(hosts=hosts, turns="", calls="", job="echo working\n")
+        self.workdir = folder / "disk" / "run"
+        self.workdir.mkdir(parents=True)
+        (self.workdir / "report.html").write_text("results")
+
+    def write(self, **files) -> None:
+        for name, text in files.items():
+            (self.folder / name).write_text(str(text))
+
+    def worker(self, index: int = 0) -> Path:
+        return self.folder / f"worker-{index}"
+
+    def has(self, state: str) -> None:
+        """A slice is there from before."""
+        self.write(slice=state)
+        for index in range(int((self.folder / "hosts").read_text())):
+            self.worker(index).mkdir()
+
+    def start(self, action: str = "run", **variables: str) -> subprocess.Popen:
+        own = {
+            "PROJECT": "p", "NAME": "mine", "CLOUD": str(self.folder), "WAIT": "0.1",
+            "ATTEMPTS": "4", "WORKDIR": str(self.workdir), "GEMINI_API_KEY": SECRET, "HF_TOKEN": "",
+            "PATH": f"{FAKES}:{os.environ['PATH']}",
+        }  # fmt: skip
+        process = subprocess.Popen(
+            ["bash", str(self.checkout / "launch" / "tpu_pod.sh"), action],
+            env=os.environ | own | variables, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.groups.append(process.pid)
+        return process
+
+    def close(self) -> None:
+        """Ends what a failed test left behind."""
+        jobs = [int(path.read_text()) for path in self.folder.glob("worker-*/trace_jax_job/pid")]
+        for group in self.groups + jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+    def run(self, action: str = "run", **variables: str) -> tuple[int, str]:
+        process = self.start(action, **variables)
+        ((out, err),) = children.said_by([process])
+        return process.returncode, out + err
+
+    def calls(self, *words: str) -> list[str]:
+        """What was asked of gcloud with all of `words`."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if all(word in line for word in words)]
+
+    def starts(self, index: int = 0) -> int:
+        found = self.worker(index) / "starts"
+        return len(found.read_text().splitlines()) if found.exists() else 0
+
+    def until(self, condition) -> None:
+        deadline = time.monotonic() + children.PATIENCE
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert condition()
+
+
+@pytest.fixture
+def hosts() -> int:
+    return 1
+
+
+@pytest.fixture
+def cloud(tmp_path, hosts) -> Iterator[Cloud]:
+    found = Cloud(tmp_path, hosts)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("hosts", [2])
+def test_from_nothing_to_results_on_two_workers(cloud):
+    cloud.write(job='echo "key is $GEMINI_API_KEY, token ${HF_TOKEN-unset}" >"$HOME/seen"; echo hi')
+    code, said = cloud.run(FLAGS="--config.seed=3")
+    assert code == 0, said
+    assert "[0] hi" in said and "[1] hi" in said and SECRET not in said
+    for index in (0, 1):
+        assert (cloud.worker(index) / "seen").read_text() == f"key is {SECRET}, token unset\n"
+        assert "--distributed --config.seed=3" in (cloud.worker(index) / "starts").read_text()
+    assert not any(SECRET in line for line in cloud.calls())
+    assert (cloud.checkout / "runs" / "mine" / "run" / "report.html").read_text() == "results"
+
+
+def test_a_stopped_slice_is_started_and_keeps_its_disk(cloud):
+    cloud.has("STOPPED")
+    (cloud.worker() / "kept").touch()
+    assert cloud.run()[0] == 0
+    assert cloud.calls("tpu-vm start") and (cloud.worker() / "kept").exists()
+    assert not cloud.calls("tpu-vm delete") and not cloud.calls("tpu-vm create")
+
+
+def test_a_stopped_slice_that_cannot_be_started_is_left_alone(cloud):
+    cloud.has("STOPPED")
+    cloud.write(turns="tpu-vm start => exit 1\n")
+    code, said = cloud.run()
+    assert code == 2 and "could not be started" in said and "launch/tpu_pod.sh delete" in said
+    assert not cloud.calls("delete") and not cloud.calls("create") and cloud.worker().exists()
+
+
+def test_a_slice_that_was_taken_away_is_made_anew(cloud):
+    cloud.has("PREEMPTED")
+    code, said = cloud.run(SPOT="true")
+    assert code == 0 and "its disk with it" in said and "warning: a spot slice" in said
+    assert len(cloud.calls("tpu-vm delete")) == len(cloud.calls("tpu-vm create", "--spot")) == 1
+
+
+def test_a_slice_that_is_coming_is_waited_for(cloud):
+    cloud.has("CREATING")
+    steps = ("true", "put slice REPAIRING", "put slice STARTING", "put slice READY")
+    cloud.write(turns="".join(f"tpu-vm list => {step}\n" for step in steps))
+    code, said = cloud.run()
+    assert code == 0
+    for state in ("CREATING", "REPAIRING", "STARTING"):
+        assert f"mine is {state}; waiting" in said
+    assert not cloud.calls("create") and not cloud.calls("delete")
+
+
+def test_a_slice_in_a_state_for_people_is_left_alone(cloud):
+    cloud.has("HIDDEN")
+    code, said = cloud.run()
+    assert code == 2 and "mine is HIDDEN" in said and not cloud.calls("delete")
+
+
+def test_a_place_in_the_queue_is_kept(cloud):
+    steps = (
+        "true",
+        "put queue WAITING_FOR_RESOURCES",
+        "put queue PROVISIONING",
+        "put queue ACTIVE; there",
+    )
+    cloud.write(
+        queue="ACCEPTED", turns="".join(f"queued-resources list => {step}\n" for step in steps)
+    )  # fmt: skip
+    code, said = cloud.run(QUEUED="true")
+    assert code == 0
+    for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"):
+        assert f"mine-queue is {state}" in said
+    assert not cloud.calls("create") and not cloud.calls("delete")
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED", "ACTIVE"])
+def test_a_queued_resource_without_a_future_is_replaced(cloud, state):
+    cloud.write(queue=state)
+    code, said = cloud.run(QUEUED="true")
+    assert code == 0
+    assert len(cloud.calls("queued-resources delete mine-queue", "--force")) == 1
+    assert len(cloud.calls("queued-resources create mine-queue --node-id=mine")) == 1
+    assert ("state: FAILED" in said) == (state == "FAILED")
+
+
+def test_a_queue_that_always_fails_is_given_up(cloud):
+    cloud.write(
+        queue="FAILED", turns="queued-resources create => put queue FAILED; exit 0\n" * 9
+    )  # fmt: skip
+    code, said = cloud.run(QUEUED="true")
+    assert code == 1 and "attempt 4 of 4" in said
+
+
+def test_a_preempted_slice_of_the_queue_goes_with_its_place(cloud):
+    cloud.has("PREEMPTED")
+    cloud.write(queue="SUSPENDING")
+    assert cloud.run(QUEUED="true")[0] == 0
+    assert cloud.calls("queued-resources delete") and not cloud.calls("tpu-vm delete")
+
+
+def test_what_cannot_be_asked_is_not_taken_for_gone(cloud):
+    cloud.has("READY")
+    cloud.write(turns="tpu-vm list => exit 1\n")
+    code, said = cloud.run()
+    assert code == 0 and "attempt 1 of 4 ended with 75" in said
+    assert not cloud.calls("create") and not cloud.calls("delete")
+
+
+@pytest.mark.parametrize("call", ["tpu-vm create", "scp .*tar.gz", "sh install", "describe"])
+def test_what_fails_on_the_way_is_tried_again(cloud, call):
+    cloud.write(turns=f"{call} => exit 1\n")
+    code, said = cloud.run()
+    assert code == 0 and "attempt 1 of 4 ended with 75" in said and cloud.starts() == 1
+
+
+def test_a_broken_connection_leaves_the_job_alone(cloud):
+    cloud.write(
+        turns="sh follow => cut=1\nsh look => true\nsh look => exit 255\n",
+        job='for i in 1 2 3; do echo "step $i"; sleep 1; done',
+    )
+    code, said = cloud.run()
+    assert code == 0 and "does not answer (it is READY); the job goes on there" in said
+    assert cloud.starts() == len(cloud.calls("tpu_worker.sh install")) == 1
+    assert [line for line in said.splitlines() if line.startswith("step")] == [
+        "step 1", "step 2", "step 3",
+    ]  # fmt: skip
+
+
+def test_a_start_whose_connection_broke_starts_once(cloud):
+    cloud.write(turns="sh start => cut=60\n", job="sleep 1")
+    assert cloud.run()[0] == 0
+    assert len(cloud.calls("tpu_worker.sh start")) == 2 and cloud.starts() == 1
+
+
+def test_a_start_without_all_secrets_does_not_start(cloud):
+    cloud.write(turns="sh start => exec </dev/null\n")
+    code, said = cloud.run()
+    assert code == 0 and "not started" in said and cloud.starts() == 1
+
+
+@pytest.mark.parametrize(("code", "starts", "ends"), [(75, 2, 0), (1, 2, 0), (2, 1, 2)])
+def test_the_exit_code_of_the_job_decides(cloud, code, starts, ends):
+    cloud.write(job=f'[ -f "$HOME/again" ] || {{ touch "$HOME/again"; exit {code}; }}')
+    found, said = cloud.run()
+    assert found == ends and cloud.starts() == starts
+    assert (f"attempt 1 of 4 ended with {code}" in said) == (ends == 0)
+
+
+def test_a_slice_taken_away_under_the_job(cloud):
+    cloud.write(
+        turns="sh follow => wait_for_file second; kill_jobs; put slice PREEMPTED\n",
+        job='[ -f "$HOME/../second" ] || { touch "$HOME/../second"; sleep 300; }',
+    )
+    code, said = cloud.run()
+    assert code == 0 and "attempt 1 of 4 ended with 75" in said
+    assert len(cloud.calls("tpu-vm create")) == 2 and cloud.starts() == 1
+
+
+def test_a_machine_started_anew_under_the_job(cloud):
+    cloud.write(
+        turns="sh follow => wait_for_file worker-0/again; kill_jobs\n",
+        job='[ -f "$HOME/again" ] || { touch "$HOME/again"; sleep 300; }',
+    )
+    code, said = cloud.run()
+    assert code == 0 and "ended with 137" in said and cloud.starts() == 2
+
+
+def test_the_same_command_follows_a_running_job_again(cloud):
+    go = cloud.folder / "go"
+    cloud.write(job=f"echo begun; until [ -f {go} ]; do sleep 0.1; done; echo finished")
+    first = cloud.start()
+    cloud.until(lambda: cloud.calls("tpu_worker.sh follow"))
+    first.send_signal(signal.SIGTERM)
+    os.killpg(first.pid, signal.SIGTERM)  # its gcloud as well, as Ctrl-C does
+    ((_, said),) = children.said_by([first])
+    assert first.returncode == 130 and "goes on" in said
+    code, said = cloud.run(CONFIG="configs/other.py")
+    assert code == 2 and "runs another job" in said
+    second = cloud.start()
+    cloud.until(lambda: len(cloud.calls("tpu_worker.sh follow")) == 2)
+    go.touch()
+    ((out, err),) = children.said_by([second])
+    assert second.returncode == 0 and "runs this job already" in err
+    assert (
+        "begun\nfinished" in out
+        and cloud.starts() == len(cloud.calls("tpu_worker.sh install")) == 1
+    )
+
+
+@pytest.mark.parametrize("hosts", [2])
+def test_a_job_on_some_workers_only_is_stopped_first(cloud):
+    cloud.write(
+        turns="worker=1 .*sh start => kill $PPID; exit 1\n",
+        job='[ -f "$HOME/../go" ] && exit 0; trap "exit 75" TERM; while true; do sleep 0.1; done',
+    )
+    assert cloud.run()[0] == 130  # the connection to the second worker ended the script
+    cloud.until(lambda: cloud.starts(0) == 1)
+    cloud.write(go="")
+    code, said = cloud.run()
+    assert code == 0 and "only some workers have the job" in said, said
+    assert cloud.starts(1) == 1 and cloud.starts(0) == 2
+
+
+def test_a_job_is_told_to_stop(cloud):
+    cloud.write(job='trap "echo saved; exit 75" TERM; echo up; while true; do sleep 0.1; done')
+    running = cloud.start(ATTEMPTS="1")
+    cloud.until(lambda: cloud.starts() == 1 and cloud.calls("tpu_worker.sh follow"))
+    assert cloud.run("stop")[0] == 0
+    ((out, err),) = children.said_by([running])
+    assert running.returncode == 1 and "saved" in out and "attempt 1 of 1 ended with 75" in err
+
+
+def test_a_workdir_in_the_checkout_is_refused(cloud):
+    code, said = cloud.run(WORKDIR="runs/mine")
+    assert code == 2 and "WORKDIR=runs/mine would lie in the checkout" in said and not cloud.calls()
