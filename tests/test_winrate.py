@@ -60,11 +60,47 @@ def test_prompts_weigh_alike_and_nothing_decided_gives_nothing():
     assert told["win_rate"] is None and told["n"] == 0 and told["position_consistency"] is None
 
 
+def test_guarded_a_degenerate_response_loses_to_one_that_is_not():
+    wrecks = [(False, False), (True, False), (False, True), (True, True), (True, False)]
+    made = [winrate.Pair(f"p{i}", "a", "bb", degenerate=of) for i, of in enumerate(wrecks)]
+    found = ["a", "a", "b", "a", "undecided"]
+    assert winrate.guarded(made, found) == ["a", "b", "a", "tie", "b"]
+    told = winrate.summary(made, found)
+    assert told["win_rate"] == 0.75 and told["ties"] == 0 and told["n"] == 4
+    assert told["guarded"]["win_rate"] == (1 + 0 + 1 + 0.5 + 0) / 5
+    assert told["guarded"]["ties"] == 0.2 and told["guarded"]["n"] == 5
+    assert "guarded" not in winrate.summary(pairs(("a", "b")), ["a"])
+
+
+def test_seeds_are_a_source_of_chance():
+    """100 prompts, of which every one is won under two seeds and lost under the third."""
+    made = [winrate.Pair(f"p{i}", "a", "b", seed=k) for k in range(3) for i in range(100)]
+    told = winrate.summary(made, ["a"] * 200 + ["b"] * 100)
+    assert told["win_rate"] == pytest.approx(2 / 3) and told["n"] == 300
+    assert told["low"] == 0 and told["high"] == 1
+    alike = winrate.summary(made, (["a"] * 67 + ["b"] * 33) * 3)
+    assert 0.55 < alike["low"] < 0.6 and 0.74 < alike["high"] < 0.8
+
+
+def test_pairs_nobody_decided_leave_the_other_seeds_theirs():
+    made = [winrate.Pair(f"p{i}", "a", "b", seed=k) for k in range(2) for i in range(20)]
+    found = ["a"] * 10 + ["undecided"] * 10 + ["b"] * 9 + ["a"] * 10 + ["undecided"]
+    told = winrate.summary(made, found)
+    assert told["n"] == 29 and told["win_rate"] == pytest.approx(20 / 29)
+    assert told["low"] < told["win_rate"] < told["high"]
+
+
 def test_rates_of_means():
     found = statistics.rate_of_means(np.array([0.0, 0.5, 1.0, 1.0]))
     assert found.rate == 0.625 and found.low < 0.625 < found.high and found.n == 4
     equal = statistics.rate_of_means(np.array([0.5, 0.5]))
     assert (equal.low, equal.high) == statistics.wilson(1.0, 2)
+    nan = float("nan")
+    one = statistics.rate_of_means_over_seeds(np.array([[0.0, nan, 1.0, 1.0], [nan] * 4]))
+    assert one == statistics.rate_of_means(np.array([0.0, 1.0, 1.0]))
+    for bad in ([[]], [[nan]], [[1.5]], [0.5]):
+        with pytest.raises(ValueError, match="a seed and prompt"):
+            statistics.rate_of_means_over_seeds(np.array(bad))
     for bad in ([], [1.5], [[0.5]]):
         with pytest.raises(ValueError, match="one value"):
             statistics.rate_of_means(np.array(bad))

@@ -97,28 +97,45 @@ def paired_difference(a_PS: np.ndarray, b_PS: np.ndarray) -> Difference:
 def rate_over_seeds(outcomes: Sequence[np.ndarray]) -> Rate:
     """The mean rate of K runs on the same prompts, with both sources of chance in its interval.
 
-    Each resample draws seeds and, independently, prompts (the same draw for all seeds, since they
-    share the test set). Deviations of seeds are widened by sqrt(K / (K - 1)), which makes their
-    bootstrap variance unbiased; with 2 or 3 seeds the interval is still too narrow where seeds
-    differ much, so show the seeds beside it. One seed: `rate`.
+    One seed: `rate`; several: `rate_of_means_over_seeds`.
     """
     if not outcomes:
         raise ValueError("rate_over_seeds needs the outcomes of at least one seed")
     if len(outcomes) == 1:
         return rate(outcomes[0])
-    mean_KP = _stack_seeds(outcomes)
+    return rate_of_means_over_seeds(_stack_seeds(outcomes))
+
+
+def rate_of_means_over_seeds(mean_KP: np.ndarray) -> Rate:
+    """The mean of one value in 0..1 a seed and prompt; NaN where nothing is known.
+
+    Each resample draws seeds and, independently, prompts (the same draw for all seeds, since they
+    share the test set). Deviations of seeds are widened by sqrt(K / (K - 1)), which makes their
+    bootstrap variance unbiased; with 2 or 3 seeds the interval is still too narrow where seeds
+    differ much, so show the seeds beside it. One seed: `rate_of_means`.
+    """
+    mean_KP = np.asarray(mean_KP, np.float64)
+    known = mean_KP[~np.isnan(mean_KP)]
+    if mean_KP.ndim != 2 or not known.size or not ((known >= 0) & (known <= 1)).all():
+        raise ValueError("needs one value in 0..1 a seed and prompt, and at least one")
+    mean_KP = mean_KP[~np.isnan(mean_KP).all(axis=1)][:, ~np.isnan(mean_KP).all(axis=0)]
     K, P = mean_KP.shape
-    mean = float(mean_KP.mean())
-    if _all_equal(mean_KP):
+    if K == 1:
+        return rate_of_means(mean_KP[0])
+    mean = float(known.mean())
+    if _all_equal(known):
         return Rate(mean, *wilson(mean * P, P), n=P)
-    seed_K1 = mean_KP.mean(axis=1, keepdims=True)
+    seed_K1 = np.nanmean(mean_KP, axis=1, keepdims=True)
     widened_KP = mean_KP + (np.sqrt(K / (K - 1)) - 1) * (seed_K1 - mean)
+    value_KP, known_KP = np.nan_to_num(widened_KP), (~np.isnan(mean_KP)).astype(np.float64)
     rng = np.random.default_rng(SEED)
     draws = []
     for size in chunks(RESAMPLES, P):
         seeds_RK = rng.multinomial(K, np.full(K, 1 / K), size=size) / K
         prompts_RP = rng.multinomial(P, np.full(P, 1 / P), size=size) / P
-        draws.append(((seeds_RK @ widened_KP) * prompts_RP).sum(axis=1))
+        count_R = ((seeds_RK @ known_KP) * prompts_RP).sum(axis=1)
+        total_R = ((seeds_RK @ value_KP) * prompts_RP).sum(axis=1)
+        draws.append(total_R[count_R > 0] / count_R[count_R > 0])
     low, high = np.clip(np.percentile(np.concatenate(draws), _PERCENTILES), 0.0, 1.0)
     return Rate(mean, float(low), float(high), n=P)
 
