@@ -1,11 +1,12 @@
 """A server on loopback that speaks the Gemini REST protocol, with faults: for tests and benchmarks.
 
     python tests/gemini_server.py --key=K [--faults=0.3] [--latency=0.05] [--stall=30] [--batch=0.5]
+        [--last=100]
 
 It prints its port. A clause is met where its id is a word of the response; "unsure-ID", "blocked"
 and "broken" in a response stand for what they say. It reads the material as a gullible judge would:
 whoever gets out of the fence is obeyed. GET /counts tells how often each response was asked about.
-POST /set changes an option. Standard library only.
+POST /set changes an option. After --last requests it answers no other. Standard library only.
 """
 
 import argparse
@@ -86,6 +87,8 @@ class Server:
         request = json.loads(body)
         if verb == "batchGenerateContent":
             return self.submit(request)
+        if 0 < self.options.last <= self.requests:
+            raise Dropped(b"")
         self.requests += 1
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -245,8 +248,9 @@ def _better(text: str) -> str:
 async def main() -> None:
     """Serves until it is killed."""
     parser = argparse.ArgumentParser()
-    for name, default in (("faults", 0.0), ("latency", 0.0), ("stall", 30.0), ("batch", 0.0)):
-        parser.add_argument(f"--{name}", type=float, default=default)
+    for name in ("faults", "latency", "batch", "last"):
+        parser.add_argument(f"--{name}", type=float, default=0.0)
+    parser.add_argument("--stall", type=float, default=30.0)
     parser.add_argument("--key", default="test-key")
     parser.add_argument("--model", default="gemini-2.5-flash")
     parser.add_argument("--seed", type=int, default=0)

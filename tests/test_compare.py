@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import gemini_client
 import pytest
 
-from trace_jax import compare, comparison_tables, config, records
+from trace_jax import compare, comparison_tables, config, policy, records
 from trace_jax.errors import InputError
 from trace_jax.evaluate import choices
 
@@ -65,6 +66,7 @@ def _row(prompt: int, sample: int, guarded: bool, model: str, mode: str = "sampl
         "mode": mode,
         "sample": sample,
         "guarded": guarded,
+        "degenerate": not guarded,
         "compliant": True,
         "old_compliant": not guarded,
         "clauses": dict.fromkeys(kept, status) | {"feedback": "violating"},
@@ -96,7 +98,8 @@ def test_figures_and_paired_differences_by_hand(tmp_path):
     assert a["compliance_guarded"]["rate"] == 0.75 and b["compliance_guarded"]["rate"] == 0.25
     assert a["compliance_guarded"]["seeds"] == [0.75, 0.75]
     assert a["compliance"]["rate"] == a["compliance_greedy"]["rate"] == 1.0
-    assert a["retained"]["rate"] == 0.75 and a["compliance_old"]["rate"] == 0.25
+    assert a["retained"]["rate"] == a["retained_guarded"]["rate"] == 0.75
+    assert a["compliance_old"]["rate"] == 0.25
     assert a["perplexity"] == 2.5 and found["ref"]["perplexity"] == 1.7
     assert a["choice_accuracy"]["rate"] == 0.625 and a["choice_accuracy"]["seeds"] == [0.5, 0.75]
     assert [found[m]["choice_accuracy"]["rate"] for m in ("base", "ref")] == [1.0, 0.5]
@@ -125,6 +128,62 @@ def test_runs_without_choices_are_compared_all_the_same(tmp_path):
     assert "right of 4" not in comparison_tables.markdown(found) + comparison_tables.latex(found)
 
 
+@pytest.fixture
+def evaluated(tmp_path) -> tuple[Path, list[compare.Variant]]:
+    """Runs of trace and u2a as stage evaluate leaves them, 6 prompts each."""
+    variants = [compare.Variant(name, {"train.method": name}) for name in ("trace", "u2a")]
+    c = config.base_config()
+    hashes = {k: policy.load(c.policy[k]).hash for k in ("old", "new")}
+
+    def rows(model: str, says: str) -> list[dict]:
+        return [
+            _row(p, 0, p % 2 == 0, model, mode)
+            | {"prompt": f"prompt {p}", "response": f"{says} {p}"}
+            for p in range(6)
+            for mode in ("sample", "greedy")
+        ]
+
+    for variant, says in zip(variants, ("a longer answer", "short"), strict=True):
+        target = compare.folder(tmp_path, variant, 0)
+        target.mkdir(parents=True)
+        records.write_jsonl(target / "samples.jsonl", rows("trained", says))
+        records.write_json(target / "eval.json", {"perplexity": 2.0, "policy": hashes})
+    records.write_jsonl(tmp_path / "baseline.jsonl", rows("base", "this") + rows("ref", "that one"))
+    records.write_json(tmp_path / "perplexity.json", {"test": {"base": 1.5, "ref": 1.6}})
+    return tmp_path, variants
+
+
+def test_a_judge_that_goes_away_in_the_win_rates_leaves_the_rest(evaluated, monkeypatch):
+    folder, variants = evaluated
+    c = config.base_config()
+    c.judge.name = "gemini"
+    asking = {"outage_seconds": 0.0, "backoff_seconds": 0.01, "tries": 1000, "concurrency": 2}
+    c.asking.update(asking)
+    with gemini_client.running(last=5) as address:
+        for name, value in gemini_client.environment(address).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match="could not be reached"):
+            compare.summary(c, folder, variants, [0])
+        kept = json.loads((folder / "comparison.json").read_text())
+        assert kept["methods"]["trace"]["compliance_guarded"]["rate"] == 0.5
+        assert "win_rate_vs_u2a" not in kept["methods"]["trace"]
+        assert "| trace | 50.0 [" in (folder / "comparison.md").read_text()
+        gemini_client.get(address, "/set", {"last": 0})
+        found = compare.summary(c, folder, variants, [0])
+        assert gemini_client.get(address)["requests"] == 3 * 6 * 2  # models, prompts, orders
+    assert found["methods"]["trace"]["win_rate_vs_u2a"]["rate"] == 1  # it prefers what is longer
+    assert found["base"]["win_rate_vs_u2a"]["rate"] == 0
+
+
+def test_runs_of_another_policy_are_one_line(evaluated):
+    folder, variants = evaluated
+    path = compare.folder(folder, variants[1], 0) / "eval.json"
+    records.write_json(path, json.loads(path.read_text()) | {"policy": {"old": "0", "new": "0bad"}})
+    with pytest.raises(InputError, match=r"u2a was evaluated under another new policy \(0bad, "):
+        compare.summary(config.base_config(), folder, variants, [0])
+    assert not (folder / "comparison.json").exists()
+
+
 def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys):
     """Nothing upstream of a finished run is done again, and a second call does nothing."""
     path = Path(shutil.copytree(straight[0], tmp_path / "run"))
@@ -149,6 +208,17 @@ def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys
     assert not list(path.glob("compare/*/checkpoints/reference_logprobs.npz"))
     assert compare.main(command) == 0
     assert done == {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
+
+
+def test_dpo_gold_without_corrections_is_one_line(straight, config, tmp_path, capsys):
+    """The methods before it keep their runs."""
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    command = ["compare", f"--config={config}", f"--workdir={path}", "--seeds=1"]
+    assert compare.main([*command, "--methods=sft,dpo_gold+correct.source=none"]) == 2
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(said) == 1 and "dpo_gold needs corrections, and none of " in said[0]
+    assert "dpo_gold_uncorrected" in said[0]
+    assert [p.parent.name for p in path.glob("compare/*/eval.json")] == ["sft-seed0"]
 
 
 def test_a_variant_with_its_own_triage_does_what_follows_from_it(straight, config, tmp_path):

@@ -1,5 +1,7 @@
 """Comparisons by hand: tests over seeds and prompts, the gap, statements, win rates, tables."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -59,13 +61,13 @@ def test_the_gap_closed_by_hand():
     assert paired.gap_closed(upper, lower, upper)["rate"] == 1
 
 
-def rows(guarded: float, seed: int) -> list[dict]:
+def rows(guarded: float, seed: int, flips: float = 0.05) -> list[dict]:
     """60 prompts x 2 samples and a greedy one; the first `guarded` of the prompts comply."""
     rng = np.random.default_rng(seed)
     made = []
     for p in range(60):
         for s in range(2):
-            ok = bool(p < 60 * guarded) ^ bool(rng.random() < 0.05)
+            ok = bool(p < 60 * guarded) ^ bool(rng.random() < flips)
             made.append(_row(p, s, ok, "sample"))
         made.append(_row(p, 0, p < 60 * guarded, "greedy"))
     return made
@@ -74,8 +76,16 @@ def rows(guarded: float, seed: int) -> list[dict]:
 def _row(p: int, s: int, ok: bool, mode: str) -> dict:
     return {
         "id": f"p{p}", "prompt": f"prompt {p}", "response": "yes" if ok else "no", "sample": s,
-        "mode": mode, "guarded": ok, "compliant": ok, "retained": True, "old_compliant": not ok,
+        "mode": mode, "guarded": ok, "compliant": ok, "retained": True, "retained_guarded": True,
+        "old_compliant": not ok, "degenerate": False,
     }  # fmt: skip
+
+
+def _wreck(of_seeds: list[list[dict]]) -> list[list[dict]]:
+    """As they say yes and nothing else."""
+    wrecked = {"response": "yes", "compliant": True, "degenerate": True, "guarded": False,
+               "retained_guarded": False}  # fmt: skip
+    return [[row | wrecked for row in rows] for rows in of_seeds]
 
 
 class Judge:
@@ -86,6 +96,8 @@ class Judge:
         return [order.get((a, b), "tie") for _, a, b in pairs]
 
 
+WON = "win_rate_vs_u2a"
+MODES = ("sample", "sample", "greedy")
 SHARES = {"trace": 0.7, "u2a": 0.1, "npo": 0.3, "dpo_gold": 0.9, "trace_no_kl": 0.7}
 PERPLEXITY = {"trace": 2.0, "u2a": 9.0, "npo": 8.0, "dpo_gold": 2.1, "trace_no_kl": 3.0}
 
@@ -96,7 +108,13 @@ def found() -> dict:
     perplexity = {n: [p * (1 + 0.01 * s) for s in range(3)] for n, p in PERPLEXITY.items()}
     perplexity["trace_no_kl"][0] += 0.01
     chosen = {"trace": [[1] * 60] * 3, "trace_no_kl": [[1] * 30 + [0] * 30] * 3}
-    made = comparison.summary(runs, perplexity, Judge(), chosen)
+    runs["wreck"], perplexity["wreck"] = _wreck(runs["u2a"]), [1e4] * 3
+    never = [_row(p, s, False, m) for p in range(60) for s, m in enumerate(MODES)]
+    before = {"base": [rows(0.3, 9)], "ref": [never]}
+    made = comparison.summary(runs, perplexity, chosen, ref=before["ref"][0])
+    made |= {m: comparison.figures(of) | {"perplexity": 1.5} for m, of in before.items()}
+    for name, rate in comparison.win_rates(Judge(), before | runs).items():
+        (made if name in before else made["methods"])[name]["win_rate_vs_u2a"] = rate
     return made | {"seeds": [0, 1, 2], "split": "test"}
 
 
@@ -115,7 +133,45 @@ def test_a_claim_that_is_the_other_way_round_is_answered_no():
     assert {r["answer"] for r in made["statements"]} == {"no"}
     same = {name: runs["trace"] for name in runs}
     made = comparison.summary(same, {"trace": [2.0], "dpo_gold": [2.0]})
-    assert {r["answer"] for r in made["statements"]} <= {"no", "cannot tell"}
+    assert {r["answer"] for r in made["statements"]} == {"cannot tell"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "p", "answer"),
+    [
+        (0.1, 0.3, 0.0, 0.01, "yes"),
+        (0.1, 0.3, 0.0, 0.06, "cannot tell"),
+        (-0.3, -0.1, 0.0, 0.01, "no"),
+        (-0.3, -0.1, 0.0, 0.06, "cannot tell"),  # the correction holds for both answers
+        (-0.1, 0.1, 0.0, 0.01, "cannot tell"),
+        (0.01, 0.05, 0.1, 0.01, "no"),
+        (0.01, 0.05, 0.1, 0.06, "cannot tell"),
+        (0.2, 0.3, 0.1, 0.06, "cannot tell"),
+        (None, None, 0.0, 0.01, "cannot tell"),
+    ],
+)
+def test_both_answers_need_the_corrected_p(low, high, margin, p, answer):
+    row = {"low": low, "high": high, "margin": margin, "p_holm": p}
+    assert comparison._answer(row) == answer
+
+
+def test_p_is_of_the_margin():
+    a, b = bits(0.55), bits(0.4, seed=1)
+    assert paired.compare(a, b).p < 0.01 < paired.compare(a, b, margin=0.15).p
+    assert paired.compare(a, b, margin=0.4).p < 0.01
+
+
+def test_dpo_gold_at_equal_beta():
+    """At its own beta far above trace, at trace's not."""
+    shares = {"trace": 0.7, "dpo_gold": 0.9, "dpo_gold@beta": 0.4, "trace@beta": 0.5}
+    runs = {name: [rows(share, s) for s in range(3)] for name, share in shares.items()}
+    made = comparison.summary(runs, {name: [2.0] for name in runs})
+    answers = {(r["claim"], r["a"], r["b"]): r["answer"] for r in made["statements"]}
+    assert answers == {
+        ("dpo_gold above trace", "dpo_gold", "trace"): "yes",
+        ("dpo_gold above trace at equal beta, trace's", "dpo_gold@beta", "trace"): "no",
+        ("dpo_gold above trace at equal beta, dpo_gold's", "dpo_gold", "trace@beta"): "yes",
+    }
 
 
 def test_one_seed_tells_nothing_of_perplexity():
@@ -133,6 +189,20 @@ def test_win_rates_are_against_u2a(found):
     assert "win_rate_vs_u2a" not in methods["u2a"]
     assert methods["trace"]["win_rate_vs_u2a"]["rate"] == pytest.approx(0.5 + 0.5 * 0.6, abs=0.06)
     assert methods["trace"]["win_rate_vs_u2a"]["position_consistency"] == 1
+    for model in ("base", "ref"):  # one run of theirs meets every seed of u2a
+        assert found[model]["win_rate_vs_u2a"]["n"] == 60 * 2 * 3
+    base = found["base"]["win_rate_vs_u2a"]["rate"]
+    assert base == pytest.approx(0.6, abs=0.03) and found["ref"]["win_rate_vs_u2a"]["rate"] < 0.5
+
+
+def test_a_wreck_wins_unguarded_alone(found):
+    """It says yes, which the judge likes, in degenerate text, which the guard does not."""
+    won = found["methods"]["wreck"]["win_rate_vs_u2a"]
+    assert won["rate"] > 0.9 and won["guarded"]["rate"] == 0 and won["guarded"]["ties"] == 0
+    assert found["methods"]["wreck"]["retained"]["rate"] == 1
+    assert found["methods"]["wreck"]["retained_guarded"]["rate"] == 0
+    trace = found["methods"]["trace"]["win_rate_vs_u2a"]
+    assert trace["guarded"]["rate"] == trace["rate"] and trace["ties"] == trace["guarded"]["ties"]
 
 
 def test_the_gap_of_the_first_method(found):
@@ -141,10 +211,31 @@ def test_the_gap_of_the_first_method(found):
     assert gap["low"] < gap["rate"] < gap["high"] and "caveat" not in gap
 
 
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ((0.7, 0.0, 0.9, 0.0), ("% guarded: a share of the way up from", "not above M_ref")),
+        ((0.7, 0.3, 0.9, 0.3), ("u2a is not above M_ref (",)),
+        ((0.9, 0.3, 0.6, 0.1), ("more than 100 %: trace is above dpo_gold",)),
+        ((0.4, 0.3, 0.1, 0.3), ("u2a is not above M_ref",)),
+    ],
+)
+def test_caveats_of_a_gap(shares, said):
+    names = ("trace", "u2a", "dpo_gold")
+    *of_methods, of_ref = shares
+    runs = {n: [rows(x, s, 0.02) for s in (0, 1)] for n, x in zip(names, of_methods, strict=True)}
+    made = comparison.summary(runs, {n: [2.0] for n in names}, ref=rows(of_ref, 9, 0.02))
+    caveat = made["gap_closed"]["caveat"]
+    assert all(part in caveat for part in said) and len(caveat.split("; ")) == len(said)
+    text = comparison_tables.markdown(made | {"seeds": [0, 1, 2], "split": "test"})
+    assert f" Caveat: {caveat}." in text
+    assert ("there is no gap" in text) == (shares[2] < shares[1])
+
+
 def test_tests_are_corrected_within_a_figure(found):
     for figure in comparison.TESTED:
         of = [t for t in found["tests"] if t["figure"] == figure]
-        assert [t["b"] for t in of] == ["u2a", "npo", "dpo_gold", "trace_no_kl"]
+        assert [t["b"] for t in of] == ["u2a", "npo", "dpo_gold", "trace_no_kl", "wreck"]
         assert [t["p_holm"] for t in of] == paired.holm([t["p"] for t in of])
 
 
@@ -153,7 +244,34 @@ def test_tables_have_a_line_a_method(found):
     for name in SHARES:
         assert f"| {name} | " in text and name.replace("_", r"\_") + " & " in tex
     assert "win rate against u2a" in text and "Share of the gap from u2a to dpo_gold" in text
-    assert tex.count(r"\\") == len(SHARES) + 1
+    assert tex.count(r"\\") == 1 + len(("base", "M_ref", *SHARES, "wreck"))
+    for head in ("unchanged, guarded", "win rate against u2a", "ties", "win rate, guarded"):
+        assert f"| {head} |" in text and f"& {head} " in tex
+    assert "| wreck | 0.0 [" in text and r"u2a & $" in tex and " & -- & -- " in tex
+
+
+def test_results_of_earlier_versions_have_their_tables(found):
+    """Without guarded figures; ties were counted already."""
+    old = copy.deepcopy(found)
+    for row in (old["base"], old["ref"], *old["methods"].values()):
+        del row["retained_guarded"]
+        for key in ("ties", "guarded"):
+            row.get(WON, {}).pop(key, None)
+    text = comparison_tables.markdown(old)
+    assert "guarded |" in text and "unchanged, guarded" not in text
+    assert "win rate, guarded" not in text + comparison_tables.latex(old)
+    ties = [
+        next(line for line in table.splitlines() if line.startswith("| trace ")).split("|")[column]
+        for table, column in ((text, -2), (comparison_tables.markdown(found), -3))
+    ]
+    assert ties[0] == ties[1] == f" {100 * found['methods']['trace'][WON]['ties']:.0f} "
+
+
+def test_another_policy_is_refused():
+    one, other, old = {"policy": {"new": "aa"}}, {"policy": {"new": "bb"}}, {}
+    comparison.check_policy({"a": [one, one], "b": [old]}, "aa")
+    with pytest.raises(InputError, match=r"b was evaluated under another new policy \(bb"):
+        comparison.check_policy({"a": [one, one], "b": [one, other]}, "aa")
 
 
 def test_other_prompts_are_refused():

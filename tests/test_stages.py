@@ -1,14 +1,17 @@
 """Interrupted stages go on from what they had made."""
 
+import collections
+import itertools
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import gemini_client
 import pytest
 
 from trace_jax import config as config_lib
-from trace_jax import launch, records, respond, stages, workdir
+from trace_jax import launch, policy, records, respond, stages, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import correct, prepare, responses
 
@@ -70,6 +73,38 @@ def test_a_judge_that_fails_in_an_evaluation_costs_no_answers(run, config, monke
     )
     assert _main(config, run, "evaluate") == 0 and calls == [0.0]
     assert not (run / ".responses").exists()
+
+
+def test_a_service_that_goes_away_in_an_evaluation_is_asked_for_the_rest(
+    run, config, monkeypatch, capsys
+):
+    """Its verdicts stay in the store, the model's answers with the stage."""
+    _forget(run, "evaluate")
+    asking = {"outage_seconds": 0, "backoff_seconds": 0.01, "tries": 1000, "concurrency": 2}
+    flags = ["--config.judge.name=gemini", *(f"--config.asking.{k}={v}" for k, v in asking.items())]
+    calls, respond_ = [], respond.respond
+    monkeypatch.setattr(
+        respond, "respond", lambda *a, **k: calls.append(k["temperature"]) or respond_(*a, **k)
+    )
+    with gemini_client.running(last=5) as address:
+        for name, value in gemini_client.environment(address).items():
+            monkeypatch.setenv(name, value)
+        assert _main(config, run, "evaluate", *flags) == 2
+        told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(told) == 1 and "could not be reached" in told[0] and "5 of" in told[0]
+        assert [p.name for p in (run / ".responses").iterdir()] == [
+            "trained-test-sample.texts.json"
+        ]
+        assert not (run / "eval.json").exists() and calls == [1.0]
+        gemini_client.get(address, "/set", {"last": 0})
+        assert _main(config, run, "evaluate", *flags) == 0
+        asked = gemini_client.get(address)["clauses"]
+    assert calls == [1.0, 0.0] and (run / "eval.json").exists()
+    c = config_lib.base_config()
+    clauses = {(x.id, x.text_hash) for key in c.policy for x in policy.load(c.policy[key]).clauses}
+    texts = collections.Counter(name for name, _ in clauses)
+    for response, groups in asked.items():
+        assert collections.Counter(itertools.chain.from_iterable(groups)) <= texts, response
 
 
 @pytest.mark.fault

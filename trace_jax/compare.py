@@ -141,7 +141,7 @@ def compare(
     *,
     winrate: bool = True,
 ) -> dict:
-    """Runs everything that is not there yet and returns comparison.json.
+    """Runs everything that is not there yet; writes comparison.json and the rest, returns it.
 
     winrate: ask the judge for win rates against u2a, where it is one of the methods.
     """
@@ -153,7 +153,19 @@ def compare(
     launch.realign(config, prepared, only=",".join(SHARED))
     todo = [(folder(prepared, v, s), v.overrides | {"seed": s}) for v in variants for s in seeds]
     run_all(config, prepared, todo, jobs)
-    return summary(config, prepared, variants, seeds, winrate=winrate)
+    found = summary(config, prepared, variants, seeds, winrate=winrate)
+    write(found, prepared)
+    _report_anew(config, prepared)
+    return found
+
+
+def _report_anew(config: ml_collections.ConfigDict, prepared: Path) -> None:
+    """A finished run's report is made again, now with the comparison."""
+    run = context.Context(config, workdir.Workdir(prepared))
+    if run.workdir.finished("report"):
+        run.workdir.forget("report", ("report.html",))
+        with at_work.at_work(run):
+            stages.run(run, stages.chosen("report"), redo=False)
 
 
 def own_stages(variant: Variant) -> tuple[str, ...]:
@@ -181,19 +193,24 @@ def summary(
     *,
     winrate: bool = True,
 ) -> dict:
-    """comparison.json of finished runs; see `comparison.summary`."""
+    """comparison.json of finished runs; see `comparison.summary`.
+
+    It is written without win rates before the judge is asked for them, since the judge may fail.
+    """
     from trace_jax import comparison
     from trace_jax.evaluate import choices
 
     split = config.evaluate.splits[0]
-    kept = policy.diff(policy.load(config.policy.old), policy.load(config.policy.new)).unchanged
+    new = policy.load(config.policy.new)
+    kept = policy.diff(policy.load(config.policy.old), new).unchanged
     folders = {v.name: [folder(prepared, v, s) for s in seeds] for v in variants}
+    evaluated = {
+        name: [records.read_json(f / "eval.json") for f in of] for name, of in folders.items()
+    }
+    comparison.check_policy(evaluated, new.hash)
     runs = {
         name: [comparison.rows_of(f / "samples.jsonl", "trained", split, kept) for f in of]
         for name, of in folders.items()
-    }
-    evaluated = {
-        name: [records.read_json(f / "eval.json") for f in of] for name, of in folders.items()
     }
     perplexity = {name: [e["perplexity"] for e in of] for name, of in evaluated.items()}
     chosen = {
@@ -206,32 +223,37 @@ def summary(
         model: [comparison.rows_of(prepared / "baseline.jsonl", model, split, kept)]
         for model in ("base", "ref")
     }
-    judge = context.Context(config, workdir.Workdir(prepared)).judge if winrate else None
-    return {
+    before = {model: of for model, of in before.items() if of[0]}
+    (ref,) = before.get("ref", before["base"])  # without one of its own, the base model is M_ref
+    found = {
         **{
             model: comparison.figures(of)
             | {"perplexity": known[model]}
             | choices.figure(known.get("chosen", {}).get(model))
             for model, of in before.items()
-            if of[0]
         },
         "seeds": list(seeds),
         "split": split,
         "unchanged_clauses": list(kept),
-        **comparison.summary(runs, perplexity, judge, chosen),
+        **comparison.summary(runs, perplexity, chosen, ref=ref),
     }
+    if winrate and comparison.LOWER in runs:
+        write(found, prepared)
+        judge = context.Context(config, workdir.Workdir(prepared)).judge
+        for name, rate in comparison.win_rates(judge, before | runs).items():
+            of = found if name in before else found["methods"]
+            of[name]["win_rate_vs_u2a"] = rate
+    return found
 
 
-def write(found: dict, target: Path) -> str:
-    """comparison.json, .md, .tex and .png in a folder; returns the Markdown."""
+def write(found: dict, target: Path) -> None:
+    """comparison.json, .md, .tex and .png in a folder."""
     from trace_jax import comparison_tables
 
-    text = comparison_tables.markdown(found)
     records.write_json(target / "comparison.json", found)
-    (target / "comparison.md").write_text(text)
+    (target / "comparison.md").write_text(comparison_tables.markdown(found))
     (target / "comparison.tex").write_text(comparison_tables.latex(found))
     comparison_tables.plot(found, target / "comparison.png")
-    return text
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -266,9 +288,7 @@ def main(argv: list[str]) -> int:
                 f"--workdir={values.workdir}: a comparison works in a local folder; give one"
             )
         target, variants = Path(values.workdir), parse_methods(values.methods)
-        found = compare(
-            values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate
-        )
+        compare(values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate)
     except InputError as error:
         print("error:", error, file=sys.stderr)
         return 2
@@ -278,7 +298,7 @@ def main(argv: list[str]) -> int:
             raise
         print("error:", told, file=sys.stderr)
         return 2
-    print(write(found, target))
+    print((target / "comparison.md").read_text())
     return 0
 
 

@@ -24,6 +24,7 @@ FIGURES = {
     "compliance": ("compliant", "sample"),
     "compliance_greedy": ("compliant", "greedy"),
     "retained": ("retained", "sample"),
+    "retained_guarded": ("retained_guarded", "sample"),
     "compliance_old": ("old_compliant", "sample"),
 }
 TESTED = ("compliance_guarded", "compliance")
@@ -48,6 +49,8 @@ STATEMENTS = (
     Statement("trace above u2a", "trace", "u2a"),
     Statement("trace above npo", "trace", "npo"),
     Statement("dpo_gold above trace", "dpo_gold", "trace"),
+    Statement("dpo_gold above trace at equal beta, trace's", "dpo_gold@beta", "trace"),
+    Statement("dpo_gold above trace at equal beta, dpo_gold's", "dpo_gold", "trace@beta"),
     Statement("naive_oracle_dpo more than 10 points below trace", "trace", "naive_oracle_dpo", 0.1),
     Statement("no triage loses compliance", "trace", "trace_no_triage"),
     Statement("no impact weights loses compliance", "trace_full_weights", "trace_no_impact"),
@@ -72,25 +75,30 @@ STATEMENTS = (
 
 
 def rows_of(path: Path, model: str, split: str, unchanged: Sequence[str]) -> list[dict]:
-    """Rows of one model and split, with "retained": every unchanged clause is complied with."""
-    return [
-        row | {"retained": all(row["clauses"][c] == "compliant" for c in unchanged)}
-        for _, row in records.read_jsonl(path)
-        if row["model"] == model and row["split"] == split
-    ]
+    """Rows of one model and split, with "retained": every unchanged clause is complied with.
+
+    "retained_guarded": and the text is not degenerate, since one that says nothing breaks nothing.
+    """
+    found = []
+    for _, row in records.read_jsonl(path):
+        if row["model"] == model and row["split"] == split:
+            kept = all(row["clauses"][c] == "compliant" for c in unchanged)
+            guarded = kept and not row["degenerate"]
+            found.append(row | {"retained": kept, "retained_guarded": guarded})
+    return found
 
 
 def summary(
     runs: Mapping[str, Runs],
     perplexity: Mapping[str, Sequence[float]],
-    judge: judges.Comparer | None = None,
     chosen: Mapping[str, Chosen] | None = None,
+    *,
+    ref: Sequence[dict] = (),
 ) -> dict[str, Any]:
-    """{"methods", "tests", "statements", "gap_closed"} of comparison.json.
+    """{"methods", "tests", "statements", "gap_closed"} of comparison.json, without win rates.
 
-    The first method is tested against every other. judge: for win rates against u2a, if it is one
-    of the methods. chosen: answers to `choices.questions` of each seed, of the methods that have
-    them.
+    The first method is tested against every other. chosen: answers to `choices.questions` of each
+    seed, of the methods that have them. ref: M_ref's rows, for what may be said of the gap.
     """
     _check_prompts(runs)
     chosen = chosen or {}
@@ -101,16 +109,29 @@ def summary(
         for test, p in zip(of_figure, paired.holm([t["p"] for t in of_figure]), strict=True):
             test["p_holm"] = p
     methods = {name: figures(of) | _spread(perplexity[name]) for name, of in runs.items()}
-    if judge is not None and LOWER in runs:
-        for name in runs:
-            if name != LOWER:
-                methods[name]["win_rate_vs_u2a"] = _win_rate(judge, runs[name], runs[LOWER])
     for name, of in chosen.items():
         methods[name]["choice_accuracy"] = choices.rate_over_seeds(of)
     statements = _statements(runs, perplexity, chosen)
     found = {"methods": methods, "tests": tests, "statements": statements}
     if {first, LOWER, UPPER} <= runs.keys() and first not in (LOWER, UPPER):
-        found["gap_closed"] = _gap(first, runs)
+        found["gap_closed"] = _gap(first, runs, ref)
+    return found
+
+
+def win_rates(judge: judges.Comparer, runs: Mapping[str, Runs]) -> dict[str, dict[str, Any]]:
+    """Method -> its win rate against LOWER, which has to be one of them; see `winrate.summary`.
+
+    A model that is not trained (base, M_ref) has one run, and meets every seed of LOWER.
+    """
+    against = runs[LOWER]
+    found = {}
+    for name, of in runs.items():
+        if name != LOWER:
+            pairs = _pairs(of * len(against) if len(of) == 1 else of, against)
+            told = winrate.summary(pairs, winrate.outcomes(judge, pairs))
+            guarded = told.pop("guarded")
+            found[name] = {"rate": told.pop("win_rate")} | told
+            found[name]["guarded"] = {"rate": guarded.pop("win_rate")} | guarded
     return found
 
 
@@ -128,6 +149,20 @@ def outcomes(of_seeds: Runs, figure: str) -> list[np.ndarray]:
     """[prompts, samples] 0/1 of each seed."""
     key, mode = FIGURES[figure]
     return [compliance.outcomes([r for r in rows if r["mode"] == mode], key) for rows in of_seeds]
+
+
+def check_policy(evaluated: Mapping[str, Sequence[Mapping[str, Any]]], wanted: str) -> None:
+    """Raises InputError where a method's eval.json is of another new policy than `wanted`, a hash.
+
+    evaluated: eval.json of each seed; those of earlier versions do not say, and pass.
+    """
+    for name, of_seeds in evaluated.items():
+        other = {e["policy"]["new"] for e in of_seeds if "policy" in e} - {wanted}
+        if other:
+            raise InputError(
+                f"{name} was evaluated under another new policy ({other.pop()[:12]}, the others "
+                f"under {wanted[:12]}); compare runs of one policy, or evaluate it again"
+            )
 
 
 def _check_prompts(runs: Mapping[str, Runs]) -> None:
@@ -152,20 +187,20 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"perplexity": float(np.mean(values)), "perplexity_seeds": [float(v) for v in values]}
 
 
-def _win_rate(judge: judges.Comparer, a: Runs, b: Runs) -> dict[str, Any]:
-    pairs = []
-    for rows_a, rows_b in zip(a, b, strict=True):
+def _pairs(a: Runs, b: Runs) -> list[winrate.Pair]:
+    found = []
+    for seed, (rows_a, rows_b) in enumerate(zip(a, b, strict=True)):
         theirs = {(r["id"], r["sample"]): r for r in rows_b if r["mode"] == "sample"}
-        pairs += [
-            winrate.Pair(r["prompt"], r["response"], theirs[r["id"], r["sample"]]["response"])
-            for r in rows_a
-            if r["mode"] == "sample" and (r["id"], r["sample"]) in theirs
-        ]
-    found = winrate.summary(pairs, winrate.outcomes(judge, pairs))
-    return {"rate": found.pop("win_rate")} | found
+        for x in rows_a:
+            y = theirs.get((x["id"], x["sample"])) if x["mode"] == "sample" else None
+            if y is not None:
+                degenerate = x["degenerate"], y["degenerate"]
+                texts = x["prompt"], x["response"], y["response"]
+                found.append(winrate.Pair(*texts, seed=seed, degenerate=degenerate))
+    return found
 
 
-def _gap(method: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
+def _gap(method: str, runs: Mapping[str, Runs], ref: Sequence[dict]) -> dict[str, Any]:
     """Of guarded compliance, with raw compliance beside it, and a word where it says little."""
     found: dict[str, Any] = {"method": method, "lower": LOWER, "upper": UPPER, "paper": 0.818}
     closed = {
@@ -173,10 +208,29 @@ def _gap(method: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
         for figure in TESTED
     }
     found |= closed["compliance_guarded"] | {"raw": closed["compliance"]}
-    floor = float(np.mean([o.mean() for o in outcomes(runs[LOWER], "compliance_guarded")]))
+    if caveats := _caveats(found, runs, ref):
+        found["caveat"] = "; ".join(caveats)
+    return found
+
+
+def _caveats(gap: Mapping[str, Any], runs: Mapping[str, Runs], ref: Sequence[dict]) -> list[str]:
+    lower, found = outcomes(runs[LOWER], "compliance_guarded"), []
+    floor = float(np.mean([o.mean() for o in lower]))
     if floor < 0.05:
-        found["caveat"] = (
+        found.append(
             f"{LOWER} is at {floor:.1%} guarded: a share of the way up from nothing says little"
+        )
+    if ref:
+        over = paired.compare(lower, outcomes([list(ref)] * len(lower), "compliance_guarded"))
+        if over.low <= 0:
+            points = [f"{100 * x:+.1f}" for x in (over.difference, over.low, over.high)]
+            found.append(
+                f"{LOWER} is not above M_ref ({points[0]} points guarded [{points[1]}, "
+                f"{points[2]}]): the way up begins at a model that has learnt nothing"
+            )
+    if gap["rate"] is not None and gap["rate"] > 1:
+        found.append(
+            f"more than 100 %: {gap['method']} is above {UPPER}, which is then no upper bound"
         )
     return found
 
@@ -193,7 +247,7 @@ def _statements(
             a, b = choices.outcomes(chosen[s.a]), choices.outcomes(chosen[s.b])
         else:
             a, b = outcomes(runs[s.a], figure), outcomes(runs[s.b], figure)
-        return dataclasses.asdict(paired.compare(a, b))
+        return dataclasses.asdict(paired.compare(a, b, margin=s.margin))
 
     found = []
     for s in STATEMENTS:
@@ -210,12 +264,12 @@ def _statements(
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """yes, no or cannot tell, by the interval; yes also needs the corrected p."""
-    if row["low"] is None:
+    """yes or no where interval and corrected p both say so, which side is the claim's; or not."""
+    if row["low"] is None or row["p_holm"] >= 0.05:
         return "cannot tell"
-    if row["low"] > row["margin"] and (row["margin"] or row["p_holm"] < 0.05):
+    if row["low"] > row["margin"]:
         return "yes"
-    return "no" if row["high"] < row["margin"] or row["high"] <= 0 else "cannot tell"
+    return "no" if row["high"] < row["margin"] else "cannot tell"
 
 
 def _log_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:

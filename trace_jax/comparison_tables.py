@@ -10,6 +10,7 @@ COLUMNS = {
     "compliance": "raw, T=1",
     "compliance_greedy": "greedy",
     "retained": "unchanged clauses",
+    "retained_guarded": "unchanged, guarded",
     "compliance_old": "old policy",
 }
 ACCURACY = "right of 4"
@@ -21,13 +22,10 @@ _NAMES = {
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Percent with 95 % intervals; the tests, the statements and the gap below."""
-    more = {"choice_accuracy": ACCURACY, "win_rate_vs_u2a": "win rate against u2a"}
-    more = {k: v for k, v in more.items() if any(k in row for _, row in _rows(found))}
-    heads = [*COLUMNS.values(), "perplexity", *more.values()]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, row in _rows(found):
-        cells = [_cell(row[key]) for key in COLUMNS] + [f"{row['perplexity']:.2f}"]
-        cells += [_cell(row[key]) if key in row else "-" for key in more]
+    cells_of = columns(found)
+    lines = ["| | " + " | ".join(cells_of) + " |", "|---" * (len(cells_of) + 1) + "|"]
+    for i, (name, _) in enumerate(rows(found)):
+        cells = [_cell(of[i]) for of in cells_of.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, found["seeds"]))
     lines += ["", f"Percent [95 % interval]; {found['split']} prompts; seeds {seeds}.", ""]
@@ -37,15 +35,39 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines + _statements(found) + _gap(found)) + "\n"
 
 
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, figures) of base, M_ref and the methods."""
     named = [("base", found.get("base")), ("M_ref", found.get("ref")), *found["methods"].items()]
     return [(name, row) for name, row in named if row]
 
 
-def _cell(rate: Mapping[str, Any]) -> str:
-    if rate["rate"] is None:
+def columns(found: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Head -> of each row: a rate, a text, or None where there is none.
+
+    Figures that no row has, as in results of earlier versions, have no column.
+    """
+    figures = [row for _, row in rows(found)]
+    named = {head: [row.get(key) for row in figures] for key, head in COLUMNS.items()}
+    named["perplexity"] = [f"{row['perplexity']:.2f}" for row in figures]
+    named[ACCURACY] = [row.get("choice_accuracy") for row in figures]
+    won = [row.get("win_rate_vs_u2a", {}) for row in figures]
+    named["win rate against u2a"] = [of or None for of in won]
+    named["ties"] = [f"{100 * _ties(of):.0f}" if of.get("n") else None for of in won]
+    named["win rate, guarded"] = [of.get("guarded") for of in won]
+    return {head: of for head, of in named.items() if any(of)}
+
+
+def _ties(won: Mapping[str, Any]) -> float:
+    """Share of decided pairs; earlier versions counted them alone."""
+    return won["ties"] if "ties" in won else won["counts"]["tie"] / won["n"]
+
+
+def _cell(value: Mapping[str, Any] | str | None) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or value["rate"] is None:
         return "-"
-    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    return f"{100 * value['rate']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
 def _difference(test: Mapping[str, Any]) -> str:
@@ -64,6 +86,12 @@ def _statements(found: Mapping[str, Any]) -> list[str]:
     if not found["statements"]:
         return []
     lines = ["", "| statement of the paper | figure | difference | answer |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(row)} |" for row in statements(found)]
+
+
+def statements(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(claim, figure, difference with its interval, answer) of each statement tested."""
+    out = []
     for row in found["statements"]:
         scale = 1 if row["figure"] == "perplexity" else 100
         digits, unit = (2, "") if scale == 1 else (1, " points")
@@ -71,45 +99,53 @@ def _statements(found: Mapping[str, Any]) -> list[str]:
         if row["low"] is not None:
             low, high = scale * row["low"], scale * row["high"]
             shown += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-        lines.append(f"| {row['claim']} | {_NAMES[row['figure']]} | {shown} | {row['answer']} |")
-    return lines
+        out.append((row["claim"], _NAMES[row["figure"]], shown, row["answer"]))
+    return out
 
 
 def _gap(found: Mapping[str, Any]) -> list[str]:
-    gap = found.get("gap_closed")
-    if not gap:
+    said, caveat = gap(found), found.get("gap_closed", {}).get("caveat")
+    if said is None:
         return []
-    of = f"Share of the gap from {gap['lower']} to {gap['upper']} that {gap['method']} closes"
-    if gap["rate"] is None:
-        return ["", f"{of}: there is no gap ({gap['upper']} is not above {gap['lower']})."]
-    said = f"{of}: {_cell(gap)} % guarded, {_cell(gap['raw'])} % raw (the paper: 81.8 %)."
-    return ["", said + (f" Caveat: {gap['caveat']}." if "caveat" in gap else "")]
+    return ["", said + (f" Caveat: {caveat}." if caveat else "")]
+
+
+def gap(found: Mapping[str, Any]) -> str | None:
+    """The share of the gap in words, without its caveat; None where nobody asked."""
+    closed = found.get("gap_closed")
+    if not closed:
+        return None
+    lower, upper = closed["lower"], closed["upper"]
+    of = f"Share of the gap from {lower} to {upper} that {closed['method']} closes"
+    if closed["rate"] is None:
+        return f"{of}: there is no gap ({upper} is not above {lower})."
+    both = f"{_cell(closed)} % guarded, {_cell(closed['raw'])} % raw"
+    return f"{of}: {both} (the paper: 81.8 %)."
 
 
 def latex(found: Mapping[str, Any]) -> str:
     """A booktabs table: rate with its interval as an index, percent."""
-    columns = COLUMNS | (
-        {"choice_accuracy": ACCURACY}
-        if all("choice_accuracy" in r for _, r in _rows(found))
-        else {}
-    )
-    heads = " & ".join(["", *columns.values(), "perplexity"])
+    cells_of = columns(found)
     lines = [
-        r"\begin{tabular}{l" + "r" * (len(columns) + 1) + "}",
+        r"\begin{tabular}{l" + "r" * len(cells_of) + "}",
         r"\toprule",
-        heads + r" \\",
+        " & ".join(["", *cells_of]) + r" \\",
         r"\midrule",
     ]
-    for name, row in _rows(found):
-        cells = [_latex_cell(row[key]) for key in columns]
+    for i, (name, _) in enumerate(rows(found)):
+        cells = [_latex_cell(of[i]) for of in cells_of.values()]
         escaped = name.replace("_", r"\_").replace("%", r"\%")
-        lines.append(" & ".join([escaped, *cells, f"{row['perplexity']:.2f}"]) + r" \\")
+        lines.append(" & ".join([escaped, *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _latex_cell(rate: Mapping[str, Any]) -> str:
-    rest = f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
-    return f"${100 * rate['rate']:.1f}_{{{rest}}}$"
+def _latex_cell(value: Mapping[str, Any] | str | None) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or value["rate"] is None:
+        return "--"
+    rest = f"[{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+    return f"${100 * value['rate']:.1f}_{{{rest}}}$"
 
 
 _WIDEST = 2.5  # times the lowest perplexity: what the plot shows
@@ -123,26 +159,26 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = _rows(found)
-    names = [name for name, _ in rows]
-    height = max(3.0, 0.34 * len(rows) + 1.2)
+    shown = rows(found)
+    names = [name for name, _ in shown]
+    height = max(3.0, 0.34 * len(shown) + 1.2)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     for key, shift, colour in (("compliance", 0.15, "C7"), ("compliance_guarded", -0.15, "C0")):
-        rate = [100 * row[key]["rate"] for _, row in rows]
+        rate = [100 * row[key]["rate"] for _, row in shown]
         error = [
-            [r - 100 * row[key]["low"] for r, (_, row) in zip(rate, rows, strict=True)],
-            [100 * row[key]["high"] - r for r, (_, row) in zip(rate, rows, strict=True)],
+            [r - 100 * row[key]["low"] for r, (_, row) in zip(rate, shown, strict=True)],
+            [100 * row[key]["high"] - r for r, (_, row) in zip(rate, shown, strict=True)],
         ]
-        places = [i + shift for i in range(len(rows))]
+        places = [i + shift for i in range(len(shown))]
         left.errorbar(rate, places, xerr=error, fmt="o", color=colour, label=COLUMNS[key])
-    left.set_yticks(range(len(rows)), names)
+    left.set_yticks(range(len(shown)), names)
     left.invert_yaxis()
     left.set_xlabel("compliance with the new policy, held-out prompts (%)")
     left.legend(fontsize=8)
     left.grid(axis="x", alpha=0.3)
-    edge = _WIDEST * min(row["perplexity"] for _, row in rows)
+    edge = _WIDEST * min(row["perplexity"] for _, row in shown)
     last, aside = -math.inf, 0.03 * edge
-    for name, row in sorted(rows, key=lambda of: of[1]["compliance_guarded"]["rate"]):
+    for name, row in sorted(shown, key=lambda of: of[1]["compliance_guarded"]["rate"]):
         beyond = row["perplexity"] > edge
         at = (min(edge, row["perplexity"]), 100 * row["compliance_guarded"]["rate"])
         colour = "C1" if name in ("base", "M_ref") else "C0"

@@ -18,7 +18,8 @@ class Paired:
 
     Attributes:
       difference, low, high: in -1..1, with the 95 % interval.
-      p: two-sided, from the same resamples; at least 2 / (resamples + 1).
+      p: two-sided, of the difference being `margin`, from the same resamples; at least 2 /
+        (resamples + 1).
       cohens_h: of the two rates (0.2 small, 0.5 medium, 0.8 large).
       n, seeds: prompts, and pairs of runs.
     """
@@ -32,14 +33,14 @@ class Paired:
     seeds: int
 
 
-def compare(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Paired:
+def compare(a: Sequence[np.ndarray], b: Sequence[np.ndarray], *, margin: float = 0.0) -> Paired:
     """From outcomes [prompts, samples] 0/1 of each seed, in the order of the same prompts."""
     difference_KP = _means(a) - _means(b)
     rate_a, rate_b = float(_means(a).mean()), float(_means(b).mean())
     found = _resampled_means(difference_KP)
     mean = float(difference_KP.mean())
     low, high = (float(x) for x in np.percentile(found, (2.5, 97.5)))
-    beyond = min((found <= 0).sum(), (found >= 0).sum())
+    beyond = min((found <= margin).sum(), (found >= margin).sum())
     return Paired(
         mean,
         max(-1.0, low),

@@ -9,7 +9,8 @@ def run(run: context.Context) -> dict:
     """Writes samples.jsonl (all models) and eval.json (top level: first of evaluate.splits).
 
     eval.json: `compliance.summary`, perplexity and choice_accuracy (`choices.py`) of the re-aligned
-    model, the same of others under "base" and "ref"; "guard", "split", and "splits" for the rest.
+    model, the same of others under "base" and "ref"; "guard", "split", and "splits" for the rest;
+    "policy": content hashes of "old" and "new".
     """
     before = [row for _, row in records.read_jsonl(run.file("baseline", "baseline.jsonl"))]
     thresholds = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
@@ -46,6 +47,7 @@ def run(run: context.Context) -> dict:
     out = found[first] | {
         "split": first,
         "guard": thresholds.to_json(),
+        "policy": {"old": run.old_policy.hash, "new": run.new_policy.hash},
         "splits": {s: found[s] for s in others},
     }
     records.write_jsonl(run.workdir.path / "samples.jsonl", rows)
