@@ -92,3 +92,7 @@ def test_the_command_goes_on_where_it_stopped(shared, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments, "--judges=rules,guess"]) == 2
     assert "'guess' is none of" in capsys.readouterr().err
+    for few in ("", "rules", "rules,rules"):
+        assert main([*arguments, f"--judges={few}"]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and "two judges or more" in said[0]

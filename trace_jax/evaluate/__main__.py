@@ -80,7 +80,13 @@ def _subjects(arguments: argparse.Namespace):
 def _attacks(arguments: argparse.Namespace) -> None:
     from trace_jax.evaluate import attacks
 
-    judged_by = [name.strip() for name in arguments.judges.split(",") if name.strip()]
+    names = (name.strip() for name in arguments.judges.split(","))
+    judged_by = list(dict.fromkeys(name for name in names if name))
+    if len(judged_by) < 2:
+        raise InputError(
+            f"--judges={arguments.judges}: attack success is told by two judges or more, side by "
+            "side; name them by commas, as rules,keywords"
+        )
     judges_of = {name: _judge_pair(name, arguments) for name in judged_by}
     harmful = [p for path in arguments.harmful for p in attacks.read_prompts(path, arguments.limit)]
     safe = attacks.read_prompts(arguments.safe, arguments.limit, safe=True)
