@@ -85,12 +85,22 @@ class Context:
         return method if method in ("trace_no_triage", "u2a") else "trace"
 
     def examples(self, method: str, weights: dict | None, **options: bool) -> list:
-        """Examples of a method over the triaged records, as the config has it."""
+        """Examples of a method over the triaged records, as the config has it.
+
+        Raises:
+          InputError: dpo_gold without any correction, which would be another method.
+        """
         config, alpha = self.config, self.config.train.alpha_kl
         if method == "u2a":
             alpha = config.u2a.alpha_kl
         elif config.train.alpha_scale == "per_conflict":
             alpha /= max(1, sum(t.action in methods.CONFLICTS for t in self.used))
+        punished = sum(t.action == "PUNISH" for t in self.used)
+        if method == "dpo_gold" and punished and not self.corrections:
+            raise InputError(
+                f"dpo_gold needs corrections, and none of {punished} PUNISH records has one: make "
+                "some (--config.correct.source=self), or train dpo_gold_uncorrected"
+            )
         return methods.examples(
             method,
             self.used,
