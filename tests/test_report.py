@@ -2,11 +2,13 @@ import dataclasses
 import html.parser
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
 
-from trace_jax import charts, coverage, metrics, policy, records, report, triage
+from trace_jax import charts, coverage, metrics, policy, reasons, records, report, triage
+from trace_jax.judges import store
 
 ATTACK = (
     "<script>alert(1)</script> {{ 7 * 7 }} {% raw %} <img src=x onerror=alert(2)> \" ' & \ud800"
@@ -294,6 +296,66 @@ def test_what_people_and_studies_did_is_told(workdir):
     assert "&lt;b&gt;Torn&lt;/b&gt;" in page
 
 
+def test_examples_of_every_clause_and_action(workdir):
+    found = report.collect(workdir)["triage"]["examples"]
+    shown = {
+        c["clause"]: {a["action"]: (a["n"], len(a["rows"])) for a in c["actions"]} for c in found
+    }
+    rows = [row for _, row in records.read_jsonl(workdir / "triage.jsonl")]
+    n = {action: sum(r["action"] == action for r in rows) for action in records.ACTIONS}
+    assert shown == {
+        "joy": {a: (n[a], 2) for a in ("PUNISH", "RETAIN")},
+        "speech": {a: (n[a], 2) for a in ("INVERT", "PUNISH", "RETAIN")},
+        "animal": {"UNRESOLVED": (n["UNRESOLVED"], 2)},
+    }
+
+
+def test_examples_differ_and_carry_the_judges_words(workdir):
+    path = workdir / "tales_new.yaml"
+    rules = policy.load(path)
+    rows = [row for _, row in records.read_jsonl(workdir / "triage.jsonl")]
+    for i, row in enumerate(rows):
+        row["chosen"] = f"text {i}"
+    (joy, speech, _) = reasons.examples(rows, rules)
+    punished = [next(a for a in c["actions"] if a["action"] == "PUNISH") for c in (joy, speech)]
+    texts = [row["chosen"] for a in punished for row in a["rows"]]
+    assert len(set(texts)) == 4 and all(row["words"] == {} for a in punished for row in a["rows"])
+    first = next(row for row in rows if row["chosen"] == texts[0])
+    assert punished[0]["rows"][0]["chosen_violates"] == ["speech"]
+    kept = store.Store(workdir / "judgements.sqlite")
+    reader = store.Reader("gemini", "m", "{}", "t")
+    verdicts = {rules.clauses[0]: records.ClauseVerdict("violating", 0.1)}
+    call = store.Call("ok", rationale="It ends <i>badly</i>.")
+    kept.add(reader, first["prompt"], first["chosen"], call, verdicts)
+    kept.close()
+    _write_jsonl(workdir / "triage.jsonl", rows)
+    page = _render(workdir)
+    assert "It ends &lt;i&gt;badly&lt;/i&gt;." in page and page.count("The judge</small>") == 1
+    assert "PUNISH, 1 of " in page and "chosen, violates speech" in page
+
+
+def test_a_comparison_is_shown_with_its_caveat(workdir):
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6}
+    figures = dict.fromkeys(("compliance_guarded", "compliance", "compliance_greedy"), rate)
+    row = figures | {"perplexity": 2.5}
+    won = rate | {"ties": 0.93, "n": 100, "guarded": rate | {"rate": None}}
+    gap = {"method": "trace", "lower": "u2a", "upper": "dpo_gold", **rate, "raw": rate}
+    said = {"claim": "trace <b>", "figure": "compliance", "difference": 0.2, "low": 0.1,
+            "high": 0.3, "answer": "yes"}  # fmt: skip
+    found = {
+        "ref": row, "methods": {"trace": row | {"win_rate_vs_u2a": won}, "u2a": row},
+        "tests": [], "statements": [said], "gap_closed": gap | {"caveat": "u2a learnt <nothing>"},
+        "seeds": [0, 1], "split": "test",
+    }  # fmt: skip
+    records.write_json(workdir / "comparison.json", found)
+    page = _render(workdir)
+    assert "comparison" in _parse(page).sections
+    section = page.split('id="comparison"')[1].split("</section>")[0]
+    assert "Caveat: u2a learnt &lt;nothing&gt;." in section and "trace &lt;b&gt;" in section
+    assert '<td class="n">93</td>' in section and "+20.0 points [+10.0, +30.0]" in section
+    assert "Share of the gap from u2a to dpo_gold that trace closes: 50.0 [40.0, 60.0]" in section
+
+
 def test_evaluation_compares_the_three_models(workdir):
     found = report.collect(workdir)["evaluation"]
     assert [row["model"] for row in found["rows"]] == ["base", "ref", "trained"]
@@ -419,4 +481,58 @@ def test_a_browser_shows_the_page_without_complaint(straight, browser, scheme, w
     tab.goto((straight[0] / "report.html").as_uri())
     assert tab.locator("h2").count() >= 6 and said == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+
+
+def _text_of(pdf: bytes) -> list[str]:
+    """What a PDF of Chromium says, without spaces: once by the characters of each of its fonts."""
+    streams = []
+    for body in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.DOTALL):
+        try:
+            streams.append(zlib.decompress(body))
+        except zlib.error:
+            continue
+    glyphs = [
+        h.decode()
+        for stream in streams if b"begincmap" not in stream
+        for operand in re.findall(rb"(<[^<]*?>)\s*Tj|\[(.*?)\]\s*TJ", stream, re.DOTALL)
+        for h in re.findall(rb"<([0-9A-Fa-f]+)>", operand[0] or operand[1])
+    ]  # fmt: skip
+    return [_decoded(glyphs, s.decode("latin-1")) for s in streams if b"begincmap" in s]
+
+
+def _decoded(glyphs: list[str], cmap: str) -> str:
+    characters = {}
+    for block in re.findall(r"beginbfchar(.*?)endbfchar", cmap, re.DOTALL):
+        for code, text in re.findall(r"<(\w+)>\s*<(\w+)>", block):
+            characters[code.upper()] = bytes.fromhex(text).decode("utf-16-be", "replace")
+    for block in re.findall(r"beginbfrange(.*?)endbfrange", cmap, re.DOTALL):
+        for low, high, text in re.findall(r"<(\w+)>\s*<(\w+)>\s*<(\w+)>", block):
+            for code in range(int(low, 16), int(high, 16) + 1):
+                characters[f"{code:04X}"] = chr(int(text, 16) + code - int(low, 16))
+    codes = (h[i : i + 4].upper() for h in glyphs for i in range(0, len(h), 4))
+    return "".join(characters.get(code, "?") for code in codes).replace(" ", "")
+
+
+def test_on_paper_nothing_is_closed_cut_or_dark(workdir, browser, tmp_path):
+    """The end of a text that scrolls on the screen, in an example that is closed there."""
+    rows = [row for _, row in records.read_jsonl(workdir / "triage.jsonl")]
+    rows[0]["chosen"] = "line\n" * 60 + "OKAPI END"
+    _write_jsonl(workdir / "triage.jsonl", rows)
+    samples = list(_sample_rows())
+    samples[0]["response"] = "word\n" * 60 + "QUAGGA END"
+    _write_jsonl(workdir / "samples.jsonl", samples)
+    _render(workdir)
+    context = browser.new_context(color_scheme="dark")
+    tab = context.new_page()
+    tab.goto((workdir / "report.html").as_uri())
+    assert tab.locator("details[open]").count() == 0
+    assert not tab.get_by_text("OKAPI END").is_visible()
+    said = _text_of(tab.pdf(format="A4"))
+    for needle in ("OKAPIEND", "QUAGGAEND", "tales_old", '"beta":0.1'):
+        assert any(needle in text for text in said), needle
+    tab.emulate_media(media="print")
+    colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert colour == "rgb(255, 255, 255)"
+    assert tab.evaluate("getComputedStyle(document.body).color") == "rgb(29, 29, 27)"
     context.close()

@@ -15,7 +15,16 @@ from typing import Any
 
 import jinja2
 
-from trace_jax import charts, generations, metrics, policy, records, shortlist
+from trace_jax import (
+    charts,
+    comparison_tables,
+    generations,
+    metrics,
+    policy,
+    reasons,
+    records,
+    shortlist,
+)
 
 CONFLICTS = ("INVERT", "PUNISH")
 MODELS = {"base": "base model", "ref": "M_ref (old policy)", "trained": "re-aligned model"}
@@ -68,11 +77,15 @@ def collect(workdir: Path) -> dict[str, Any]:
       policy: {"old", "new", "clauses": [{"id", "change", "before", "after"}]}; change is unchanged,
       added, removed or changed.
       triage: {"n", "n_conflicts", "actions": [{"action", "n", "share"}], "clauses": rows of
-        coverage.json, "overridden", "corrupted", "doubtful": rows of the short list}.
+        coverage.json, "examples": `reasons.examples`, "overridden", "corrupted", "doubtful": rows
+        of the short list}.
       impact: impact_summary.json with "charts": [chart].
       training: [chart]; a chart is {"title", "names", "svg"}.
       evaluation: {"rows": [{"model", "rates": [rate], "perplexity", "accuracy": rate}], "tables":
         [{"title", "columns", "rows"}], "guard"}; a rate is {"rate", "low", "high", "n"} or None.
+      comparison: of methods over this workdir, where there was one: {"columns": [head], "rows":
+        [{"name", "cells"}], "statements": rows of `comparison_tables.statements`, "gap", "caveat":
+        lines or None, "split", "seeds"}; a cell is a rate, a text or None.
       generations: rows of `generations.history`, where the run has a parent.
       samples: [{"prompt", "cells": [{"model", "response", "compliant", "guarded", "violated"}]}].
       stages: [{"stage", "seconds", "summary": [(name, value)]}]. total_seconds: float.
@@ -86,11 +99,12 @@ def collect(workdir: Path) -> dict[str, Any]:
         "config": config,
         "versions": _read_json(workdir / "versions.json") or {},
         "policy": changes,
-        "triage": _triage(workdir),
+        "triage": _triage(workdir, config),
         "impact": _impact(workdir),
         "training": _training(workdir),
         "evaluation": _evaluation(_read_json(workdir / "eval.json")),
         "samples": _samples(_read_jsonl(workdir / "samples.jsonl")),
+        "comparison": _comparison(_read_json(workdir / "comparison.json")),
         "generations": _generations(workdir),
         "stages": stages,
         "total_seconds": sum(stage["seconds"] for stage in stages),
@@ -112,7 +126,7 @@ def _policy(config: Row) -> Row | None:
     return {"old": old.name, "new": new.name, "clauses": clauses}
 
 
-def _triage(workdir: Path) -> Row | None:
+def _triage(workdir: Path, config: Row) -> Row | None:
     rows = _read_jsonl(workdir / "triage.jsonl")
     if not rows:
         return None
@@ -127,10 +141,18 @@ def _triage(workdir: Path) -> Row | None:
         "n_conflicts": sum(actions[action] for action in CONFLICTS),
         "actions": counted,
         "clauses": _read_json(workdir / "coverage.json") or [],
+        "examples": _examples(workdir, config, rows),
         "overridden": sum("override" in row for row in rows),
         "corrupted": sum("noise" in row for row in rows),
         "doubtful": doubtful,
     }
+
+
+def _examples(workdir: Path, config: Row, rows: Sequence[Row]) -> list[Row]:
+    if "policy" not in config:
+        return []
+    store = config.get("asking", {}).get("store") or workdir / "judgements.sqlite"
+    return reasons.examples(rows, policy.load(config["policy"]["new"]), Path(store))
 
 
 def _impact(workdir: Path) -> Row | None:
@@ -154,23 +176,10 @@ def _impact(workdir: Path) -> Row | None:
     return summary | {
         "charts": [chart for chart in charts_found if chart["names"]],
         "influential": {
-            name: [row | _reasons(triaged[row["id"]]) for row in of if row["id"] in triaged]
+            name: [row | reasons.told(triaged[row["id"]]) for row in of if row["id"] in triaged]
             for name, of in ends.items()
         },
     }
-
-
-def _reasons(row: Row) -> Row:
-    """Texts of a triaged record, and the clauses that each side violates."""
-    sides = {}
-    for side in ("chosen", "rejected"):
-        clauses = row[f"{side}_verdict"]["clauses"]
-        sides[f"{side}_violates"] = [c for c, s in clauses.items() if _status(s) == "violating"]
-    return sides | {key: row[key] for key in ("prompt", "chosen", "rejected")}
-
-
-def _status(clause: Any) -> str:
-    return clause["status"] if isinstance(clause, Mapping) else clause
 
 
 def _histogram(title: str, key: str, rows: Sequence[Row]) -> Row:
@@ -224,6 +233,25 @@ def _evaluation(result: Row | None) -> Row | None:
             cells = [{"name": n, "rates": [part.get(n) for part in parts.values()]} for n in names]
             tables.append({"title": title, "columns": list(parts), "rows": cells})
     return {"rows": rows, "tables": tables, "guard": result.get("guard")}
+
+
+def _comparison(found: Row | None) -> Row | None:
+    if found is None:
+        return None
+    columns = comparison_tables.columns(found)
+    names = [name for name, _ in comparison_tables.rows(found)]
+    return {
+        "columns": list(columns),
+        "rows": [
+            {"name": name, "cells": [of[i] for of in columns.values()]}
+            for i, name in enumerate(names)
+        ],
+        "statements": comparison_tables.statements(found),
+        "gap": comparison_tables.gap(found),
+        "caveat": found.get("gap_closed", {}).get("caveat"),
+        "split": found["split"],
+        "seeds": found["seeds"],
+    }
 
 
 def _generations(workdir: Path) -> list[Row] | None:

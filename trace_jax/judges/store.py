@@ -130,6 +130,22 @@ class Store:
                 found.setdefault(item, {})[names[clause]] = Answer(verdict, *rest)
         return found
 
+    def words(self, clauses: Sequence[policies.Clause], items: Iterable[bytes]) -> dict[bytes, str]:
+        """Item hash -> what readers said of it when they judged these clauses, line by line."""
+        names = self._clause_names(clauses)
+        marks = ",".join("?" * len(names))
+        said: dict[bytes, dict[str, None]] = {}
+        for part in _parts(list(items), _MANY):
+            for item, rationale in self._select(
+                "SELECT DISTINCT items.hash, rationale FROM items "
+                "JOIN verdicts ON verdicts.item = items.id JOIN calls ON calls.id = call "
+                f"WHERE rationale != '' AND clause IN ({marks}) "
+                f"AND items.hash IN ({','.join('?' * len(part))})",
+                (*names, *part),
+            ):
+                said.setdefault(item, {})[rationale] = None
+        return {item: "\n".join(lines) for item, lines in said.items()}
+
     def _damaged(self, what: str) -> None:
         """Damaged answers are as if they were not there."""
         metrics.say(f"  warning: {self.path}: a damaged {what} is left out, and asked for again")
