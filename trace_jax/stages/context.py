@@ -88,7 +88,7 @@ class Context:
         """Examples of a method over the triaged records, as the config has it.
 
         Raises:
-          InputError: dpo_gold without any correction, which would be another method.
+          InputError: dpo_gold (or dpo_gold_nll) without any correction: another method.
         """
         config, alpha = self.config, self.config.train.alpha_kl
         if method == "u2a":
@@ -96,9 +96,9 @@ class Context:
         elif config.train.alpha_scale == "per_conflict":
             alpha /= max(1, sum(t.action in methods.CONFLICTS for t in self.used))
         punished = sum(t.action == "PUNISH" for t in self.used)
-        if method == "dpo_gold" and punished and not self.corrections:
+        if method in ("dpo_gold", "dpo_gold_nll") and punished and not self.corrections:
             raise InputError(
-                f"dpo_gold needs corrections, and none of {punished} PUNISH records has one: make "
+                f"{method} needs corrections, and none of {punished} PUNISH records has one: make "
                 "some (--config.correct.source=self), or train dpo_gold_uncorrected"
             )
         return methods.examples(

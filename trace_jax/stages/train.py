@@ -14,7 +14,6 @@ def run(run: context.Context) -> dict:
     weights = {(row["id"], row["action"]): row["weight"] for row in rows}
     weighed_again = bool(run.config.train.refresh_every and run.scored_method != "u2a")
     examples = run.examples(method, weights, with_zeros=weighed_again)
-    _warn(run)
     dropped: list[str] = []
     fitted = fit.fit(
         run.ref,
@@ -53,13 +52,3 @@ def _shared_reference(run: context.Context) -> feed.Kept | None:
     return feed.Kept(
         shared.path / "compare" / ".reference", hashlib.sha256(made.encode()).hexdigest()
     )
-
-
-def _warn(run: context.Context) -> None:
-    """Where a method leaves records out because corrections are not there."""
-    punished = sum(t.action == "PUNISH" for t in run.used)
-    if run.config.train.method == "dpo_gold" and punished and not run.corrections:
-        metrics.say(
-            f"  warning: dpo_gold leaves {punished} PUNISH records out, for there are no "
-            "corrections; make some (--config.correct.source=self)"
-        )
