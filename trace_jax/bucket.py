@@ -80,6 +80,12 @@ def publish() -> None:
         _active.publish()
 
 
+def close() -> None:
+    """Brings what is new to the bucket and gives the workdir free, for a run that is cut off."""
+    if _active is not None:
+        _active.close()
+
+
 def checkpoints(directory: Path) -> Any:
     """Where the checkpoints of `directory` are: there, or for a workdir in a bucket, in the bucket
     (an `epath.Path`)."""

@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trace_jax.errors import InputError, of_the_machine
+from trace_jax import errors
+from trace_jax.errors import InputError
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -14,7 +15,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         arguments.run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.exit_code(error)
     except SystemExit as stop:  # argparse: --help, or a wrong argument
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -23,9 +24,9 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     except BrokenPipeError:  # head, less
         sys.stderr.close()
     except Exception as error:
-        told = of_the_machine(error)
+        told = errors.of_the_machine(error)
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        return 2
+        return errors.exit_code(error)
     return 0

@@ -291,13 +291,13 @@ def main(argv: list[str]) -> int:
         compare(values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate)
     except InputError as error:
         print("error:", error, file=sys.stderr)
-        return 2
+        return errors.exit_code(error)
     except Exception as error:
         told = errors.of_the_machine(error)
         if told is None:
             raise
         print("error:", told, file=sys.stderr)
-        return 2
+        return errors.exit_code(error)
     print((target / "comparison.md").read_text())
     return 0
 

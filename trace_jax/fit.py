@@ -221,7 +221,7 @@ def fit(
                         on_metrics=on_metrics,
                         save=save,
                         save_every=settings.save_every,
-                        due=preemption.due,
+                        due=lambda _: preemption.due(),
                     )
                 if pauses is None or stretch.end not in pauses.steps:
                     break

@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import ml_collections
@@ -41,7 +42,7 @@ _MOST_CPU_DEVICES = 4  # each has a copy of the parameters
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 bad input or config (one line on stderr)."""
+    """Returns the exit code: 0 done, 2 bad input or config, 75 again (one line on stderr)."""
     try:
         values = define_flags(argv)
         parse_flags(values, argv)
@@ -62,16 +63,19 @@ def main(argv: list[str]) -> int:
             realign(values.config, directory, only=values.stages, redo=values.redo, command=command)
     except InputError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
-        return processes.leave(2)
+        return processes.leave(errors.exit_code(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return processes.leave(130)
     except Exception as error:
         told = errors.of_the_machine(error)
-        if told is None:
+        if told is not None:
+            print("error:", told, file=sys.stderr)
+            return processes.leave(errors.exit_code(error))
+        if processes.count() == 1:
             raise
-        print("error:", told, file=sys.stderr)
-        return processes.leave(2)
+        traceback.print_exc()
+        return processes.leave(1)
     except preemption.Preempted as told:
         print(f"preempted ({told}); the same command goes on from here", file=sys.stderr)
         return processes.leave(preemption.EXIT_CODE)

@@ -8,12 +8,20 @@ when the processes meet. Imports jax only once `start` was called.
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from trace_jax import heartbeat
+from trace_jax import errors, heartbeat
 from trace_jax.errors import InputError
+
+_KEYS = "trace_jax/"  # in the store of jax's coordination service, where `tell` writes
+_LEAVING = "leaving/"
+_TOGETHER_S = 300.0  # how long one that leaves waits for the others
+_GONE_S = 10.0  # how long the first one, which keeps the store, lets them go before it
 
 
 @dataclasses.dataclass
@@ -52,6 +60,7 @@ def start(coordinator: str | None, count: int | None, index: int | None, *, auto
 
     # On CPU two programs in flight may run in either order, and their collectives would not match.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_enable_preemption_service", False)  # `preemption` does that
     try:
         if auto and not all(given):
             jax.distributed.initialize()
@@ -116,8 +125,8 @@ def from_first(make: Callable[[], Any]) -> Any:
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
         padded = np.frombuffer(data.ljust(size), np.uint8)
         kind, value = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
-    if kind == "error":
-        raise InputError(value)
+    if kind != "value":
+        raise (errors.Unavailable if kind == "unavailable" else InputError)(value)
     return value
 
 
@@ -125,12 +134,54 @@ def _outcome(make: Callable[[], Any]) -> tuple[str, Any]:
     try:
         return "value", make()
     except InputError as error:
-        return "error", str(error)
+        again = errors.exit_code(error) == errors.AGAIN
+        return "unavailable" if again else "error", str(error)
+
+
+def tell(key: str, value: str = "") -> None:
+    """Tells the other processes, none of which has to listen now; the last value of a key holds."""
+    _store().key_value_set(_KEYS + key, value, allow_overwrite=True)
+
+
+def heard(key: str) -> dict[str, str]:
+    """What was told under `key` by any process: what follows `key` there -> value."""
+    rows = _store().key_value_dir_get(_KEYS)
+    start = _KEYS + key
+    return {name.removeprefix(start): value for name, value in rows if name.startswith(start)}
+
+
+def heard_leaving() -> tuple[int, int] | None:
+    """(process, its exit code) of one that leaves after an error or was told to go."""
+    return next(((int(i), int(code)) for i, code in heard(_LEAVING).items()), None)
 
 
 def leave(code: int) -> int:
-    """The exit code; after an error this process goes at once, so that no other waits for it."""
-    if code and _this.count > 1:
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    """The exit code; not 0, all processes are told, met for a bounded time, and end together.
+
+    Who ended before would take the others with it: its launcher kills them while they still write,
+    and without the first one, which has the store, jax aborts them.
+    """
+    if not code or _this.count == 1:
+        return code
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        tell(f"{_LEAVING}{_this.index}", str(code))
+        _store().wait_at_barrier(f"{_KEYS}end", int(_TOGETHER_S * 1000))
+        tell(f"gone/{_this.index}")
+        end = time.monotonic() + _GONE_S
+        while is_first() and len(heard("gone/")) < _this.count and time.monotonic() < end:
+            time.sleep(0.05)
+        if is_first():
+            time.sleep(1.0)  # from their word to their end
+    except Exception as error:  # jax has no class for it; who is missing is missing
+        print("warning: not all processes ended together:", error, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _store():
+    from jax._src import distributed  # jax has no other way to its coordination service
+
+    return distributed.global_state.client
