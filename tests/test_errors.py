@@ -18,6 +18,11 @@ from trace_jax.errors import InputError
         (sqlite3.OperationalError("database or disk is full"), "no space left on device"),
         (OSError(errno.EROFS, "Read-only file system"), "read-only"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
+        (OSError(errno.EIO, "Input/output error", "/x/y"), "/x/y: the disk or its server fails"),
+        (OSError(errno.ESTALE, "Stale file handle", "/x/y"), "when it is back, the same command"),
+        (OSError(errno.ETIMEDOUT, "Connection timed out", "/x/y"), "does not answer"),
+        (OSError(errno.ETIMEDOUT, "Connection timed out"), None),  # of a socket
+        (sqlite3.OperationalError("disk I/O error"), "the disk or its server fails"),
         (MemoryError(), "out of memory; take fewer rows"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "out of memory"),
         (FileNotFoundError(errno.ENOENT, "No such file"), None),
@@ -29,7 +34,38 @@ def test_what_the_machine_does_wrong_is_told_from_what_we_do(error, said):
     assert (found is None) if said is None else (said in found and "\n" not in found)
 
 
-def test_programs_end_by_2_for_the_machine_and_by_a_traceback_for_us(capsys):
+def _caused_by(cause: Exception) -> InputError:
+    try:
+        raise InputError("/x/y: cannot be written; make room") from cause
+    except InputError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.Unavailable("the bucket cannot be reached"), 75),
+        (OSError(errno.EIO, "Input/output error"), 75),
+        (_caused_by(OSError(errno.ESTALE, "Stale file handle", "/x/y")), 75),
+        (
+            _caused_by(ValueError("UNAVAILABLE: Error writing gs://b/o: HTTP response code: 503")),
+            75,
+        ),
+        (_caused_by(sqlite3.OperationalError("disk I/O error")), 75),
+        (_caused_by(_caused_by(OSError(errno.EIO, "Input/output error"))), 75),
+        (InputError("text: Input/output error"), 2),  # a user's words are no fault
+        (_caused_by(OSError(errno.EROFS, "Read-only file system", "/x/y")), 2),
+        (_caused_by(ValueError("PERMISSION_DENIED: HTTP response code: 403")), 2),
+        (_caused_by(ValueError("no space left on device")), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (MemoryError(), 2),
+    ],
+)
+def test_what_comes_back_by_itself_is_worth_another_start(error, code):
+    assert errors.exit_code(error) == code
+
+
+def test_programs_end_by_2_or_75_for_the_machine_and_by_a_traceback_for_us(capsys):
     import argparse
 
     def fails(error):
@@ -39,6 +75,9 @@ def test_programs_end_by_2_for_the_machine_and_by_a_traceback_for_us(capsys):
 
     assert fails(OSError(errno.ENOSPC, "No space left on device")) == 2
     assert capsys.readouterr().err.startswith("error: no space left on device; ")
+    assert fails(OSError(errno.EIO, "Input/output error")) == 75
+    assert fails(errors.Unavailable("the bucket cannot be reached")) == 75
+    assert len(capsys.readouterr().err.splitlines()) == 2
     with pytest.raises(KeyError):
         fails(KeyError("ours"))
 

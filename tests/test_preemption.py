@@ -99,20 +99,21 @@ def test_training_that_is_told_to_go_goes_on_to_the_same_end(straight, config, t
     assert ends[0] == ends[1] and len(ends[0]) == 60
 
 
+@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="minutes on two cores: make soak")
 def test_two_processes_of_which_one_is_told_go_on_to_the_same_end(straight, config, tmp_path):
     """In stage impact, and in training."""
     ends, flags = [], (*FLAGS, "--redo", "--stages=impact,train")
     for name in ("straight", "stopped"):
         path = Path(shutil.copytree(straight[0], tmp_path / name))
-        for mark in ("impact", "train"):
-            (path / ".stages" / f"{mark}.json").unlink()
+        for stage in ("impact", "train"):  # what one process trained, two cannot go on with
+            (path / ".stages" / f"{stage}.json").unlink()
+        shutil.rmtree(path / "checkpoints")
         both = _pair(config, path, *flags)
         if name == "stopped":
             assert "[impact]" in both[0].stderr.readline()
             both[1].send_signal(signal.SIGTERM)
-            assert [(code, "preempted" in said) for code, said in map(_end, both)] == [
-                (75, True)
-            ] * 2
+            for code, said in map(_end, both):
+                assert code == 75 and said.startswith("preempted (between two steps of work)")
             both = _pair(config, path, *flags)
             _trains(path, both)
             for process in both:
@@ -122,9 +123,8 @@ def test_two_processes_of_which_one_is_told_go_on_to_the_same_end(straight, conf
             assert other == (code, said)
             both = _pair(config, path, *flags)
         assert [code for code, _ in map(_end, both)] == [0, 0]
-        ends.append(
-            (metrics.read_metrics(path / "metrics.jsonl"), (path / "impact.jsonl").read_bytes())
-        )
+        rows, scores = metrics.read_metrics(path / "metrics.jsonl"), path / "impact.jsonl"
+        ends.append((rows, scores.read_bytes()))
     assert ends[0] == ends[1] and len(ends[0][0]) == 60
 
 

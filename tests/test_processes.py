@@ -14,7 +14,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from trace_jax import models, processes
+from trace_jax import models, preemption, processes
 from trace_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +28,9 @@ def free_port() -> int:
 
 
 def run(
-    count: int, folder: Path | str, *more: str, program=(str(WORKER),), **variables: str
+    count: int, folder: Path | str, *more: str, program=(str(WORKER),), code=0, **variables: str
 ) -> list[str]:
-    """Runs `count` processes of one device each; their stderr."""
+    """Runs `count` processes of one device each, which end with `code`; their stderr."""
     if isinstance(folder, Path):
         folder.mkdir(exist_ok=True)
     environment = os.environ | {
@@ -48,7 +48,7 @@ def run(
         for i in range(count)
     ]  # fmt: skip
     said = [err for _, err in children.said_by(started)]
-    assert [process.returncode for process in started] == [0] * count, "\n".join(said)
+    assert [process.returncode for process in started] == [code] * count, "\n".join(said)
     return said
 
 
@@ -101,7 +101,9 @@ def test_every_process_holds_a_part(straight):
 
 
 def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, tmp_path):
-    run(2, tmp_path / "resumed", "3")
+    said = run(2, tmp_path / "resumed", "3", code=preemption.EXIT_CODE)
+    assert [text.splitlines()[-1] for text in said] == ["step 4 is saved"] * 2
+    assert len(rows(tmp_path / "resumed")) == 4
     assert not (tmp_path / "resumed" / "model").exists()
     run(2, tmp_path / "resumed")
     assert rows(tmp_path / "resumed") == rows(straight[2])
@@ -112,7 +114,7 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, tmp_path):
 def test_stopped_and_resumed_without_a_common_disk_as_well(straight, storage, tmp_path):
     url, cache = "gs://bucket/runs/two", tmp_path / "cache"
     here = storage | {"TRACE_JAX_CACHE": str(cache)}
-    run(2, url, "3", **here)
+    run(2, url, "3", code=preemption.EXIT_CODE, **here)
     shutil.rmtree(cache)
     run(2, url, **here)
     first, second = (next((cache / "workdirs").glob(f"two-*/p{index}")) for index in range(2))

@@ -7,6 +7,7 @@ which files the bucket has; it is written after them, so a kill in between leave
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -100,8 +101,7 @@ def removed(path: Path) -> None:
     if _active is not None:
         kept = checkpoints(path)
         with remote.told(str(kept)):
-            if kept.exists():
-                kept.rmtree()
+            remote.patiently(kept, lambda: kept.exists() and kept.rmtree())
 
 
 class Mirror:
@@ -124,6 +124,7 @@ class Mirror:
         self._synced: dict[str, str] = {}  # name -> token here when it was as the bucket has it
         self._seen: dict[int, int] = {}  # process -> version of its list that was read
         self._version = 0
+        self._listed = True  # the list in the bucket has all that went there
         self._thread: threading.Thread | None = None
 
     def pull(self, *, weights: bool = True) -> None:
@@ -133,8 +134,8 @@ class Mirror:
         stays, and goes there with the next `publish`.
         """
         with remote.told(self.url), self._lock:
-            for index, (version, file) in sorted(self._lists().items()):
-                self._merge(json.loads(file.read_text()))
+            for index, (version, text) in sorted(remote.patiently(self.url, self._lists).items()):
+                self._merge(json.loads(text))
                 self._seen[index] = version
             self._version = self._seen.get(processes.index(), 0)
             state = self._state()
@@ -157,11 +158,13 @@ class Mirror:
             here = self._scan(everything=everything)
             gone = [n for n in self._synced if n not in here and not (self.local / n).exists()]
             changed = [n for n, token in here.items() if self._synced.get(n) != token]
-            if not gone and not changed:
+            if not gone and not changed and self._listed:
                 return self._version
+            self._listed = False
             generation = self._generation() + 1
             for name in gone:
-                (self.remote / name).unlink(missing_ok=True)
+                file = self.remote / name
+                remote.patiently(file, functools.partial(file.unlink, missing_ok=True))
                 del self._synced[name]
                 self._known[name] = self._own[name] = (generation, None)
             for name in sorted(changed, key=lambda n: (n.startswith(".stages/"), n)):
@@ -181,20 +184,20 @@ class Mirror:
                     continue
                 self._seen[index] = version
                 theirs = self.remote / _FILES / _list_name(index, version)
-                for name in self._merge(json.loads(theirs.read_text())):
+                for name in self._merge(json.loads(remote.patiently(theirs, theirs.read_text))):
                     self._bring(name, self._known[name][1])
             self._remember()
 
     def take(self) -> None:
         """Raises InputError where another run is at work in the bucket; else says that this is."""
         with remote.told(self.url):
-            found = _owner(self.remote)
+            found = remote.patiently(self.url, lambda: _owner(self.remote))
             if found is not None and found["host"] != socket.gethostname():
                 raise InputError(
                     f"{self.url}: another run is at work there (on {found['host']}, since "
                     f"{found['since']}); wait for its end, or use another --workdir"
                 )
-            self._sign()
+            remote.patiently(self.url, self._sign)
 
     def start(self) -> None:
         """Publishes from time to time until `close`."""
@@ -209,14 +212,16 @@ class Mirror:
         self.publish()
         if processes.is_first():
             with remote.told(self.url):
-                (self.remote / _OWNER).unlink(missing_ok=True)
+                owner = self.remote / _OWNER
+                remote.patiently(owner, lambda: owner.unlink(missing_ok=True))
 
     def _publish_again(self) -> None:
         while not self._stop.wait(_PERIOD):
             try:
                 self.publish(everything=False)
                 if processes.is_first():
-                    self._sign()
+                    with remote.told(self.url):
+                        self._sign()
             except InputError as error:  # the next try, or the end of the stage, may go better
                 metrics.warn(str(error))
 
@@ -246,23 +251,31 @@ class Mirror:
             remote.download(self.remote / name, here, int(token.partition("-")[2]))
         self._synced[name] = remote.token(here)
 
-    def _lists(self) -> dict[int, tuple[int, Any]]:
-        """Process -> (version, its newest list of files)."""
+    def _lists(self) -> dict[int, tuple[int, str]]:
+        """Process -> (version, its newest list of files, as text)."""
         folder, found = self.remote / _FILES, {}
         for file in folder.iterdir() if folder.exists() else ():
             index, _, version = file.name.removesuffix(".json").partition("-")
             newest = (int(version), file)
             found[int(index)] = max(found.get(int(index), newest), newest, key=lambda x: x[0])
-        return found
+        return {index: (version, file.read_text()) for index, (version, file) in found.items()}
 
     def _list(self) -> None:
         """Says in the bucket what files this process wrote, in a new list: others read the old."""
         self._version += 1
         folder = self.remote / _FILES
-        folder.mkdir(parents=True, exist_ok=True)
-        newest = folder / _list_name(processes.index(), self._version)
-        newest.write_text(json.dumps(self._own))
-        (folder / _list_name(processes.index(), self._version - _LISTS)).unlink(missing_ok=True)
+        newest, oldest = (
+            folder / _list_name(processes.index(), version)
+            for version in (self._version, self._version - _LISTS)
+        )
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            newest.write_text(json.dumps(self._own))
+            oldest.unlink(missing_ok=True)
+
+        remote.patiently(newest, write)
+        self._listed = True
         self._remember()
 
     def _remember(self) -> None:

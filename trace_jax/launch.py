@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
         directory = _directory(values)
         with preemption.watched():
             realign(values.config, directory, only=values.stages, redo=values.redo, command=command)
+            processes.wait("end")  # who is done still hears of one that is told to go
     except InputError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return processes.leave(errors.exit_code(error))

@@ -5,13 +5,13 @@ see the workdir: it is on a shared file system, or in a bucket (`bucket.py`), an
 when the processes meet. Imports jax only once `start` was called.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from trace_jax.errors import InputError
 _KEYS = "trace_jax/"  # in the store of jax's coordination service, where `tell` writes
 _LEAVING = "leaving/"
 _TOGETHER_S = 300.0  # how long one that leaves waits for the others
-_GONE_S = 10.0  # how long the first one, which keeps the store, lets them go before it
 
 
 @dataclasses.dataclass
@@ -158,7 +157,7 @@ def heard_leaving() -> tuple[int, int] | None:
 def leave(code: int) -> int:
     """The exit code; not 0, all processes are told, met for a bounded time, and end together.
 
-    Who ended before would take the others with it: its launcher kills them while they still write,
+    Who ended alone would take the others with it: its launcher kills them while they still write,
     and without the first one, which has the store, jax aborts them.
     """
     if not code or _this.count == 1:
@@ -168,16 +167,12 @@ def leave(code: int) -> int:
     try:
         tell(f"{_LEAVING}{_this.index}", str(code))
         _store().wait_at_barrier(f"{_KEYS}end", int(_TOGETHER_S * 1000))
-        tell(f"gone/{_this.index}")
-        end = time.monotonic() + _GONE_S
-        while is_first() and len(heard("gone/")) < _this.count and time.monotonic() < end:
-            time.sleep(0.05)
-        if is_first():
-            time.sleep(1.0)  # from their word to their end
+        _store().shutdown()  # from here on nobody needs the first one
     except Exception as error:  # jax has no class for it; who is missing is missing
         print("warning: not all processes ended together:", error, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
