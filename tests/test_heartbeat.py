@@ -1,6 +1,7 @@
 """Signs of life, and who keeps whom waiting."""
 
 import json
+import re
 import time
 
 import pytest
@@ -77,7 +78,7 @@ def test_status_shows_the_signs_of_a_run_at_work(tmp_path, capsys):
     with locks.of(tmp_path), beating, heartbeat.doing("stage align"):
         _until(lambda: [r["doing"] for r in status.of(tmp_path)["processes"]] == ["stage align"])
         assert status.main([str(tmp_path)]) == 0
-    assert "stage align (last progress 0 s ago)" in capsys.readouterr().out
+    assert re.search(r"stage align \(last progress \d+ s ago\)", capsys.readouterr().out)
     assert status.of(tmp_path)["processes"] == []
 
 

@@ -1,4 +1,4 @@
-"""How the programs beside `launch` run a command and end: exit code 2 for what is the user's."""
+"""How the programs beside `launch` run a command and end: 2 for what is the user's, 75: again."""
 
 import argparse
 import sys

@@ -274,7 +274,7 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 done, 2 bad input."""
+    """Exit code 0 done, 2 bad input, 75 again."""
     try:
         values = define_flags(argv)
         launch.parse_flags(values, argv)
