@@ -75,6 +75,7 @@ setuptools.setup(
             "gcp-storage-emulator>=2026.7",
             "gcsfs>=2026.1",
             "hypothesis>=6.150",
+            "kubeflow-trainer-api>=2.3",
             "packaging>=24.0",
             "pytest>=8.0",
             "pytest-xdist>=3.6",

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from bench import scaling
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
-SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "gpu.sh", "slurm.sbatch")
+SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "gke.sh", "gpu.sh", "slurm.sbatch")
 
 
 def _run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -65,7 +64,7 @@ def test_dry_runs_elsewhere():
     )
     done = _run("gpu.sh", "--dry-run", CONFIG="configs/qwen7b.py:lora")
     assert done.returncode == 0 and "--config=configs/qwen7b.py:lora" in done.stdout
-    for script in ("tpu_pod.sh", "gpu.sh"):
+    for script in ("tpu_pod.sh", "gke.sh", "gpu.sh"):
         assert _run(script, "--help", PROJECT="p").returncode == 2
 
 
@@ -85,14 +84,3 @@ def test_what_was_interrupted_is_started_again(tmp_path, code, starts, ends):
     )  # fmt: skip
     assert done.returncode == ends
     assert (tmp_path / "starts").read_text().count("start") == starts
-
-
-def test_the_jobset_starts_one_process_a_host():
-    found = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    (job,) = found["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    assert spec["parallelism"] == spec["completions"] == 4
-    (container,) = spec["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert "--distributed" in container["args"]
-    assert "GEMINI_API_KEY=" not in yaml.safe_dump(found)  # keys come from a Secret
