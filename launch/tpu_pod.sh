@@ -222,20 +222,34 @@ describe_job() {
   JOB_NAME=$(printf '%s\n' "${COMMAND[@]}" | cksum | cut -d' ' -f1)
 }
 
-# Each worker on its own, because each has the secrets on its own stdin. All of them, or none.
+# All workers at once, since they wait for each other only so long; each on its own, because each has the secrets on its own
+# stdin. All of them, or none.
 start() {
-  local id worker tries
+  local id worker tasks=() failed=false
   id=$JOB_NAME-$(date +%s)
   SEEN=()
   for ((worker = 0; worker < WORKERS; worker++)); do
-    for tries in 1 2 3; do
-      if worker "$worker" start "$id" "${COMMAND[@]}" < <(secrets); then continue 2; fi
-      sleep "$WAIT"
-    done
-    say "worker $worker did not start after $tries tries; the others stop"
+    start_one "$worker" "$id" &
+    tasks+=($!)
+  done
+  for worker in "${!tasks[@]}"; do
+    wait "${tasks[worker]}" || failed=true
+  done
+  if $failed; then
+    say "not every worker started; the others stop"
     worker all stop </dev/null || true
     return 1
+  fi
+}
+
+start_one() { # WORKER ID
+  local tries
+  for tries in 1 2 3; do
+    if worker "$1" start "$2" "${COMMAND[@]}" < <(secrets); then return; fi
+    say "worker $1 did not start (try $tries of 3)"
+    sleep "$WAIT"
   done
+  return 1
 }
 
 # Prints the log of a worker from where it was left until the connection or the job ends; succeeds where the job has ended.

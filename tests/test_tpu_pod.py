@@ -285,10 +285,14 @@ def test_the_same_command_follows_a_running_job_again(cloud):
 @pytest.mark.parametrize("hosts", [2])
 def test_a_job_on_some_workers_only_is_stopped_first(cloud):
     cloud.write(
-        turns="worker=1 .*sh start => kill $PPID; exit 1\n",
+        turns="worker=1 .*sh start => wait_for_file main; kill $(cat $CLOUD/main); exit 1\n"
+        "worker=1 .*sh start => exit 1\nworker=1 .*sh start => exit 1\n",
         job='[ -f "$HOME/../go" ] && exit 0; trap "exit 75" TERM; while true; do sleep 0.1; done',
     )
-    assert cloud.run()[0] == 130  # the connection to the second worker ended the script
+    first = cloud.start()
+    cloud.write(main=first.pid)
+    children.said_by([first])
+    assert first.returncode == 130  # while the second worker was to be started
     cloud.until(lambda: cloud.starts(0) == 1)
     cloud.write(go="")
     code, said = cloud.run()
