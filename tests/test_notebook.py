@@ -5,6 +5,7 @@ import glob
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,13 +132,15 @@ def test_the_runtime_decides_what_comes_with_it(installed, tmp_path, monkeypatch
 @pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="installs everything: make soak")
 def test_the_wheel_is_installed_where_nothing_is_and_plans(tmp_path):
     """The cells up to the plan, in a clean virtual environment beside an uploaded wheel."""
-    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    tree, left_out = tmp_path / "tree", shutil.ignore_patterns(".*", "runs", "build", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(tree)]
     subprocess.run(build, check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     (tmp_path / "cells.py").write_text("\n".join(CELLS[:3]))
     environment = os.environ | {
         "TRACE_VARIANT": "smoke", "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),
-        "PATH": "/usr/bin:/bin",
+        "PATH": "/usr/bin:/bin", "PYTHONPATH": "",
     }  # fmt: skip
     done = subprocess.run(
         [tmp_path / "venv" / "bin" / "python", "-I", "cells.py"], cwd=tmp_path, env=environment,
