@@ -1,8 +1,9 @@
 """What a compiled program sends between devices, read from its text (`compiled.as_text()`)."""
 
-import collections
 import math
 import re
+
+from bench import program_text
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "u8": 1, "s8": 1}
@@ -17,53 +18,20 @@ def received(text: str, *, waited_for: bool = False) -> dict[str, float]:
     Raises:
       ValueError: a loop's number of trips or a collective's group of devices is not in the text.
     """
-    bodies, entry = _computations(text)
-    found: collections.Counter[str] = collections.Counter()
     seen: set[str] = set()  # pieces of one collective share a channel
 
-    def visit(computation: str, times: int) -> None:
-        for line in bodies.get(computation, ()):
-            for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-                visit(called, times * _trips(line, bodies) if f"body=%{called}" in line else times)
-            kind = next((k for k in KINDS if re.search(rf" {k}(-start)?\(", line)), None)
-            channel = re.search(r"channel_id=(\d+)", line)
-            if kind is None or (channel and channel[1] in seen):
-                continue
-            seen.update(channel.groups() if channel else ())
-            if not (waited_for and 'chain_id="' in line):
-                scatters = computation.startswith("all-reduce-scatter")  # and keeps its own part
-                found[kind] += times * _of_line(kind, line) / (2 if scatters else 1)
+    def of_line(line: program_text.Line) -> dict[str, float]:
+        kind = next((k for k in KINDS if re.search(rf" {k}(-start)?\(", line.text)), None)
+        channel = re.search(r"channel_id=(\d+)", line.text)
+        if kind is None or (channel and channel[1] in seen):
+            return {}
+        seen.update(channel.groups() if channel else ())
+        if waited_for and 'chain_id="' in line.text:
+            return {}
+        scatters = line.computation.startswith("all-reduce-scatter")  # and keeps its own part
+        return {kind: _of_line(kind, line.text) / (2 if scatters else 1)}
 
-    visit(entry, 1)
-    return dict(found)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of every computation, and the name of the one that starts."""
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        opened = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if opened and not line.startswith(" "):
-            name = opened[2]
-            bodies[name] = []
-            entry = name if opened[1] else entry
-        elif name:
-            bodies[name].append(line)
-    return bodies, entry
-
-
-def _trips(loop: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop goes round: as it says, or what its counter is compared with."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop)
-    if known:
-        return int(known[1])
-    condition = bodies[re.search(r"condition=%?([\w.\-]+)", loop)[1]]
-    limits = [re.search(r" s32\[\]\S* constant\((\d+)\)", line) for line in condition]
-    found = [int(limit[1]) for limit in limits if limit]
-    if len(found) != 1 or not any("direction=LT" in line for line in condition):
-        raise ValueError(f"a loop of unknown length: {loop[:200]}")
-    return found[0]
+    return program_text.totals(text, of_line)
 
 
 def _of_line(kind: str, line: str) -> float:

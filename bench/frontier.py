@@ -14,13 +14,12 @@ at most 10 % over M_ref's, which is what train.keep_best keeps. The test prompts
 python -m bench.frontier --readme    writes the tables of docs/results/*_frontier.json to README.md
 """
 
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 from absl import flags
 
+from bench import results
 from trace_jax import compare, launch, records
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
@@ -30,18 +29,7 @@ WIDEST = 2.0  # of M_ref's perplexity, in the plot
 EVALUATIONS = 5  # of a run, the last after its last step
 PROMPTS = 100  # of an evaluation on the way
 POINT = ("learning_rate", "beta", "steps")
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "commit": commit.stdout.strip(),
-        **launch.versions(),
-    }
+machine = results.machine
 
 
 def points(grid: list[str], method: str) -> list[compare.Variant]:

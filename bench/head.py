@@ -1,53 +1,65 @@
 """The LM head in chunks against all logits at once: peak temporaries and time.
 
-python -m bench.head [--quick] [--topology v5e:2x4] [--step] [--out FILE]
+python -m bench.head [--quick] [--topology v5e:2x4] [--out FILE]
 
-Log-probs (value, gradient, directional derivative) and KL (gradient) of 2,048 tokens, a head of
-width 512 and 32k, 128k and 256k entries, float32. Temporaries are the compiler's (memory_analysis),
-on this machine and, with --topology, ahead of time for one TPU chip of that slice in bfloat16;
-seconds, of value and gradient of log-probs, are medians of alternating runs here. The unchunked
-form is the same code with one chunk. --step (two minutes, needs libtpu): the whole train step of
-Gemma-2-9B with LoRA for one v5p chip, with the head in chunks and layers two rows at a time,
-against one with layers whole that keeps all logits for its backward pass.
+Log-probs (value, gradient, directional derivative) and KL (gradient), a head of width 512 and 32k,
+128k and 256k entries, float32. `whole` has the logits of all tokens and keeps what its backward
+pass needs: optax's cross entropy, and KL of two log_softmax. `chunked` is what training uses, which
+computes logits again in the backward pass.
+
+Temporaries of 2,048 tokens are the compiler's (memory_analysis), here and ahead of time for one
+TPU chip of that slice in bfloat16. Seconds are medians here, of 1,024 tokens, the order alternated
+and all outputs compared. The last row is the whole train step of Gemma-2-9B with LoRA for one v5p
+chip, 8 rows of each kind, the head in chunks and layers two rows at a time, against layers whole
+and all logits kept. --topology= leaves out what needs libtpu. --quick has the temporaries of 256k
+here and the seconds of 128k and 512 tokens.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from bench import frontier
-from trace_jax import losses, records
+from bench import results
+from trace_jax import losses
 
-ROWS, LENGTH, WIDTH = 2, 1024, 512
+ROWS, LENGTH, TIMED_LENGTH, WIDTH = 2, 1024, 512, 512
 VOCABULARIES = {"32k": 32_000, "128k": 128_256, "256k": 256_000}
 REPEATS = 3
 STEP_ROWS, LAYER_ROWS = 8, 2  # of the whole step: of each kind; that a layer works on at once
-TIMED = ("logprob_gradient",)  # of all, the temporaries are compared
+KINDS = ("chunked", "whole")
+# What a program is called in the headlines; that of the gradient is the issue of memory as well.
+ENDS = {"logprob": "_forward", "logprob_gradient": "", "logprob_jvp": "_jvp", "kl_gradient": "_kl"}
 
 
-def programs(chunk: int) -> dict[str, Callable]:
+def programs(kind: str) -> dict[str, Callable]:
     """Name -> function of (hidden [B, L, D], kernel [D, V], targets [B, L])."""
 
     def logprob(hidden_BLD, kernel_DV, targets_BL):
         def logits(h):
             return (h @ kernel_DV).astype(jnp.float32)
 
-        return losses.token_logprobs(logits, hidden_BLD, targets_BL, targets_BL >= 0, chunk).sum()
+        if kind == "whole":
+            of = optax.losses.softmax_cross_entropy_with_integer_labels
+            return -of(logits(hidden_BLD), targets_BL).sum()
+        return losses.token_logprobs(logits, hidden_BLD, targets_BL, targets_BL >= 0).sum()
 
     def kl(hidden_BLD, kernel_DV, targets_BL):
         def logits(h):
             return (h @ kernel_DV).astype(jnp.float32)
 
         reference = jax.lax.stop_gradient(hidden_BLD) * 1.1
-        return losses.token_kl(logits, reference, logits, hidden_BLD, targets_BL >= 0, chunk).sum()
+        counts_BL = targets_BL >= 0
+        if kind == "whole":
+            means_B = losses.forward_kl(logits(reference), logits(hidden_BLD), counts_BL)
+            return (means_B * counts_BL.sum(-1)).sum()
+        return losses.token_kl(logits, reference, logits, hidden_BLD, counts_BL).sum()
 
     def derivative(hidden_BLD, kernel_DV, targets_BL):
         def of(h, k):
@@ -63,78 +75,55 @@ def programs(chunk: int) -> dict[str, Callable]:
     }
 
 
-def shapes(vocabulary: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+def shapes(vocabulary: int, length: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Of the programs' arguments."""
     return (
-        jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), dtype),
+        jax.ShapeDtypeStruct((ROWS, length, WIDTH), dtype),
         jax.ShapeDtypeStruct((WIDTH, vocabulary), dtype),
-        jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32),
+        jax.ShapeDtypeStruct((ROWS, length), jnp.int32),
     )
 
 
-def here(vocabulary: int) -> list[dict]:
-    """Temporaries and seconds on this machine."""
+def temporaries(vocabulary: int, where: Any = None) -> dict[str, dict[str, Any]]:
+    """Bytes of each program here, or in bfloat16 on the device of a sharding."""
+    placed = {} if where is None else {"in_shardings": where, "out_shardings": where}
+    of = shapes(vocabulary, LENGTH, jnp.float32 if where is None else jnp.bfloat16)
+    found = {}
+    for name in ENDS:
+        temp = {}
+        for kind in KINDS:
+            compiled = jax.jit(programs(kind)[name], **placed).lower(*of).compile()
+            temp[kind] = compiled.memory_analysis().temp_size_in_bytes
+        found[name] = {"temp_bytes": temp, "temp_ratio": temp["chunked"] / temp["whole"]}
+    return found
+
+
+def times(name: str, vocabulary: int, length: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a program: least, median and largest of each kind, and all ratios."""
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.standard_normal((ROWS, LENGTH, WIDTH)), jnp.float32)
+    hidden = jnp.asarray(rng.standard_normal((ROWS, length, WIDTH)), jnp.float32)
     kernel = jnp.asarray(0.05 * rng.standard_normal((WIDTH, vocabulary)), jnp.float32)
-    arguments = hidden, kernel, jnp.asarray(rng.integers(0, vocabulary, (ROWS, LENGTH)), jnp.int32)
-    rows = []
-    for name in programs(0):
-        compiled = {
-            kind: jax.jit(programs(chunk)[name]).lower(*shapes(vocabulary, jnp.float32)).compile()
-            for kind, chunk in (("chunked", 0), ("whole", ROWS * LENGTH))
-        }
-        if name not in TIMED:
-            rows.append({"program": name} | _temporaries(compiled))
-            continue
-        seconds: dict[str, list[float]] = {kind: [] for kind in compiled}
-        values = {}
-        for repeat in range(REPEATS + 1):
-            for kind in list(compiled)[:: 1 if repeat % 2 else -1]:
-                start = time.perf_counter()
-                values[kind] = jax.block_until_ready(compiled[kind](*arguments))
-                if repeat:
-                    seconds[kind].append(time.perf_counter() - start)
-        assert all(
-            np.allclose(a, b, rtol=1e-3, atol=1e-3)
-            for a, b in zip(*(jax.tree.leaves(v) for v in values.values()), strict=True)
-        )
-        ratios = [a / b for a, b in zip(seconds["chunked"], seconds["whole"], strict=True)]
-        rows.append(
-            {
-                "program": name,
-                "seconds": {kind: statistics.median(found) for kind, found in seconds.items()},
-                "time_ratio": statistics.median(ratios),
-                "time_ratio_range": [min(ratios), max(ratios)],
-            }
-            | _temporaries(compiled)
-        )
-    return rows
+    targets = jnp.asarray(rng.integers(0, vocabulary, (ROWS, length)), jnp.int32)
+    of = shapes(vocabulary, length, jnp.float32)
+    compiled = {kind: jax.jit(programs(kind)[name]).lower(*of).compile() for kind in KINDS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    values = {}
+    for repeat in range(repeats + 1):
+        for kind in KINDS[:: 1 if repeat % 2 else -1]:
+            start = time.perf_counter()
+            values[kind] = jax.block_until_ready(compiled[kind](hidden, kernel, targets))
+            if repeat:  # the first round warms up
+                seconds[kind].append(time.perf_counter() - start)
+    for a, b in zip(*(jax.tree.leaves(values[kind]) for kind in KINDS), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=name)
+    return {
+        "timed_tokens": ROWS * length,
+        "seconds": {k: [min(s), statistics.median(s), max(s)] for k, s in seconds.items()},
+        "time_ratios": [a / b for a, b in zip(*(seconds[k] for k in KINDS), strict=True)],
+    }
 
 
-def _temporaries(compiled: dict[str, Any]) -> dict[str, Any]:
-    temp = {kind: c.memory_analysis().temp_size_in_bytes for kind, c in compiled.items()}
-    return {"temp_bytes": temp, "temp_ratio": temp["chunked"] / temp["whole"]}
-
-
-def afar(vocabulary: int, topology: str) -> list[dict]:
-    """Temporaries on one chip of a TPU slice, in bfloat16."""
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    mesh = jax.sharding.Mesh(np.array(chips.devices[:1]), ("x",))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    rows = []
-    for name in programs(0):
-        compiled = {}
-        for kind, chunk in (("chunked", 0), ("whole", ROWS * LENGTH)):
-            jitted = jax.jit(programs(chunk)[name], in_shardings=whole, out_shardings=whole)
-            compiled[kind] = jitted.lower(*shapes(vocabulary, jnp.bfloat16)).compile()
-        rows.append({"program": name} | _temporaries(compiled))
-    return rows
-
-
-def step(rows: int) -> dict[str, int]:
+def step(rows: int) -> dict[str, Any]:
     """Temporaries of the 42-layer step: `rows` conflict and as many KL rows of 1,024 tokens."""
     from jax.experimental import topologies
 
@@ -149,16 +138,19 @@ def step(rows: int) -> dict[str, int]:
     shape = models.ModelConfig.from_hf(config.model.hf_config.to_dict())
     settings = fit.Settings.of(config.train, row_length=LENGTH, seed=0)
     layout = packing.Layout(rows, LENGTH, 3, 1)
-    chunked, found = losses._over_chunks, {}
-    for kind in ("chunked", "kept"):
+    chunked, temp = losses._over_chunks, {}
+    for kind in KINDS:
         losses._over_chunks = chunked if kind == "chunked" else _kept
         layer_rows = LAYER_ROWS if kind == "chunked" else 0
         model = programs.Model(shape, "bfloat16", "layer", config.model.head_chunk, layer_rows)
         jax.clear_caches()
         lowered = programs.train_step(model, settings, layout, layout, mesh)
-        found[kind] = programs.memory(lowered).temp_bytes
+        temp[kind] = programs.memory(lowered).temp_bytes
     losses._over_chunks = chunked
-    return found
+    return {
+        "where": "v5p:1x1x1", "vocabulary": "256k", "program": "gemma9b_step", "rows": 2 * rows,
+        "layer_rows": LAYER_ROWS, "temp_bytes": temp, "temp_ratio": temp["chunked"] / temp["whole"],
+    }  # fmt: skip
 
 
 def _kept(
@@ -169,42 +161,72 @@ def _kept(
     return of_chunk(*arrays)
 
 
+def chip(topology: str) -> jax.sharding.NamedSharding:
+    """Everything on one chip of a TPU slice that is not here."""
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    mesh = jax.sharding.Mesh(np.array(found.devices[:1]), ("x",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def shown(row: dict) -> str:
+    """A row of the table."""
+    temp = ", ".join(f"{kind} {n / 2**20:.0f} MiB" for kind, n in row["temp_bytes"].items())
+    took = f", {statistics.median(row['time_ratios']):.2f} of the time" if "seconds" in row else ""
+    return f"{row['vocabulary']:5} {row['where']:9} {row['program']:17} {temp}{took}"
+
+
+def headline(rows: Sequence[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Ratios here of the largest head that was measured, and those of all repeats."""
+    here = [row for row in rows if row["where"] == "here"]
+    found = {
+        f"temp_ratio_{row['vocabulary']}": row["temp_ratio"]
+        for row in here
+        if row["program"] == "logprob_gradient" and row["vocabulary"] == here[-1]["vocabulary"]
+    }
+    timed = [row for row in here if "time_ratios" in row]
+    spread = {
+        f"time_ratio_{row['vocabulary']}{ENDS[row['program']]}": row["time_ratios"]
+        for row in timed
+        if row["vocabulary"] == timed[-1]["vocabulary"]
+    }
+    return found | {name: statistics.median(of) for name, of in spread.items()}, spread
+
+
+def measure(vocabulary: str, length: int | None, repeats: int, where: Any = None) -> list[dict]:
+    """Rows of a head; length: of the timed rows, None for temporaries alone."""
+    size = VOCABULARIES[vocabulary]
+    rows = []
+    for name, of in temporaries(size, where).items():
+        row = {"where": "here" if where is None else where.mesh.devices.flat[0].device_kind}
+        row |= {"vocabulary": vocabulary, "program": name} | of
+        rows.append(row if length is None else row | times(name, size, length, repeats))
+        print(shown(rows[-1]), flush=True)
+    return rows
+
+
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="256k alone")
-    parser.add_argument("--topology", help="a TPU slice such as v5e:2x4; needs libtpu")
-    parser.add_argument("--step", action="store_true", help="the whole train step as well")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/head.json"))
-    values = parser.parse_args(argv)
-    names = ["256k"] if values.quick else list(VOCABULARIES)
-    result = frontier.machine() | {"tokens": ROWS * LENGTH, "width": WIDTH, "here": {}, "tpu": {}}
-    for name in names:
-        result["here"][name] = here(VOCABULARIES[name])
-        if values.topology:
-            result["tpu"][name] = afar(VOCABULARIES[name], values.topology)
-        for where in ("here", "tpu"):
-            for row in result[where].get(name, ()):
-                temp = {kind: f"{n / 2**20:.0f} MiB" for kind, n in row["temp_bytes"].items()}
-                took = f", {row['time_ratio']:.2f} times the time" if "time_ratio" in row else ""
-                print(f"{name:5} {where:4} {row['program']:17} {temp}{took}")
-    last = {row["program"]: row for row in result["here"]["256k"]}
-    result["headline"] = {
-        "temp_ratio_256k": last["logprob_gradient"]["temp_ratio"],
-        "time_ratio_256k": last["logprob_gradient"]["time_ratio"],
-    }
-    if values.step:
-        temp = step(STEP_ROWS)
-        result["step"] = {
-            "rows": 2 * STEP_ROWS,
-            "layer_rows": LAYER_ROWS,
-            "length": LENGTH,
-            "temp_bytes": temp,
-            "temp_ratio": temp["chunked"] / temp["kept"],
-        }
-        print(f"whole step: {temp['chunked'] / 2**30:.1f} GiB, kept {temp['kept'] / 2**30:.1f} GiB")
-    records.write_json(values.out, result)
-    print(f"{values.out}: {result['headline']}")
+    values = results.flags(
+        argv, "head", __doc__, "temporaries of 256k entries, seconds of 128k and 512 tokens",
+        topology={"default": "v5e:2x4", "help": "a TPU slice; needs libtpu"},
+    )  # fmt: skip
+    if values.quick:
+        rows = measure("128k", TIMED_LENGTH // 2, 1) + measure("256k", None, 0)
+    else:
+        rows = [row for name in VOCABULARIES for row in measure(name, TIMED_LENGTH, REPEATS)]
+    afar = bool(values.topology) and not values.quick
+    if afar:
+        where = chip(values.topology)
+        rows += [row for name in VOCABULARIES for row in measure(name, None, 0, where)]
+        rows.append(step(STEP_ROWS))
+        print(shown(rows[-1]))
+    found, spread = headline(rows)
+    results.write(
+        values.out, rows=rows, headline=found, spread=spread, packages=["libtpu"] * afar,
+        tokens=ROWS * LENGTH, width=WIDTH,
+    )  # fmt: skip
     return 0
 
 

@@ -9,12 +9,11 @@ float32 on CPU, prompts sorted by length. Runs alternate; ratios are per round. 
 shape of a config (configs/llama8b.py) with random weights, for an accelerator, and ours alone.
 """
 
-import argparse
 import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -22,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench import frontier
-from trace_jax import models, programs, records, sampling, sharding
+from bench import results
+from trace_jax import models, programs, sampling, sharding
 
 PROMPTS, NEW_TOKENS, BATCH_ROWS = 192, 256, 64
 
@@ -99,7 +98,7 @@ def theirs(path: str, prompts: list[list[int]]) -> Callable[[], int]:
     return run
 
 
-def measure(module: models.Decoder, path: str | None, repeats: int) -> dict:
+def measure(module: models.Decoder, path: str | None, repeats: int) -> list[dict]:
     """Tokens a second of each scheme, alternating, on the same prompts."""
     rng = np.random.default_rng(0)
     vocabulary = module.config.vocab_size
@@ -118,48 +117,52 @@ def measure(module: models.Decoder, path: str | None, repeats: int) -> dict:
             made = schemes[name]()
             speeds[name].append(made / (time.perf_counter() - start))
 
-    def ratio(name: str) -> dict[str, float]:
-        found = [a / b for a, b in zip(speeds["refill"], speeds[name], strict=True)]
-        return {"median": statistics.median(found), "min": min(found), "max": max(found)}
-
-    ratios = {name: ratio(name) for name in schemes if name != "refill"}
-    headline = {f"speedup_vs_{name}": found["median"] for name, found in ratios.items()}
-    return {
-        "mean_new_tokens": {name: n / PROMPTS for name, n in tokens.items()},
-        "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
-        "ratios": ratios,
-        "headline": headline,
-        "batch_rows": BATCH_ROWS,
-        "max_new_tokens": NEW_TOKENS,
-        "repeats": repeats,
-        **frontier.machine(),
-    }
+    return [
+        {
+            "what": name,
+            "mean_new_tokens": tokens[name] / PROMPTS,
+            "tokens_per_second": statistics.median(of),
+            "range": [min(of), max(of)],
+            "refill_over_it": [a / b for a, b in zip(speeds["refill"], of, strict=True)],
+        }
+        for name, of in speeds.items()
+    ]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Prints the figures and writes the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="../shared/models/stories260k")
-    parser.add_argument("--shapes", default=None, help="llama8b, qwen7b, gemma9b or gemma2b")
-    parser.add_argument("--quick", action="store_true", help="two rounds")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/sampling.json"))
-    args = parser.parse_args(argv[1:])
+    values = results.flags(
+        argv, "sampling", __doc__, "two rounds",
+        model={"default": "../shared/models/stories260k", "metavar": "DIR"},
+        shapes={"help": "llama8b, qwen7b, gemma9b or gemma2b"},
+        repeats={"type": int, "default": 5},
+    )  # fmt: skip
     mesh = sharding.make_mesh(1, -1, 1)
-    module = load(args.model, args.shapes, mesh)
+    module = load(values.model, values.shapes, mesh)
+    repeats = 2 if values.quick else values.repeats
     with jax.set_mesh(mesh):
-        path = None if args.shapes else args.model
-        found = measure(module, path, 2 if args.quick else args.repeats)
-    found |= {"model": args.shapes or Path(args.model).name, "device": jax.devices()[0].device_kind}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(args.out, found)
-    for name, speed in found["tokens_per_second"].items():
-        print(f"{name:14} {speed:8.0f} tokens/s")
-    print(f"{args.out}: {found['headline']}")
+        rows = measure(module, None if values.shapes else values.model, repeats)
+    for row in rows:
+        print(f"{row['what']:14} {row['tokens_per_second']:8.0f} tokens/s")
+    spread = {
+        f"speedup_vs_{row['what']}": row["refill_over_it"]
+        for row in rows
+        if row["what"] != "refill"
+    }
+    results.write(
+        values.out,
+        rows=rows,
+        headline={name: statistics.median(of) for name, of in spread.items()},
+        spread=spread,
+        packages=() if values.shapes else ("torch",),
+        model=values.shapes or Path(values.model).name,
+        device=jax.devices()[0].device_kind,
+        batch_rows=BATCH_ROWS,
+        max_new_tokens=NEW_TOKENS,
+        repeats=repeats,
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv[1:]))

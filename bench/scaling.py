@@ -1,32 +1,36 @@
-"""What a training step computes and sends as devices are added, by the compiler and not by time.
+"""What a training step and the impact pass compute and send as devices are added, by the compiler.
 
 python -m bench.scaling [--quick] [--topologies v5p:2x2x1,v5p:2x2x2,v5p:2x2x4] [--out FILE]
 
-Full fine-tuning of Gemma-2-9B (rows of 1,024 tokens, a conflict and a KL batch, parameters cut over
-all chips), compiled ahead of time for TPU slices: strong scaling has 16 rows of each kind in all,
-weak scaling one of each a chip. --quick, and the first rows without: a small Llama over 1, 2, 4 and
-8 devices of this host's CPU.
+A small Llama over 1, 2, 4 and 8 devices of this host's CPU (all that --quick does), and Gemma-2-9B
+(rows of 1,024 tokens, a conflict and a KL batch, all parameters trained and cut over all chips)
+compiled ahead of time for TPU slices. Strong scaling has 8 or 16 rows of each kind in all, weak
+scaling one of each a device. Not by time: none of these devices is here, or they share two cores.
 
-Bytes are what each device receives a step, from the compiled program (bench/collectives.py):
-results of all-gather and all-to-all, operands of reduce-scatter, twice the operands of all-reduce,
-times the trips of the loops around; the last row has the flags for overlap, which hide transfers
-behind products and take memory for it. FLOPs are counted from the shapes. Seconds are the two
-divided by what a chip can do (FLOPS, and LINKS: bytes a second over all its links,
-cloud.google.com/tpu/docs/v5p): which of both limits, were nothing overlapped and nothing else to
-do.
+FLOPs are those of the compiled program's matrix products (bench/products.py): what a step computes
+again in its backward pass is in them. Bytes are what each device receives (bench/collectives.py):
+results of all-gather and all-to-all, operands of reduce-scatter, twice the operands of all-reduce.
+Both times the trips of the loops around, and of a choice (chunks of the head without a target are
+skipped) the dearer branch. The last row has the flags for overlap, which hide transfers behind
+products and take memory for it. Seconds are FLOPs and bytes divided by what a chip can do
+(FLOPS, and LINKS: bytes a second over all its links, cloud.google.com/tpu/docs/v5p): which of both
+limits, were nothing overlapped and nothing else to do.
+
+Headlines are of twice the devices over once (ends in 8_over_4 and so on): a device's FLOPs or bytes
+in weak scaling, FLOPs of all devices together in strong scaling. 1 is best; what parts every
+device receives of parameters cut over n grows as 1 - 1/n, 1.17 from 4 to 8 and 1.07 from 8 to 16.
 """
 
-import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
-from bench import collectives, frontier
+from bench import collectives, products, results
 from trace_jax import config as config_lib
-from trace_jax import fit, hardware, models, packing, programs, records, sharding
+from trace_jax import fit, hardware, models, packing, programs, sharding
 
 LENGTH, ROWS, SLOTS = 1024, 16, 3
 LINKS = {"v5p": 600e9, "v5e": 200e9}  # bytes a second and chip
@@ -38,34 +42,35 @@ OVERLAP = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
 }
+PROGRAMS = ("train", "impact")
 LINE = (
-    "{what:12} {scaling:12} {devices:3} devices: {tflops:8.2f} TFLOP, {gib:7.3f} GiB received, "
-    "{waited_gib:7.3f} of them waited for"
+    "{what:10} {program:6} {scaling:13} {devices:3} devices: {tflops:8.3f} TFLOP, {gib:7.3f} GiB "
+    "received, {waited_gib:7.3f} of them waited for"
 )
 
 
-def step(
-    config, shape: models.ModelConfig, mesh, rows: int, length: int, options: dict | None = None
-) -> dict:
-    """Figures of one compiled step of `rows` rows of each kind."""
+def compiled(program: str, config, shape: models.ModelConfig, mesh, rows: int, length: int,
+             options: dict | None = None) -> dict:  # fmt: skip
+    """Figures of a train step with `rows` rows of each kind, or an impact pass over `rows`."""
     settings = fit.Settings.of(config.train, row_length=length, seed=0)
     model = programs.Model(
         shape, config.model.dtype, config.model.remat, config.model.head_chunk,
         config.train.layer_rows,
     )  # fmt: skip
     layout = packing.Layout(rows, length, SLOTS, 1)
-    lowered = programs.train_step(model, settings, layout, layout, mesh)
-    compiled = lowered.compile(compiler_options=options)
-    text = compiled.as_text()
+    if program == "train":
+        lowered = programs.train_step(model, settings, layout, layout, mesh)
+    else:
+        lowered = programs.impact_pass(model, settings, layout, mesh)
+    found = lowered.compile(compiler_options=options)
+    text, memory = found.as_text(), found.memory_analysis()
     received = collectives.received(text)
     waited_for = collectives.received(text, waited_for=True)
-    # forward and backward of both kinds, and the reference's forward of one
-    flops = 7 * rows * length * shape.forward_flops(length) / mesh.size
-    memory = compiled.memory_analysis()
     return {
+        "program": program,
         "devices": mesh.size,
         "rows_of_each_kind": rows,
-        "tflops": flops / 1e12,
+        "tflops": products.flops(text) / 1e12,
         "received_bytes": received,
         "gib": sum(received.values()) / 2**30,
         "waited_gib": sum(waited_for.values()) / 2**30,
@@ -81,12 +86,12 @@ def on_host() -> list[dict]:
               "heads": 4, "kv_heads": 4, "context": 256}  # fmt: skip
     shape = models.scratch(values, 32_768)
     rows = []
-    for scaling in ("strong", "weak"):
+    for program, scaling in itertools.product(PROGRAMS, ("strong", "weak")):
         for n in (1, 2, 4, 8):
             mesh = sharding.make_mesh(1, n, 1, devices=jax.devices("cpu")[:n])
-            found = step(config, shape, mesh, 8 if scaling == "strong" else n, 256)
-            rows.append({"what": "16m, CPU", "scaling": scaling} | found)
-            print(LINE.format(**rows[-1]))
+            found = compiled(program, config, shape, mesh, 8 if scaling == "strong" else n, 256)
+            rows.append({"what": "CPU", "scaling": scaling} | found)
+            print(LINE.format(**rows[-1]), flush=True)
     return rows
 
 
@@ -102,14 +107,16 @@ def on_slices(names: Sequence[str]) -> list[dict]:
     for name in names:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         slices[name] = sharding.make_mesh(1, -1, 1, devices=list(devices))
-    cases = [("strong", name, ROWS, None) for name in names]
-    cases += [("weak", name, mesh.size, None) for name, mesh in slices.items()]
-    cases += [("weak, overlap", names[-1], slices[names[-1]].size, OVERLAP)]
+    cases = []
+    for program in PROGRAMS:
+        cases += [(program, "strong", name, ROWS, None) for name in names]
+        cases += [(program, "weak", name, mesh.size, None) for name, mesh in slices.items()]
+    cases += [("train", "weak, overlap", names[-1], slices[names[-1]].size, OVERLAP)]
     rows, known = [], {}
-    for scaling, name, many, options in cases:
-        key = (name, many, options is None)
+    for program, scaling, name, many, options in cases:
+        key = (program, name, many, options is None)
         if key not in known:  # the largest slice has as many rows in both
-            known[key] = step(config, shape, slices[name], many, LENGTH, options)
+            known[key] = compiled(program, config, shape, slices[name], many, LENGTH, options)
         found, chip = known[key], hardware.of_topology(name)[0]
         seconds = {
             "compute_seconds": found["tflops"] * 1e12 / chip.flops,
@@ -122,15 +129,31 @@ def on_slices(names: Sequence[str]) -> list[dict]:
     return rows
 
 
+def headline(rows: Sequence[dict]) -> dict[str, float]:
+    """Ratios of neighbours: twice the devices over once."""
+    found = {}
+    for one, two in itertools.pairwise(rows):
+        alike = all(one[key] == two[key] for key in ("program", "scaling"))
+        where = {row["what"] == "CPU" for row in (one, two)}
+        if not alike or len(where) > 1 or two["devices"] != 2 * one["devices"]:
+            continue
+        begin = f"{'host_' if True in where else ''}{one['program']}_{one['scaling']}"
+        end = f"{two['devices']}_over_{one['devices']}"
+        together = 2 if one["scaling"] == "strong" else 1
+        found[f"{begin}_flops_{end}"] = together * two["tflops"] / one["tflops"]
+        if one["scaling"] == "weak" and one["gib"]:  # one device receives nothing
+            found[f"{begin}_bytes_{end}"] = two["gib"] / one["gib"]
+    if rows[-1]["scaling"] == "weak, overlap":
+        found["waited_share_with_overlap"] = rows[-1]["waited_gib"] / rows[-1]["gib"]
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """Compiles, prints and writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="devices of this host's CPU alone")
-    parser.add_argument("--topologies", default="v5p:2x2x1,v5p:2x2x2,v5p:2x2x4")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/scaling.json"))
-    values = parser.parse_args(argv)
+    values = results.flags(
+        argv, "scaling", __doc__, "devices of this host's CPU alone",
+        topologies={"default": "v5p:2x2x1,v5p:2x2x2,v5p:2x2x4"},
+    )  # fmt: skip
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
@@ -138,18 +161,8 @@ def main(argv: Sequence[str]) -> int:
     rows = on_host()
     if not values.quick:
         rows += on_slices(values.topologies.split(","))
-    of = [r for r in rows if r["scaling"] == "weak"]
-    largest = [r for r in of if r["what"] == of[-1]["what"]][-1]
-    before = [r for r in of if r["devices"] == largest["devices"] // 2][-1]
-    headline = {
-        "weak_flops_ratio": largest["tflops"] / before["tflops"],
-        "weak_bytes_ratio": largest["gib"] / before["gib"],
-    }
-    if rows[-1]["scaling"] == "weak, overlap":
-        headline["waited_share_with_overlap"] = rows[-1]["waited_gib"] / rows[-1]["gib"]
-    values.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(values.out, {"headline": headline, "rows": rows, **frontier.machine()})
-    print(f"{values.out}: {headline}")
+    packages = () if values.quick else ("libtpu",)
+    results.write(values.out, rows=rows, headline=headline(rows), packages=packages)
     return 0
 
 

@@ -2,13 +2,13 @@
 
 python -m bench.startup [--quick] [--repeats 5] [--out FILE]
 
-`import` is the package and its entry point without jax; `first step` is `launch` on a new workdir,
-from the start of the process until the metrics of the first training step are on disk, with an
-empty persistent compilation cache (cold) and with the one that a run before left (warm). Every
-figure is of a new process; cold and warm alternate.
+Every figure is the whole of a new process, nothing taken off; `nothing` is Python alone. `import`
+is `import trace_jax`, `import launch` is `import trace_jax.launch` (the entry point), both without
+jax. `first step` is `launch` on a new workdir, from the start of the process until the metrics of
+the first training step are on disk, with an empty persistent compilation cache (cold) and with the
+one that a run before left (warm); cold and warm alternate.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -19,27 +19,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import frontier
-from trace_jax import records
+from bench import results
 
 PYTHON = [sys.executable]
 LAUNCH = [*PYTHON, "-m", "trace_jax.launch", "--config=configs/quickstart.py"]
+WITHOUT_JAX = "import sys, {}; assert 'jax' not in sys.modules"
 COMMANDS = {
     "nothing": [*PYTHON, "-c", "pass"],
-    "import": [*PYTHON, "-c", "import sys, trace_jax.launch; assert 'jax' not in sys.modules"],
+    "import": [*PYTHON, "-c", WITHOUT_JAX.format("trace_jax")],
+    "import launch": [*PYTHON, "-c", WITHOUT_JAX.format("trace_jax.launch")],
     "help": [*LAUNCH, "--help"],
     "plan": [*LAUNCH, "--plan"],
 }
+HEADLINES = {"import": "import_seconds", "import launch": "import_launch_seconds",
+             "help": "help_seconds"}  # fmt: skip
 FIRST = "base_checkpoints/metrics.jsonl"
 
 
-def seconds(command: Sequence[str], **environment: str) -> float:
+def seconds(command: Sequence[str]) -> float:
     """Of a command from start to end."""
     start = time.perf_counter()
-    subprocess.run(
-        command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -63,52 +63,44 @@ def to_first_step(cache: Path) -> float:
         return found
 
 
-def measure(repeats: int) -> dict:
-    """Medians and ranges, and the headline."""
+def measure(repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat."""
     found: dict[str, list[float]] = {name: [] for name in (*COMMANDS, "cold", "warm")}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "cache")
         for name in ("help", "plan"):
             seconds(COMMANDS[name])  # byte code, and what --plan compiles
-        for _ in range(repeats):
-            for name, command in COMMANDS.items():
-                found[name].append(seconds(command))
+        for repeat in range(repeats):
+            for name in list(COMMANDS)[:: -1 if repeat % 2 else 1]:
+                found[name].append(seconds(COMMANDS[name]))
             shutil.rmtree(cache, ignore_errors=True)
             found["cold"].append(to_first_step(cache))
             found["warm"].append(to_first_step(cache))
-    median = {name: statistics.median(values) for name, values in found.items()}
-    ratios = [w / c for w, c in zip(found["warm"], found["cold"], strict=True)]
-    return {
-        "repeats": repeats,
-        "rows": [
-            {"what": name, "seconds": median[name], "range": [min(values), max(values)]}
-            for name, values in found.items()
-        ],
-        "headline": {
-            "import_seconds": median["import"] - median["nothing"],
-            "help_seconds": median["help"],
-            "warm_over_cold": statistics.median(ratios),
-        },
-        **frontier.machine(),
-    }
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    values = results.flags(
+        argv, "startup", __doc__, "two repeats", repeats={"type": int, "default": 5}
     )
-    parser.add_argument("--quick", action="store_true", help="one repeat")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/startup.json"))
-    values = parser.parse_args(argv)
-    result = measure(1 if values.quick else values.repeats)
-    for row in result["rows"]:
+    found = measure(2 if values.quick else values.repeats)
+    rows = [
+        {"what": name, "seconds": statistics.median(of), "range": [min(of), max(of)]}
+        for name, of in found.items()
+    ]
+    for row in rows:
         low, high = row["range"]
-        print(f"{row['what']:8} {row['seconds']:6.2f} s [{low:.2f}, {high:.2f}]")
-    values.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(values.out, result)
-    print(f"{values.out}: {result['headline']}")
+        print(f"{row['what']:13} {row['seconds']:6.2f} s [{low:.2f}, {high:.2f}]")
+    spread = {headline: found[name] for name, headline in HEADLINES.items()}
+    spread["warm_over_cold"] = [w / c for w, c in zip(found["warm"], found["cold"], strict=True)]
+    results.write(
+        values.out,
+        rows=rows,
+        headline={name: statistics.median(of) for name, of in spread.items()},
+        spread=spread,
+        repeats=len(found["cold"]),
+    )
     return 0
 
 
