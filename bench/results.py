@@ -1,6 +1,6 @@
 """What a benchmark writes, in one form, and where it goes.
 
-{machine, versions, commit, rows, headline, range}: what it ran on, what was measured, one row a
+{machine, versions, commit, rows, headline, ranges}: what it ran on, what was measured, one row a
 measurement, ratios by name, and for those that were repeated the least and the largest. A full run
 writes bench/results/<name>.json, of which README's table is made; --quick a file of its own under
 build/, so that nothing that is kept changes.
@@ -84,12 +84,12 @@ def write(
     """Writes and prints.
 
     Args:
-      spread: of a headline's repeats; its least and largest are written as its `range`.
+      spread: of a headline's repeats; its least and largest are written under `ranges`.
       packages: as `machine` takes them.
       about: what all rows have in common.
     """
     ranges = {name: [min(of), max(of)] for name, of in (spread or {}).items() if name in headline}
-    found = {**about, "rows": rows, "headline": headline, "range": ranges, **machine(*packages)}
+    found = {**about, "rows": rows, "headline": headline, "ranges": ranges, **machine(*packages)}
     out.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(out, found)
     for name, value in headline.items():
