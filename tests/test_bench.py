@@ -1,5 +1,6 @@
 """What the scripts of bench/ compute before they run anything."""
 
+import os
 import re
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_programs_are_counted_by_the_stage_that_compiled_them():
     }  # fmt: skip
 
 
+def test_one_train_step_and_one_impact_pass_were_compiled():
+    found = records.read_json(results.KEPT / "packing.json")
+    rows = [row for row in found["rows"] if row["what"] == "programs"]
+    counts = packing.counts(rows)
+    assert counts == {name: found["headline"][name] for name in counts}
+    assert counts["train_programs"] == counts["impact_programs"] == 1
+    assert all(row["why"].keys() == row["compiled"].keys() for row in rows)
+
+
+@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="a run of two minutes: make soak")
+def test_a_small_run_compiles_one_train_step_and_one_impact_pass():
+    counts = packing.counts(packing.programs())
+    assert counts["train_programs"] == counts["impact_programs"] == 1
+
+
 def test_growth_is_of_the_stage_that_grows_most():
     row = {"stage": "triage", "records": 100, "seconds": 1.0, "own_mebibytes": 20.0}
     small = [row, {**row, "stage": "report", "seconds": 0.01, "own_mebibytes": 0.0}]
@@ -166,7 +182,8 @@ def test_the_chunked_head_and_the_whole_one_say_the_same():
 
 def test_headlines_of_the_head_are_of_its_largest_and_of_what_was_timed():
     row = {"where": "here", "program": "logprob_gradient", "temp_ratio": 0.2}
-    rows = [row | {"vocabulary": "128k", "time_ratios": [1.0, 4.0, 1.5]},
+    rows = [row | {"vocabulary": "32k", "time_ratios": [9.0]},
+            row | {"vocabulary": "128k", "time_ratios": [1.0, 4.0, 1.5]},
             row | {"vocabulary": "128k", "time_ratios": [2.0], "program": "logprob_jvp"},
             row | {"vocabulary": "256k"}, row | {"where": "v5e", "vocabulary": "32k"}]  # fmt: skip
     found, spread = head.headline(rows)
