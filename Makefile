@@ -32,11 +32,7 @@ test: $(INSTALLED)
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest $(PYTEST_ARGS)
 
 soak: $(INSTALLED)
-<<<<<<< HEAD
 	TRACE_SOAK_KILLS=50 TRACE_SOAK_INPUTS=100000 TRACE_SOAK=1 JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 -m 'fault or soak'
-=======
-	TRACE_SOAK_KILLS=50 TRACE_SOAK_INPUTS=100000 TRACE_SOAK=1 JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 -m '' tests/faults tests/test_bucket.py tests/test_bench.py
->>>>>>> 02cf9ba (bench: what a small run compiles is tested; quick figures in build/bench)
 
 docs: $(INSTALLED)
 	$(PYTHON) -m pip install -qq -c constraints.txt -e '.[docs]'
