@@ -4,8 +4,8 @@ import runpy
 
 import pytest
 
-from bench import against_gold, frontier, realign, studies
-from trace_jax import compare
+from bench import against_gold, frontier, realign, replication, studies
+from trace_jax import compare, records
 from trace_jax.errors import InputError
 
 POINT = {"learning_rate": 1e-4, "beta": 0.1, "steps": 9, "perplexity": 1.0}
@@ -117,3 +117,54 @@ def test_the_default_of_trace_is_one_on_both_benchmarks():
     files = (runpy.run_path(f"configs/{name}.py") for name in ("quickstart", "stories"))
     quickstart, stories = (file["get_config"]().train for file in files)
     assert quickstart.to_dict() == stories.to_dict()
+
+
+def test_what_stands_beside_the_paper(tmp_path):
+    """synth has everything, stories nothing; a plan is there, its judge too."""
+    rate = {"rate": 0.5, "low": 0.25, "high": 0.75}
+    row = {"compliance_guarded": rate, "perplexity": 1.5, "choice_accuracy": rate}
+    gap = rate | {"rate": 1.2, "caveat": "above all"}
+    records.write_json(tmp_path / "synth.json", {"methods": {"trace": row}, "gap_closed": gap})
+    point = {"study": "size", "line": "trace", "x": 0.25, "compliance_guarded": rate}
+    studied = {"points": [point], "gap_closed": {"0.1": rate | {"rate": None}}}
+    records.write_json(tmp_path / "synth_studies.json", studied)
+    plan = {"hours": 0.5, "device": {"kind": "h100", "count": 2}}
+    records.write_json(tmp_path / "plans.json", {"plans": {"llama8b:lora on h100:1": plan}})
+    made = replication.parts(tmp_path, {"h100": 4.0})
+    missing = "not measured | not measured | not measured"
+    shown = "50.0 [25.0, 75.0]"
+    full = f"| all of it | 70.7 / 70.2 / 27.3 | {missing} | {shown} | 1.50 | {shown} |"
+    assert full in made["ablation"] and f"24.6 | {missing} | {missing} |" in made["ablation"]
+    assert f"| trace, 5k pairs; here 25 % | 55.9 | not measured | {shown} |" in made["size"]
+    assert "| u2a, 20% | 54.7 | not measured | not measured |" in made["noise"]
+    assert "| one judge for all | 81.8 | not measured | 120.0 [25.0, 75.0] |" in made["gap"]
+    assert "errs on 10% | - | not measured | no gap |" in made["gap"]
+    assert made["gap"].endswith("synth: above all.")
+    assert "| 2 x h100 | 0.50 | 1.0 | 4.00 | 4 |" in made["cost"]
+    assert made["cost"].endswith("The judge: not measured.")
+    judge = {"model": "m", "policy": "p", "clauses": 3, "pairs": 2000, "calls": 10, "tokens": 2e5,
+             "price": 1.5}  # fmt: skip
+    assert "100 calls, 2.0 million tokens, 15 dollars (8 by" in replication.cost({}, {}, judge)
+
+
+def test_the_page_has_the_marks_and_keeps_what_is_around():
+    page = replication.PAGE.read_text()
+    names = ("ablation", "size", "noise", "gap", "cost")
+    filled = replication.fill(page, dict.fromkeys(names, "HERE"))
+    assert filled.count("HERE") == 5 and realign.BEGIN in filled
+    assert filled.split("## Its tables")[0] == page.split("## Its tables")[0]
+    assert replication.fill(filled, dict.fromkeys(names, "HERE")) == filled
+    with pytest.raises(InputError, match="has no <!-- other: "):
+        replication.fill(page, {"other": ""})
+
+
+def test_the_page_says_what_the_result_files_say():
+    """Run `python -m bench.replication` after a measurement."""
+    page = replication.PAGE.read_text()
+    assert page == replication.fill(page, replication.parts(realign.RESULTS, replication.PRICES))
+
+
+@pytest.mark.parametrize("price", ["v5e", "v5e=cheap"])
+def test_a_price_that_is_none_is_one_line(price, capsys):
+    assert replication.main([f"--price={price}"]) == 2
+    assert "give KIND=DOLLARS" in capsys.readouterr().err
