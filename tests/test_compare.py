@@ -202,6 +202,7 @@ def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys
     assert "| trace |" in (path / "comparison.md").read_text()
     assert r"trace & $" in (path / "comparison.tex").read_text()
     assert (path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert 'id="comparison"' in (path / "report.html").read_text()
     done = {p: p.stat().st_mtime_ns for p in path.rglob("compare/*/metrics.jsonl")}
     assert len(done) == 2
     assert len(list(path.glob("compare/.reference/*.npz"))) == 1  # for every seed; sft needs none
