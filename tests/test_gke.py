@@ -8,6 +8,7 @@ import subprocess
 import typing
 from pathlib import Path
 
+import children
 import pydantic
 import pytest
 import yaml
@@ -78,6 +79,7 @@ class Cluster:
         return subprocess.run(
             ["bash", str(ROOT / "launch" / "gke.sh"), *arguments],
             env=os.environ | own | variables, capture_output=True, text=True,
+            timeout=children.PATIENCE,
         )  # fmt: skip
 
     def calls(self, *words: str) -> list[str]:
