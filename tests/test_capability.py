@@ -150,7 +150,9 @@ def test_numbers_are_those_of_the_hugging_face_backend(which, shared, request, f
                     assert x == y
                 else:
                     x, y = (v if isinstance(v, tuple | list) else (v, None) for v in (x, y))
-                    assert abs(x[0] - y[0]) < 1e-3 and x[1] == y[1]  # also of 600 tokens
+                    text = a["doc"]["text"] if task == "rolling" else ""
+                    n = len(one.tokenizer(text)["input_ids"])  # whose float32 sum it is
+                    assert abs(x[0] - y[0]) < max(1e-3, 2e-6 * n) and x[1] == y[1]
         for key, value in expected["results"][task].items():
             if isinstance(value, float):
                 assert found["results"][task][key] == pytest.approx(value, rel=1e-4)
