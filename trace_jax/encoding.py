@@ -1,9 +1,11 @@
 """Texts become tokens: a prompt once, and behind it the responses as branches. Host side only."""
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,18 @@ class Encoded:
 class Encoder:
     """Turns (prompt, responses) into `Encoded` under one tokenizer, template and length limit.
 
+    Of chats only the template writes control tokens: in a message that spells one it is written
+    apart (`plain_text`). Plain prompts and their responses are taken as they are.
+
     Args:
       tokenizer: a transformers tokenizer.
       max_length: most tokens of a prompt and one response together.
       end_id: token appended to every response, or None.
       cut_responses: cut a response that does not fit at its end; it then has no end_id.
+
+    Attributes:
+      truncated_prompts, truncated_responses: how many were cut.
+      control_texts: how many chats, or responses to one, spelled a control token.
     """
 
     def __init__(
@@ -51,7 +60,8 @@ class Encoder:
     ):
         self.tokenizer, self.max_length, self.end_id = tokenizer, max_length, end_id
         self.cut_responses = cut_responses
-        self.truncated_prompts = self.truncated_responses = 0
+        self.truncated_prompts = self.truncated_responses = self.control_texts = 0
+        self._plain = plain_text(tokenizer)
         self._cache: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
 
     def prompt_text(self, prompt: records.Text) -> str:
@@ -63,9 +73,9 @@ class Encoder:
                 "records are chats but the tokenizer has no chat template; set one or use plain "
                 "text"
             )
-        return self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True
-        )
+        plain = [{name: self._plain(text) for name, text in m.items()} for m in prompt]
+        self.control_texts += plain != prompt
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
 
     def prompt_tokens(self, prompt: records.Text) -> tuple[int, ...]:
         """Tokens of a prompt alone, for generation."""
@@ -86,7 +96,8 @@ class Encoder:
         token is an InputError naming the record.
         """
         text = self.prompt_text(prompt)
-        pairs = [self._cut_right(*self._tokens(text, _text_of(r))) for r in responses]
+        found = [self._response(prompt, response) for response in responses]
+        pairs = [self._cut_right(*self._tokens(text, response)) for response in found]
         longest = max(len(tokens) - n_prompt for tokens, n_prompt in pairs)
         if longest >= self.max_length:
             raise InputError(
@@ -107,6 +118,14 @@ class Encoder:
             branches=tuple(tokens[shared:] for tokens, _ in pairs),
             skip=tuple(n - shared for _, n in pairs),
         )
+
+    def _response(self, prompt: records.Text, response: records.Text) -> str:
+        given = response if isinstance(response, str) else response[-1]["content"]
+        if isinstance(prompt, str):
+            return given
+        plain = self._plain(given)
+        self.control_texts += plain != given
+        return plain
 
     def _cut_right(self, tokens: tuple[int, ...], n_prompt: int) -> tuple[tuple[int, ...], int]:
         """Prompt and response without the response's end, if that may be cut and has to be.
@@ -148,8 +167,27 @@ class Encoder:
         return tuple(tokens), n_prompt
 
 
-def _text_of(response: records.Text) -> str:
-    return response if isinstance(response, str) else response[-1]["content"]
+def plain_text(tokenizer: Any) -> Callable[[str], str]:
+    """A function that writes the tokenizer's control tokens apart: <|im_end|> as < |im_end|>.
+
+    What it gives has no control token in it, so untrusted text cannot end its turn and begin
+    another. Text that spells none comes back as it was. Control tokens are those that the tokenizer
+    calls special.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    names = sorted({t.content for t in added if t.special and len(t.content) > 1}, reverse=True)
+    groups = itertools.groupby(names, key=lambda name: name[0])  # searched by their first character
+    spelled = [re.compile("|".join(map(re.escape, group))) for _, group in groups]
+
+    def apart(found: re.Match) -> str:
+        return f"{found[0][0]} {plain(found[0][1:])}"
+
+    def plain(text: str) -> str:
+        for names in spelled:
+            text = names.sub(apart, text)
+        return text
+
+    return plain
 
 
 def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:

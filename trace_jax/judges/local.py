@@ -145,7 +145,7 @@ class LocalReader:
         self, question: Callable[[Sequence], str], texts: list[records.Text], answers: Sequence[str]
     ) -> Any:
         """The question's tokens; the middle of its longest text is left out until they fit."""
-        texts = [_mapped(_cut(text, 8 * self._max_length), self._defused) for text in texts]
+        texts = [_mapped(_cut(text, 8 * self._max_length), self._plain) for text in texts]
         while True:
             asked = question(texts)
             encoded = self._tokens(asked, answers)
@@ -174,16 +174,12 @@ class LocalReader:
             return encoder.encode([{"role": "user", "content": asked}], answers)
         return encoder.encode(asked + _PLAIN, [f" {answer}" for answer in answers])
 
-    def _defused(self, text: str) -> str:
-        """The text with no special token in it: it shall not end its turn."""
-        for token in self._special:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
-
     @functools.cached_property
-    def _special(self) -> list[str]:
-        added = self._model[1].added_tokens_decoder.values()
-        return [token.content for token in added if token.special and len(token.content) > 1]
+    def _plain(self) -> Callable[[str], str]:
+        """Writes a text without control tokens: it shall not end its turn."""
+        from trace_jax import encoding
+
+        return encoding.plain_text(self._model[1])
 
     def _logprobs(self, encoded: Sequence[Any]) -> list[list[float]]:
         from trace_jax import logprobs

@@ -37,5 +37,6 @@ def run(run: context.Context) -> dict:
         "dropped": len(dropped),
         "truncated_prompts": run.encoder.truncated_prompts,
         "truncated_responses": run.encoder.truncated_responses,
+        "control_texts": run.encoder.control_texts,
         "real_token_share": round(fitted.real_token_share, 4),
     }
