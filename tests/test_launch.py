@@ -326,6 +326,60 @@ def test_an_artefact_that_changed_since_is_named(run, config, capsys, name, how)
     assert str(artefact) in said and "put it back" in said
 
 
+_ARTEFACTS = [
+    (stage.name, name)
+    for stage in stages.STAGES
+    for name in stage.outputs
+    if name not in ("pauses.jsonl", "adapter")  # where asked for, and of LoRA
+]
+
+
+def _largest(path: Path) -> Path:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "cut off"])
+@pytest.mark.parametrize(("stage", "name"), _ARTEFACTS)
+def test_a_damaged_artefact_is_found_by_its_checksum(run, config, capsys, stage, name, how):
+    path = _largest(run / name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data if how == "a flipped bit" else data[: len(data) // 2])
+    before = _files(run)
+    said = _error(capsys, f"--config={config}", f"--workdir={run}")
+    assert f"{run / name} was edited since stage {stage} wrote it; put it back, or" in said
+    assert "--redo" in said
+    assert _files(run) == before  # nothing else lost
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_a_stage_mark_that_was_cut_off_is_one_line(run, config, capsys, size):
+    mark = run / ".stages" / "align.json"
+    mark.write_bytes(mark.read_bytes().rstrip()[:size])
+    before = _files(run)
+    said = _error(capsys, f"--config={config}", f"--workdir={run}")
+    assert f"{mark}: not readable" in said and "delete it and the stage is done again" in said
+    assert _files(run) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '"mark"', '{"inputs": 1, "outputs": 2}'])
+def test_a_stage_mark_of_another_form_is_one_line(run, config, capsys, text):
+    mark = run / ".stages" / "align.json"
+    mark.write_text(text)
+    said = _error(capsys, f"--config={config}", f"--workdir={run}")
+    assert f"{mark}: not readable" in said and "delete it and the stage is done again" in said
+
+
+@pytest.mark.parametrize("name", ["inputs", "outputs", "ref", "seconds", "summary"])
+def test_a_flipped_bit_in_a_stage_mark_never_passes_for_another_run(run, config, capsys, name):
+    """The name of a field or file is changed; its checksums, too, would be others."""
+    mark, other = run / ".stages" / "align.json", chr(ord(name[0]) ^ 4) + name[1:]
+    mark.write_text(mark.read_text().replace(f'"{name}"', f'"{other}"', 1))
+    said = _error(capsys, f"--config={config}", f"--workdir={run}")
+    assert "align" in said and ("delete it" in said or "--redo" in said)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

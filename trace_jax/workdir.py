@@ -12,6 +12,9 @@ from pathlib import Path
 from trace_jax import bucket, processes, records
 from trace_jax.errors import InputError
 
+# What a mark has; one of a stage that began, the first two.
+_FIELDS = (("stage", str), ("inputs", dict), ("outputs", dict), ("summary", dict),
+           ("seconds", int | float))  # fmt: skip
 _WHOLE_FILE = 64 * 2**20  # larger files are hashed by size, first and last MiB
 
 
@@ -89,12 +92,17 @@ class Workdir:
 def _read_mark(path: Path) -> dict | None:
     if not path.exists():
         return None
+    fields = _FIELDS if not path.name.endswith(".started.json") else _FIELDS[:2]
     try:
-        return json.loads(path.read_text())
+        mark = json.loads(path.read_text())
+        for name, kind in fields:
+            if not isinstance(mark, dict) or not isinstance(mark.get(name), kind):
+                raise ValueError(f"it has no {name}")
     except ValueError as error:
         raise InputError(
             f"{path}: not readable ({error}); delete it and the stage is done again"
         ) from error
+    return mark
 
 
 def remove(path: Path) -> None:

@@ -38,8 +38,8 @@ class Stage:
 
 STAGES = (
     Stage("prepare", ("seed", "parent", "model", "data", "policy.old"), (),
-          ("base.json", "records.jsonl", "prompts.jsonl"),
-          ("base", "base_tokenizer", "base_checkpoints", "openings.jsonl", "continuations.jsonl"),
+          ("base.json", "base", "records.jsonl", "prompts.jsonl"),
+          ("base_tokenizer", "base_checkpoints", "openings.jsonl", "continuations.jsonl"),
           on_host=True),
     Stage("align", ("seed", "align", "data.max_length", "data.append_stop"), ("prepare",),
           ("ref",), ("ref_checkpoints",)),
