@@ -1,7 +1,9 @@
 """Two runs in one workdir: the second is refused, unless the first is dead."""
 
 import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+import children
 import pytest
+from faults import runs
 
-from trace_jax import locks
+from trace_jax import locks, stages, workdir
 from trace_jax.errors import InputError
 
 HOLD = "import sys, time; from pathlib import Path; from trace_jax import locks\n"
@@ -71,6 +75,29 @@ def test_the_program_is_refused(holder, config, tmp_path):
     said = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(said) == 1 and "another run is at work there" in said[0]
     assert time.monotonic() - begin < 30
+
+
+def test_of_two_runs_the_second_is_refused_until_the_first_is_dead(straight, config, tmp_path):
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    workdir.Workdir(path).forget("report", stages.STAGES[-1].artefacts)
+    first, lock = runs.start(config, path), path / locks.NAME
+    try:
+        end = time.monotonic() + children.PATIENCE
+        while not lock.read_text() and time.monotonic() < end:
+            time.sleep(0.001)
+        os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before the second comes
+        assert json.loads(lock.read_text())["process"] == first.pid
+        said = runs.error_of(runs.run(config, path))
+        assert f"another run is at work there (process {first.pid} on" in said
+        assert "wait for its end, or use another --workdir" in said
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    assert not (path / "report.html").exists()
+    third = runs.run(config, path)
+    assert third.returncode == 0, third.stderr[-2000:]
+    assert "[report]\n" in third.stderr and (path / "report.html").exists()
+    runs.assert_same_end(path, straight[0])
 
 
 def test_a_look_at_the_lock_keeps_nobody_out(tmp_path):
