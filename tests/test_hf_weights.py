@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -18,6 +19,7 @@ from flax import nnx
 from trace_jax import errors, models, sharding
 from trace_jax.models import hf_weights
 
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 CONFIG = models.ModelConfig(61, 24, 40, 2, 4, 2, 6, 64, eos_token_ids=(2,), bos_token_id=1)
 
 
@@ -92,7 +94,8 @@ def test_transformers_reads_what_we_save(tmp_path, tied):
     np.testing.assert_allclose(module(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shards_are_read_as_one(module, saved):
+def sharded(saved):
+    """model.safetensors as two shards and an index."""
     tensors = safetensors.numpy.load_file(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -101,10 +104,99 @@ def test_shards_are_read_as_one(module, saved):
         safetensors.numpy.save_file({name: tensors[name] for name in part}, saved / file)
     index = {"weight_map": {name: file for file, part in files.items() for name in part}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_equal_models(models.load(saved), module)
+    return saved
+
+
+def test_shards_are_read_as_one(module, saved):
+    assert_equal_models(models.load(sharded(saved)), module)
     (saved / "b.safetensors").unlink()
     with pytest.raises(errors.InputError, match="b.safetensors"):
         models.load(saved)
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 100, -1, -5000])
+def test_a_shard_that_was_cut_off_is_named(saved, size):
+    shard = sharded(saved) / "b.safetensors"
+    shard.write_bytes(shard.read_bytes()[:size])
+    for read in (hf_weights.check, models.load):
+        with pytest.raises(errors.InputError, match="b.safetensors is damaged .*copy it again"):
+            read(saved)
+
+
+def test_shards_that_changed_places_or_models_are_named(saved):
+    a, b = (folder := sharded(saved)) / "a.safetensors", folder / "b.safetensors"
+    whole = b.read_bytes()
+    b.write_bytes(a.read_bytes())
+    with pytest.raises(errors.InputError, match="is missing"):
+        hf_weights.check(saved)
+    b.write_bytes(whole)
+    index = saved / "model.safetensors.index.json"
+    for text in (index.read_text()[:-1], index.read_text()[: len(whole) // 200]):
+        index.write_text(text)
+        with pytest.raises(errors.InputError, match="index.json is not JSON"):
+            hf_weights.check(saved)
+
+
+def flipped(data, place):
+    byte, bit = divmod(place, 8)
+    return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+
+
+def test_a_flipped_bit_in_the_header_of_a_shard_is_found_or_changes_nothing(saved):
+    shard = sharded(saved) / "b.safetensors"
+    whole = shard.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    expected, found = hf_read(saved), 0
+    for place in np.random.default_rng(0).choice(8 * (8 + length), 120, replace=False).tolist():
+        shard.write_bytes(flipped(whole, place))
+        try:
+            read = hf_read(saved)
+        except errors.InputError:
+            found += 1
+        else:
+            assert read.keys() == expected.keys(), place
+            for name in read:
+                np.testing.assert_array_equal(read[name], expected[name])
+    assert found > 80
+
+
+def hf_read(path):
+    """name -> tensor, checked as `hf_weights.check` does."""
+    hf_weights.check(path)
+    with contextlib.ExitStack() as files:
+        tensors = hf_weights._open(path, files)
+        return {name: t.read(slice(None)) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_named(saved, dtype, value):
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(dtype)
+        tensors[K_PROJ][-1, -1] = value
+
+    edit_weights(saved, change)
+    sharded(saved)
+    hf_weights.check(saved)  # reads headers alone
+    with pytest.raises(errors.InputError, match=f"{K_PROJ} has numbers that are not finite"):
+        models.load(saved)
+
+
+def test_a_flipped_bit_that_leaves_a_finite_number_is_not_found(module, saved):
+    """safetensors has no checksums: what `load` says it does not find."""
+    shard = sharded(saved) / "b.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(flipped(whole, 8 * (len(whole) - 4)))  # the last number's last bit
+    changed = [
+        np.sum(np.asarray(x) != np.asarray(y))
+        for x, y in zip(
+            jax.tree.leaves(nnx.state(models.load(saved))),
+            jax.tree.leaves(nnx.state(module)),
+            strict=True,
+        )
+    ]
+    assert sum(changed) == 1
 
 
 def test_dtype_is_kept_or_cast(module, saved, tmp_path):
@@ -170,9 +262,6 @@ def test_stored_rope_frequencies_are_ignored(module, saved):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(saved, lambda tensors: tensors.update({name: np.ones(3, np.float32)}))
     assert_equal_models(models.load(saved), module)
-
-
-K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
 @pytest.mark.fault

@@ -4,6 +4,8 @@ TRACE_SOAK_INPUTS says how many inputs there are in all (make soak: 100,000).
 """
 
 import contextlib
+import gzip
+import io
 import json
 import os
 import random
@@ -12,17 +14,20 @@ import sqlite3
 import struct
 import types
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 
 from faults import mutations
 from trace_jax import config as config_lib
-from trace_jax import overrides, policy, sources, validation
+from trace_jax import models, overrides, policy, sources, validation
 from trace_jax.errors import InputError
 from trace_jax.judges import gemini_reply
 from trace_jax.judges import store as stores
+from trace_jax.models import hf_weights
 
-KINDS = 8
+KINDS = 13
 EACH = int(os.environ.get("TRACE_SOAK_INPUTS", "1600")) // KINDS
 HANG_S = 20
 
@@ -68,27 +73,79 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_record_files(tmp_path, ending):
-    path = tmp_path / f"pairs.{ending}"
-    table = b'prompt,chosen,rejected\n"a ""b""",c,d\ne,f,"g\nh"\n'
+def _lines(chance: random.Random) -> bytes:
+    return "\n".join(json.dumps(row) for row in _rows(chance)).encode()
+
+
+def _rows(chance: random.Random) -> list:
+    rows = [chance.choice(ROWS)] * 2 if chance.random() < 0.8 else ROWS
+    if chance.random() < 0.6:
+        rows = mutations.of_json(chance, rows)
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _table(_: random.Random) -> bytes:
+    return b'prompt,chosen,rejected\n"a ""b""",c,d\ne,f,"g\nh"\n'
+
+
+def _gzip(chance: random.Random) -> bytes:
+    return gzip.compress(_lines(chance), mtime=0)
+
+
+def _parquet(chance: random.Random) -> bytes:
+    buffer = io.BytesIO()
+    rows = [row for row in _rows(chance) if isinstance(row, dict)]
+    try:
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, buffer, write_page_checksum=chance.random() < 0.5)
+    except (pyarrow.ArrowException, OverflowError, TypeError, UnicodeError):  # a column of two
+        text = [str(row).encode(errors="replace") for row in rows]
+        table = pyarrow.table({"prompt": text, "chosen": text, "rejected": [b"no"] * len(text)})
+        pyarrow.parquet.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _dialogues(chance: random.Random) -> bytes:
+    """Turns of HH: missing, empty, twice, with markers inside and at odd places."""
+    pieces = ("\n\nHuman:", "\n\nAssistant:", "\n\nHuman: Hi", "\n\nAssistant: Yes", " ", "\n",
+              "Human:", "\n\nAssistant", "No", "\u2028\n\nHuman:", "\r\n\r\nHuman: Hi")  # fmt: skip
+
+    def dialogue() -> str:
+        return "".join(chance.choices(pieces, k=chance.randint(0, 6)))
+
+    start = "\n\nHuman: Hi\n\nAssistant:" if chance.random() < 0.8 else dialogue()
+    if chance.random() < 0.5:  # the beginning that both share
+        start += " Yes" + dialogue() + "\n\nHuman: Go on\n\nAssistant:"
+    row = {name: start + chance.choice((f" {name}", dialogue())) for name in ("chosen", "rejected")}
+    return json.dumps(row).encode()
+
+
+# ending, form, what makes a file, how often its bytes are changed afterwards
+FILES = {
+    "jsonl": ("jsonl", "auto", _lines, 0.5),
+    "csv": ("csv", "auto", _table, 1.0),
+    "json": ("json", "auto", lambda chance: json.dumps(_rows(chance)).encode(), 0.5),
+    "gzip": ("jsonl.gz", "auto", _gzip, 0.8),
+    "parquet": ("parquet", "auto", _parquet, 0.5),
+    "hh": ("jsonl", "hh", _dialogues, 0.2),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_record_files(tmp_path, kind):
+    ending, form, write, changed = FILES[kind]
+    path, reading = tmp_path / f"pairs.{ending}", sources.Reading(form=form)
 
     def make(chance: random.Random) -> bytes:
-        if ending == "csv":
-            return mutations.of_bytes(chance, table)
-        rows = [chance.choice(ROWS)] * 2 if chance.random() < 0.8 else ROWS
-        if chance.random() < 0.6:
-            rows = mutations.of_json(chance, rows)
-            rows = rows if isinstance(rows, list) else [rows]
-        data = "\n".join(json.dumps(row) for row in rows).encode()
-        return mutations.of_bytes(chance, data) if chance.random() < 0.5 else data
+        data = write(chance)
+        return mutations.of_bytes(chance, data) if chance.random() < changed else data
 
     def attempt(data: bytes) -> None:
         path.write_bytes(data)
-        for record in sources.read_records(str(path))[0]:
+        for record in sources.read_records(str(path), reading)[0]:
             json.dumps(record.to_json(), ensure_ascii=False).encode()  # what records.jsonl holds
 
-    _all(f"records {ending}", make, attempt)
+    _all(f"records {kind}", make, attempt)
 
 
 def test_policy_files():
@@ -222,7 +279,6 @@ def policy_verdict(status: str):
 
 
 def test_safetensors_headers(tmp_path):
-    hf_weights = pytest.importorskip("trace_jax.models.hf_weights")
     header = {
         "__metadata__": {"format": "pt"},
         "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -245,3 +301,36 @@ def test_safetensors_headers(tmp_path):
                     assert read.shape == tensor.shape
 
     _all("safetensors", make, attempt)
+
+
+MODELS = [models.ModelConfig(61, 24, 40, 2, 4, 2, 6, 64, eos_token_ids=(2,), family=family).to_hf()
+          for family in ("llama", "qwen2")]  # fmt: skip
+MODELS += [
+    MODELS[0] | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+                 "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                 "original_max_position_embeddings": 32}},
+    MODELS[0] | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
+                 "layer_types": ["sliding_attention", "full_attention"]},
+]  # fmt: skip
+
+
+def test_model_configs(tmp_path):
+    """config.json of a model: what is accepted is a model that can be laid out."""
+
+    def make(chance: random.Random) -> bytes:
+        changed = mutations.of_json(chance, chance.choice(MODELS))
+        with contextlib.suppress(ValueError):  # an integer of 400 digits and more
+            data = json.dumps(changed).encode()
+            return mutations.of_bytes(chance, data) if chance.random() < 0.3 else data
+        return b"1" * 5000
+
+    def attempt(data: bytes) -> None:
+        for name in ("config.json", "generation_config.json"):
+            (tmp_path / name).write_bytes(data)
+        found = hf_weights.read_config(tmp_path)
+        assert 0 < found.forward_flops(found.max_position_embeddings) < float("inf")
+        assert found.query_scale > 0 and found.num_hidden_layers < 2**31
+        again = models.ModelConfig.from_hf(json.loads(json.dumps(found.to_hf())))
+        assert again == found
+
+    _all("model config", make, attempt)

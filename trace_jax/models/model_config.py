@@ -202,6 +202,7 @@ _ONLY = {
         "use_bidirectional_attention": False,
     },
 }
+_LARGEST = 2**31
 _WHOLE = (*_REQUIRED, "num_key_value_heads", "head_dim", "sliding_window")
 _REAL = (
     "query_pre_attn_scalar",
@@ -236,14 +237,16 @@ def _check_values(family: str, hf: dict[str, Any]) -> None:
         raise errors.InputError(
             f"config.json: tie_word_embeddings={hf['tie_word_embeddings']!r} is not true or false"
         )
-    kinds = ["full_attention"] * hf["num_hidden_layers"]
-    if family == "gemma2":
-        kinds[::2] = ["sliding_attention"] * len(kinds[::2])
-    if hf.get("layer_types", kinds) != kinds:
-        only = "sliding_attention, full_attention in turn" if family == "gemma2" else kinds[0]
+    kinds = hf.get("layer_types")
+    turn = ("sliding_attention", "full_attention") if family == "gemma2" else ("full_attention",)
+    if kinds is not None and (
+        not isinstance(kinds, list)
+        or len(kinds) != hf["num_hidden_layers"]
+        or any(kind != turn[n % len(turn)] for n, kind in enumerate(kinds))
+    ):
         raise errors.InputError(
-            f"config.json: layer_types={hf['layer_types']} is not supported, only {only} for "
-            f"{len(kinds)} layers is"
+            f"config.json: layer_types={kinds} is not supported, only {', '.join(turn)} in turn "
+            f"for {hf['num_hidden_layers']} layers is"
         )
 
 
@@ -254,9 +257,11 @@ def _check_positive(
     value = hf.get(key)
     if value is None and not required:
         return
-    if type(value) not in ((int,) if whole else (int, float)) or not value > 0:
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < _LARGEST:
         kind = "integer" if whole else "number"
-        raise errors.InputError(f"config.json: {where}{key}={value!r} is not a positive {kind}")
+        raise errors.InputError(
+            f"config.json: {where}{key}={value!r} is not a positive {kind} below 2^31"
+        )
 
 
 def id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import glob
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -97,7 +98,7 @@ def _file(path: Path) -> Iterator[tuple[str, Row]]:
         )
     try:
         yield from _READERS[suffix](path)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: damaged gzip ({error}); fetch it again") from error
 
 
@@ -168,7 +169,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         number = 0
         for batch in file.iter_batches(_BATCH):
             for row in batch.to_pylist():
