@@ -18,29 +18,48 @@ from typing import Any
 FOLDER = ".heartbeats"
 WAITING = "waiting for the other processes"
 _INTERVAL_S = 10.0
+_KEYS = ("process", "host", "pid", "doing", "since", "time")
 _DEAD_AFTER_S = 2.5 * _INTERVAL_S  # without a sign
 
 
 @dataclasses.dataclass
+class _Work:
+    """What is done; of work that is counted, how far it is."""
+
+    what: str
+    total: int | None
+    first: int  # items that an earlier run had done
+    began: float  # time.monotonic
+    done: int | None = None
+    counted: float = 0.0  # time.monotonic of the last count
+
+
+@dataclasses.dataclass
 class _State:
-    doing: list[str] = dataclasses.field(default_factory=list)
+    doing: list[_Work] = dataclasses.field(default_factory=list)
     detail: str = ""  # how far the last of them is
     moved: float = 0.0  # time.monotonic
 
     def move(self, detail: str) -> None:
         self.detail, self.moved = detail, time.monotonic()
 
+    def counted(self) -> dict[str, Any] | None:
+        """The innermost work that is counted."""
+        work = next((w for w in reversed(self.doing) if w.done is not None), None)
+        return work and {"what": work.what, "first": work.first, "done": work.done,
+                         "total": work.total, "seconds": work.counted - work.began}  # fmt: skip
+
     def __str__(self) -> str:
-        return " ".join(filter(None, [", ".join(self.doing), self.detail]))
+        return " ".join(filter(None, [", ".join(w.what for w in self.doing), self.detail]))
 
 
 _state = _State()
 
 
 @contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
-    """In here this process does `what`."""
-    _state.doing.append(what)
+def doing(what: str, total: int | None = None, first: int = 0) -> Iterator[None]:
+    """In here this process does `what`. total, first: items in all, and done by an earlier run."""
+    _state.doing.append(_Work(what, total, first, time.monotonic()))
     _state.move("")
     try:
         yield
@@ -49,9 +68,14 @@ def doing(what: str) -> Iterator[None]:
         _state.move("")
 
 
-def moved(detail: str = "") -> None:
-    """Something was done, nothing is stuck. detail: how far the work is, as in "14/150"."""
+def moved(detail: str = "", done: int | None = None) -> None:
+    """Something was done, nothing is stuck.
+
+    detail: how far the work is, as in "14/150". done: the same as a number, for `status`.
+    """
     _state.move(detail)
+    if done is not None and _state.doing:
+        _state.doing[-1].done, _state.doing[-1].counted = done, _state.moved
 
 
 @contextlib.contextmanager
@@ -97,7 +121,7 @@ def beating(
 def _write(path: Path, process: int, still: float) -> None:
     now = time.time()
     told = {"process": process, "host": socket.gethostname(), "pid": os.getpid(), "time": now,
-            "doing": str(_state), "since": now - still}  # fmt: skip
+            "doing": str(_state), "since": now - still, "work": _state.counted()}  # fmt: skip
     temporary = path.with_suffix(".tmp")
     with contextlib.suppress(OSError):  # the disk is full or gone: others see an old sign
         temporary.write_text(json.dumps(told))
@@ -107,13 +131,15 @@ def _write(path: Path, process: int, still: float) -> None:
 def read(directory: Path) -> list[dict[str, Any]]:
     """Signs of all processes of a run, in their order; what cannot be read is left out.
 
-    Each is {"process", "host", "pid", "doing", "since", "time"}, times in seconds of the epoch.
+    Each is {"process", "host", "pid", "doing", "since", "time", "work"}, times in seconds of the
+    epoch; work is None or {"what", "first", "done", "total", "seconds"}: items done by an earlier
+    run, by now and in all (None where not known), and how long this run took for its own.
     """
     found = []
     for path in (Path(directory) / FOLDER).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             row = json.loads(path.read_text())
-            found.append({k: row[k] for k in ("process", "host", "pid", "doing", "since", "time")})
+            found.append({k: row[k] for k in _KEYS} | {"work": row.get("work")})
     return sorted(found, key=lambda row: row["process"])
 
 

@@ -106,7 +106,7 @@ def progress(total: int | None, description: str, start: int = 0) -> Iterator[Pr
 
     total: None where it is not known. start: items that an earlier run had done.
     """
-    with heartbeat.doing(description), _shown(total, description, start) as bar:
+    with heartbeat.doing(description, total, start), _shown(total, description, start) as bar:
         yield bar
 
 
@@ -135,7 +135,8 @@ class _LiveProgress:
 
     def advance(self, n: int = 1) -> None:
         self._live.advance(self._task, n)
-        heartbeat.moved(f"{self._live.tasks[0].completed:.0f}")
+        done = round(self._live.tasks[0].completed)
+        heartbeat.moved(str(done), done)
 
 
 class _PlainProgress:
@@ -146,7 +147,7 @@ class _PlainProgress:
 
     def advance(self, n: int = 1) -> None:
         self._done += n
-        heartbeat.moved(self._count)
+        heartbeat.moved(self._count, self._done)
         is_last = self._done == self._total
         if not is_last and time.monotonic() - self._shown >= _PLAIN_INTERVAL_S:
             self.show()

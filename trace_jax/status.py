@@ -1,7 +1,7 @@
 """What a run is doing: `python -m trace_jax.status WORKDIR [--json]`. Reads its files alone.
 
-Done, running and waiting stages; of a running training its step, speed and when it will end; who
-holds the workdir; what the judge has cost. Imports no jax.
+Done, running and waiting stages; of the running one how far it is, its speed and when it will end;
+who holds the workdir; what the judge has cost. Imports no jax.
 """
 
 import argparse
@@ -41,14 +41,18 @@ def of(
 ) -> dict[str, Any]:
     """{"workdir", "running", "owner", "processes", "stages": [...], "judge", "seconds"}.
 
-    A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting; one
-    that trains has "step", "total_steps", "steps_per_second" and "seconds_left" as well.
+    A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting.
+    While it trains it has "step", "total_steps", "steps_per_second" and "seconds_left" as well.
+    Whatever else the running one counts is in "what", "done", "total", "per_second" and
+    "seconds_left"; a stage of several parts (answers, verdicts, likelihoods) tells of the present
+    one. These are as old as the sign of life of the first process: up to ten seconds.
     """
     path = Path(directory)
     if not (path / "config.json").exists() and not (path / ".stages").is_dir():
         raise InputError(f"{path}: no run there (no config.json, no .stages)")
     config = records.read_json(path / "config.json") if (path / "config.json").exists() else {}
     owner = owner or _owner(path)
+    processes = heartbeat.read(path) if owner is not None else []
     found, run = [], workdir.Workdir(path)
     for name in stages.NAMES:
         done, begun = run.finished(name), path / ".stages" / f"{name}.started.json"
@@ -58,13 +62,13 @@ def of(
         elif begun.exists():
             seconds = (now or time.time()) - begun.stat().st_mtime
             row |= {"state": "running" if owner else "interrupted", "seconds": seconds}
-            row |= _steps(path, name, config)
+            row |= _work(name, processes) or _steps(path, name, config)
         found.append(row)
     return {
         "workdir": str(path),
         "running": owner is not None,
         "owner": owner,
-        "processes": heartbeat.read(path) if owner is not None else [],
+        "processes": processes,
         "stages": found,
         "seconds": sum(row["seconds"] or 0.0 for row in found if row["state"] == "done"),
         "judge": _judge(path, config),
@@ -85,6 +89,27 @@ def _owner(path: Path) -> dict[str, Any] | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def _work(stage: str, processes: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far the first process says that it is in this stage; {} in a training or if it is silent.
+
+    Speed is that of this try.
+    """
+    sign = next((row for row in processes if row["process"] == 0), None)
+    work = sign and sign["work"]
+    if not work or sign["doing"].split(",")[0] != f"stage {stage}":
+        return {}
+    what, done, total = work["what"], work["done"], work["total"]
+    if stage in _TRAINING and what == f"train {_TRAINING[stage][2]}":
+        return {}  # its metrics say it to the step
+    found = {"what": what, "done": done, "total": total}
+    made = done - work["first"]
+    if made <= 0:
+        return found
+    speed = made / max(1e-9, work["seconds"])
+    left = None if total is None else max(0, total - done) / speed
+    return found | {"per_second": speed, "seconds_left": left}
 
 
 def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -150,14 +175,16 @@ def _tell(arguments: argparse.Namespace) -> None:
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:
-    left = row.get("seconds_left")
+    left, speed = row.get("seconds_left"), row.get("steps_per_second", row.get("per_second"))
+    done, total = row.get("step", row.get("done")), row.get("total_steps", row.get("total"))
     return {
         "stage": row["stage"],
         "state": row["state"],
         "time": "" if row["seconds"] is None else metrics.duration(row["seconds"]),
-        "step": f"{row['step']}/{row['total_steps']}" if "step" in row else "",
-        "steps/s": f"{row['steps_per_second']:.2f}" if "steps_per_second" in row else "",
+        "done": "" if done is None else str(done) if total is None else f"{done}/{total}",
+        "a second": "" if speed is None else f"{speed:.2f}",
         "left": "" if left is None else metrics.duration(left),
+        "of": row.get("what", "steps" if "step" in row else ""),
     }
 
 
