@@ -18,6 +18,8 @@ _log = logging.getLogger("absl")
 _log.setLevel(logging.WARNING)  # Orbax logs every file at INFO
 # What its threads meet, `wait` raises as one line; their tracebacks besides help nobody.
 _log.addFilter(lambda told: not (told.exc_info and "orbax" in told.pathname))
+# What the system says, at the end of a long line of Orbax's.
+_REASONS = ("No space left on device", "Read-only file system")
 _SUMS = "checksums"  # folder of STEP.json, the hash of a checkpoint
 
 
@@ -110,7 +112,7 @@ class Checkpoints:
     def _unwritten(self, step: int, error: Exception) -> InputError:
         self._failed = True
         what = " ".join(str(error).split())
-        what = "No space left on device" if "No space left" in what else what[:200]
+        what = next((reason for reason in _REASONS if reason in what), what[:200])
         return InputError(
             f"{self.directory}: the checkpoint of step {step} cannot be written ({what}); make "
             "room or mend the disk, and the same command goes on from the checkpoint before"

@@ -39,8 +39,11 @@ def _kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def _kill_in(config: Path, path: Path, stage: str, delay: float) -> None:
-    """Starts or continues the run and kills it `delay` s after `stage` began, at its latest end."""
+def _kill_in(config: Path, path: Path, stage: str, delay: float) -> bool:
+    """Starts or continues the run and kills it `delay` s after `stage` began, at its latest end.
+
+    Returns whether there was anything left to kill.
+    """
     process = runs.start(config, path)
     latest = time.monotonic() + children.PATIENCE
     while not _mark(path, stage, "started.json").exists() and process.poll() is None:
@@ -49,7 +52,12 @@ def _kill_in(config: Path, path: Path, stage: str, delay: float) -> None:
     end = time.monotonic() + delay
     while time.monotonic() < end and not _mark(path, stage).exists():
         time.sleep(0.002)
-    _kill(process) if process.poll() is None else process.communicate()
+    if process.poll() is None:
+        _kill(process)
+        return True
+    told = process.communicate()
+    assert process.returncode == 0, told[1][-3000:]
+    return False
 
 
 def _go_on_to_the_end(config: Path, path: Path, straight: Path) -> None:
@@ -69,8 +77,9 @@ def _in_every_stage(
         missed = [stage for stage in stages.NAMES if not where[stage]]
         path = folder / f"every{number}"
         for stage in missed:
-            _kill_in(config, path, stage, chance.uniform(0, 0.5) * seconds[stage])
-            where[_stage(path)] += 1
+            delay = chance.uniform(0, 0.5 ** (number + 1)) * seconds[stage]
+            if _kill_in(config, path, stage, delay):
+                where[_stage(path)] += 1
         if missed:
             _go_on_to_the_end(config, path, straight)
     assert all(where[stage] for stage in stages.NAMES), f"not killed in every stage: {where}"
