@@ -313,12 +313,19 @@ MODELS += [
                  "layer_types": ["sliding_attention", "full_attention"]},
 ]  # fmt: skip
 
+NUMBERS = (0, 3, 2**31, 10**400, -1, 0.5, 1e308, float("inf"), float("nan"))
+
 
 def test_model_configs(tmp_path):
     """config.json of a model: what is accepted is a model that can be laid out."""
 
     def make(chance: random.Random) -> bytes:
-        changed = mutations.of_json(chance, chance.choice(MODELS))
+        changed = dict(chance.choice(MODELS))
+        if chance.random() < 0.5:
+            sizes = [key for key, value in changed.items() if type(value) in (int, float)]
+            changed[chance.choice(sizes)] = chance.choice(NUMBERS)
+        else:
+            changed = mutations.of_json(chance, changed)
         with contextlib.suppress(ValueError):  # an integer of 400 digits and more
             data = json.dumps(changed).encode()
             return mutations.of_bytes(chance, data) if chance.random() < 0.3 else data
