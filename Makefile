@@ -47,7 +47,9 @@ bench: $(INSTALLED)
 	$(PYTHON) -m pip install -qq trl accelerate torch==2.13.0 libtpu
 	for script in impact trl packing head sampling judge startup scaling growth; do \
 		echo "bench.$$script"; $(PYTHON) -m bench.$$script $(BENCH_ARGS) || exit 1; done
-	$(PYTHON) -m bench.trl --shape 16m --out bench/results/trl_16m.json $(BENCH_ARGS)
+	$(PYTHON) -m bench.trl --shape 16m $(BENCH_ARGS)
+	$(PYTHON) -m bench.trl --data pku $(BENCH_ARGS)
+	$(PYTHON) -m bench.profile $(BENCH_ARGS)
 	$(PYTHON) -m bench.headlines
 
 clean:

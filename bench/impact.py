@@ -2,302 +2,296 @@
 
 python -m bench.impact [--quick] [--out FILE.json]
 
-Pairs of PKU-SafeRLHF, cut to a length, all those of a prompt together as in the data; the same g_J,
-full parameters or LoRA (rank 16); the order alternates, medians are given.
+Texts cut to a length: of PKU-SafeRLHF for 128 tokens, all pairs of a prompt together as in the
+data; of HH for more, those pairs with a text of more than half of that. Full parameters or LoRA
+(rank 16). Every path is a process of its own, which says its peak memory; all of a case are alive
+together and one works at a time, in rounds, every other one in the opposite order.
 
 torch_loop       the paper's procedure: transformers' model, a record's loss, backward, dotted
-lax_map_grad     the same by jax.grad, one example after the other
-vmap_grad        8 examples at once, and with layers recomputed in the backward pass (_remat)
-jvp              8 examples at once in forward mode, one a row
+vmap_grad@N      gradients of N examples at once (1: `lax.map(grad)`, one after the other), dotted
+vmap_grad_remat  the same with layers recomputed in the backward pass
+jvp@N            N examples at once in forward mode, one a row
+jvp_quarters@N   the same a quarter of them at a time, as the stage has it
 stage            as stage impact does it: texts in, rows packed, every response once, scores out
-                 (without the sample along half of the gold batch, whose size is fixed)
 stage_each       the same with every response of every record
+stage_cores      the stage with every core a device, where it has one device
 
-Temporary memory is what the compiler says (memory_analysis), so it does not depend on the machine's
-load; of PyTorch it is not known. Headlines are of 128 tokens and full parameters.
+g_J is timed apart, in PyTorch a backward pass a gold pair, ours as the stage does it. The stage
+also scores 512 records again along half of the gold batch. `speedup_vs_torch_loop` is of scores
+alone; `_whole` is of a run of 10,000 records with a gold batch of 300 and that second pass.
+
+Both sides have all cores. JAX has a device a core for a small model and one device else
+(`real_pairs.cpu_devices`); rows say which. Temporary memory is what the compiler says, so it does
+not depend on load; a path that needs more than 4 GiB of it is not run. Peak memory is the
+process's; `before_gib` of it are imports (the PyTorch process has JAX too, to make the same
+tokens). Errors are against the first
+path of a case, which has its own g_J where it is PyTorch's, over the rms of its scores.
 """
 
 import argparse
-import functools
-import statistics
+import json
+import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import transformers
-from flax import nnx
 
 from bench import frontier, real_pairs
-from trace_jax import (
-    batches,
-    config,
-    encoding,
-    fit,
-    impact,
-    logprobs,
-    methods,
-    models,
-    packing,
-    records,
-    sharding,
-    train,
-)
-from trace_jax.models import lora
-from trace_jax.stages import scoring
+from trace_jax import records
 
-BATCH, BETA = 8, 0.1
-PAIRS, OF_STAGE = 32, 256  # that slow paths score, and the stage
-HYPER = train.Hyper(*(jnp.float32(v) for v in (1e-4, BETA, 0.1)))
-LINE = "{path:<16} {pairs_per_second:8.1f} pairs/s {mebibytes:>10} MiB  error {max_error:.1e}"
+MOST_TEMPORARIES = 4 * 2**30
+RUN = {"records": 10_000, "gold": 300, "again": 512}  # of a run; the config's defaults
+HEADLINE = ("torch_loop", "vmap_grad@8", "jvp@8", "stage", "stage_each")
+ALL = ("torch_loop", "vmap_grad@1", "vmap_grad@8", "vmap_grad_remat@8", "jvp@8", "jvp_quarters@8",
+       "stage", "stage_each")  # fmt: skip
+GROWTH = tuple(f"{path}@{n}" for path in ("vmap_grad", "jvp") for n in (4, 16)) + ("jvp@1",)
+SHORT = ("torch_loop", "vmap_grad@8", "jvp@8", "stage")
+LINE = "{path:<18} {speed:>9} pairs/s {temp:>8} MiB, {peak_gib:5.2f} GiB  error {error:.1e}"
 
 
 class Case(NamedTuple):
-    """What is scored: shape of the model, entries of its vocabulary, tokens, what trains."""
+    """What is scored.
+
+    slow: pairs of paths that take long, also the gold batch's. stage: pairs of the stage.
+    """
 
     model: str
     vocabulary: int
     length: int
     adapters: str = "none"
-    torch: bool = True
+    slow: int = 8
+    stage: int = 32
+    paths: tuple[str, ...] = SHORT
 
 
-SMALL = Case("stories260k", 512, 128)
 CASES = [
-    SMALL,
-    Case("16m", 32_768, 128),
-    Case("stories260k", 512, 512),
-    Case("16m", 32_768, 512),
-    Case("16m", 131_072, 128, torch=False),
-    Case("stories260k", 512, 128, "lora", torch=False),
-    Case("16m", 32_768, 128, "lora", torch=False),
-    Case("stories260k", 512, 1024, torch=False),
+    Case("stories260k", 512, 128, slow=32, stage=256, paths=ALL + GROWTH),
+    Case("16m", 32_768, 128, stage=64, paths=(*ALL, *GROWTH, "stage_cores")),
+    Case("stories260k", 512, 256, paths=ALL),
+    Case("stories260k", 512, 512, paths=ALL),
+    Case("stories260k", 512, 1024),
+    Case("16m", 32_768, 256),
+    Case("16m", 32_768, 512, slow=4, stage=16),
+    Case("16m", 32_768, 1024, slow=4, stage=8),
+    Case("16m", 131_072, 128),
+    Case("stories260k", 512, 128, "lora", slow=32, stage=256, paths=ALL),
+    Case("stories260k", 512, 1024, "lora"),
+    Case("16m", 32_768, 128, "lora"),
+    Case("16m", 32_768, 512, "lora", slow=4, stage=16),
+    Case("16m", 131_072, 128, "lora"),
+]
+QUICK = [
+    CASES[0]._replace(slow=16, stage=128, paths=HEADLINE),
+    CASES[1]._replace(stage=32, paths=HEADLINE),
 ]
 
 
-class Problem(NamedTuple):
-    """A case's model, pairs (slow paths take the first) and global gradient."""
+def pairs(case: Case, tokenizer: Any) -> list[dict[str, str]]:
+    """As many as the stage scores."""
+    if case.length <= 128:
+        found = real_pairs.read("pku")
+        prompts = {text: i for i, text in enumerate(dict.fromkeys(p["prompt"] for p in found))}
+        return sorted(found, key=lambda pair: prompts[pair["prompt"]])[: case.stage]
+    found = []
+    for pair in real_pairs.read("hh"):
+        texts = tokenizer([pair["prompt"] + pair[k] for k in ("chosen", "rejected")]).input_ids
+        if max(map(len, texts)) > case.length // 2:
+            found.append(pair)
+        if len(found) == case.stage:
+            return found
+    raise SystemExit(f"{len(found)} pairs of HH have so many tokens, not {case.stage}")
 
-    folder: Path
-    module: models.Decoder
-    encoder: Callable[[], encoding.Encoder]
-    graphdef: nnx.GraphDef
-    params: nnx.State
-    frozen: nnx.State
-    examples: list[methods.Example]
-    encoded: list[encoding.Encoded]
-    gold: nnx.State
-    options: train.Options
+
+def devices(path: str, model: Path) -> int:
+    """Of a path: one example a row is computed on one device, with all cores."""
+    if path == "stage_cores":
+        return min(4, len(os.sched_getaffinity(0)))
+    return real_pairs.cpu_devices(model) if path.startswith("stage") else 1
 
 
-def problem(case: Case, stories: Path, folder: Path) -> Problem:
-    """The first pairs of PKU, prompt by prompt, and g_J of those that all paths score."""
-    found = real_pairs.read("pku")
-    prompts = list(dict.fromkeys(pair["prompt"] for pair in found))
-    found.sort(key=lambda pair: prompts.index(pair["prompt"]))
-    if case.model != "stories260k":
-        texts = [text for pair in found for text in pair.values()]
-        real_pairs.write_llama(
-            folder, texts, shape=case.model, context=2 * case.length, vocabulary=case.vocabulary
-        )
+def worker(path: str, file: Path) -> None:
+    """Answers commands, one a line of stdin, with lines of JSON on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    from bench import impact_ours
+
+    problem = impact_ours.Problem(**records.read_json(file))
+    if path == "torch_loop":
+        from bench import impact_torch
+
+        before = _peak_gib()
+        made = impact_torch.way(problem)
     else:
-        folder = stories
-    module = models.load(folder)
-    if case.adapters == "lora":
-        module = lora.add(module, rank=16, alpha=32.0, targets="all", seed=0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encoder = functools.partial(
-        encoding.Encoder, tokenizer, max_length=case.length, end_id=None, cut_responses=True
-    )
-    examples, encoded = batches.encode_examples(
-        encoder(),
-        [
-            methods.Example(str(i), "INVERT", *(pair[k] for k in ("prompt", "chosen", "rejected")),
-                            pref=1.0)
-            for i, pair in enumerate(found[:OF_STAGE])
-        ],
-    )  # fmt: skip
-    module.remat, module.attention_block = "none", 0  # vmap would compute every choice of keys
-    graphdef, params, frozen = nnx.split(module, trained(case), ...)
-    options = train.Options("logistic", "plain", False, PAIRS, 1, 2, 1, 0.1, 0.0, 1.0, 0.9, 0.999)
-    one = Problem(
-        folder, module, encoder, graphdef, params, frozen, examples, encoded, None, options
-    )
-    step = batches.Step(one_a_row(one, 1), None)
-    gold = impact.objective_gradient(
-        params, frozen, step, HYPER, graphdef=graphdef, options=options
-    )
-    return one._replace(gold=gold)
+        import jax
 
+        from trace_jax import sharding
 
-def one_a_row(p: Problem, at_once: int) -> batches.Batch:
-    """The first pairs, one a row, `at_once` of them a micro-batch."""
-    encoded = p.encoded[:PAIRS]
-    length = batches.longest_row(encoded)
-    layout = packing.Layout(at_once, length, 1, PAIRS // at_once)
-    ref = logprobs.of_texts(p.module, encoded, row_length=length, micro_rows=4)
-    rows = [[i] for i in range(PAIRS)]
-    return batches.make_batch(rows, layout, encoded, p.examples, ref)
-
-
-def trained(case: Case) -> type:
-    """Type of the leaves that train."""
-    return nnx.LoRAParam if case.adapters == "lora" else nnx.Param
-
-
-def paths(p: Problem, case: Case) -> dict[str, tuple[Callable[[], np.ndarray], int | None]]:
-    """Path -> (what computes scores, bytes of temporaries)."""
-    fixed = {"graphdef": p.graphdef, "options": p.options}
-    p.module.remat = "layer"
-    recomputed = nnx.split(p.module, trained(case), ...)[0]
-    p.module.remat, p.module.attention_block = "none", -1
-    of_stage = nnx.split(p.module, trained(case), ...)[0]
-    p.module.attention_block = 0
-    single, eight = one_a_row(p, 1), one_a_row(p, BATCH)
-    tangents = jax.tree.map(lambda g: g[None], p.gold)
-    settings = fit.Settings.of(config.base_config().train, row_length=0, seed=0)
-    mesh = sharding.make_mesh(1, -1, 1)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    placed = (of_stage, *jax.device_put((p.params, p.frozen, tangents), everywhere))
-
-    def by_loss(batch: batches.Batch, **changes: Any) -> tuple[Callable[[], np.ndarray], int]:
-        arguments = (p.params, p.frozen, p.gold, batch, HYPER)
-        program = impact.per_example_gradient_dots.lower(*arguments, **fixed | changes).compile()
-        temporary = program.memory_analysis().temp_size_in_bytes
-        return lambda: np.asarray(program(*arguments)).reshape(-1), temporary
-
-    arguments = (p.params, p.frozen, tangents, eight.rows)
-    jvp = impact.response_derivatives.lower(
-        *arguments, graphdef=p.graphdef, n_responses=2
-    ).compile()
-
-    def by_row() -> np.ndarray:
-        d_N2 = np.asarray(jvp(*arguments)).reshape(-1, 2)
-        scored = [
-            impact.score(e, d[0], d[1], options=p.options, beta=BETA, tau=0.1)
-            for e, d in zip(p.examples, d_N2, strict=False)
-        ]
-        return np.array(scored)
-
-    def stage(*, once: bool) -> np.ndarray:
-        encoder = p.encoder()  # one that has kept no tokens yet
-        if once:
-            keys, encoded = scoring.unique_responses(encoder, p.examples)
+        before = _peak_gib()
+        jax.set_mesh(sharding.make_mesh(1, -1, 1))
+        made = impact_ours.way(path.replace("stage_cores", "stage"), problem)
+    scores = np.zeros(0)
+    answer: dict[str, Any] = {"temp_bytes": made.temp_bytes, "before_gib": before}
+    while True:
+        print(json.dumps(answer), file=answers, flush=True)
+        command = sys.stdin.readline().strip()
+        start = time.perf_counter()
+        if command == "score":
+            scores = made.score()
+        elif command == "gold":
+            made.gold()
         else:
-            found = [scoring.unique_responses(encoder, [e]) for e in p.examples]
-            keys, encoded = ([rows[0] for rows in of] for of in zip(*found, strict=True))
-        with jax.set_mesh(mesh):
-            packed = logprobs.packed_groups(
-                encoded, row_length=batches.longest_row(encoded), micro_rows=4
-            )
-            return scoring.by_response(p.examples, keys, encoded, packed, placed, settings)
+            break
+        answer = {"seconds": time.perf_counter() - start, "pairs": len(scores)}
+    print(json.dumps({"scores": scores.tolist(), "peak_gib": _peak_gib()}), file=answers)
 
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Worker:
+    """A process that has a path ready, what it told of it, and the seconds that it took."""
+
+    def __init__(self, path: str, model: Path, problem: Path):
+        self.path, self.devices = path, devices(path, model)
+        self.seconds: dict[str, list[float]] = {"score": [], "gold": []}
+        self.pairs = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.impact", "--worker", path, "--problem", str(problem)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(self.devices)},
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """Waits until it is ready."""
+        self.told = self._answer()
+        self.runs = (self.told["temp_bytes"] or 0) <= MOST_TEMPORARIES
+
+    def work(self, command: str, *, timed: bool) -> None:
+        """Does it once; the first round warms up."""
+        answer = self._ask(command)
+        self.pairs = answer["pairs"]
+        if timed:
+            self.seconds[command].append(answer["seconds"])
+
+    def end(self) -> None:
+        """Takes its scores and lets it go."""
+        self.told |= self._ask("end")
+        self._process.wait()
+
+    def _ask(self, command: str) -> dict:
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.path} failed; its error is above")
+        return json.loads(line)
+
+
+def measure(case: Case, model: Path, folder: Path, repeats: int) -> list[dict]:
+    """A row a path."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    problem = folder / "problem.json"
+    about = {"folder": str(model), "length": case.length, "adapters": case.adapters}
+    found = pairs(case, tokenizer)
+    records.write_json(problem, about | {"pairs": found, "slow": case.slow})
+    workers = [Worker(path, model, problem) for path in case.paths]
+    for one in workers:
+        one.begin()
+    for i in range(repeats + 1):
+        for one in workers[:: -1 if i % 2 else 1]:
+            if one.runs:
+                one.work("score", timed=i > 0)
+            if one.path in ("torch_loop", "stage"):
+                one.work("gold", timed=i > 0)
+    for one in workers:
+        one.end()
+    return [row(case, one, workers[0]) for one in workers]
+
+
+def row(case: Case, one: Worker, first: Worker) -> dict:
+    """Figures of a path."""
+    truth, scores = np.array(first.told["scores"]), np.array(one.told["scores"])
+    both = min(len(truth), len(scores))
+    error = np.abs(scores[:both] - truth[:both]).max(initial=0.0)
+    seconds, gold = (
+        real_pairs.spread(one.seconds[key]) if one.seconds[key] else None for key in one.seconds
+    )
     return {
-        "lax_map_grad": by_loss(single),
-        "vmap_grad": by_loss(eight),
-        "vmap_grad_remat": by_loss(eight, graphdef=recomputed),
-        "jvp": (by_row, jvp.memory_analysis().temp_size_in_bytes),
-        "stage": (lambda: stage(once=True), None),
-        "stage_each": (lambda: stage(once=False), None),
+        **{k: v for k, v in case._asdict().items() if k not in ("paths", "slow", "stage")},
+        "path": one.path,
+        "devices": one.devices,
+        "pairs": one.pairs,
+        "seconds": seconds,
+        "pairs_per_second": one.pairs / seconds[1] if seconds else None,
+        "gold_pairs": case.slow if gold else None,
+        "gold_seconds": gold,
+        "temp_bytes": one.told["temp_bytes"],
+        "peak_gib": one.told["peak_gib"],
+        "before_gib": one.told["before_gib"],
+        "max_error_over_rms": float(error / np.sqrt(np.mean(np.square(truth)))) if both else None,
     }
 
 
-def torch_loop(p: Problem, folder: Path) -> Callable[[], np.ndarray]:
-    """The paper's procedure: both responses of a record as one batch, backward, dot with g_J."""
-    import safetensors.torch
-    import torch
-
-    torch.set_num_threads(2)
-    models.save(nnx.merge(p.graphdef, p.gold, p.frozen), folder)  # g_J under the names of weights
-    gold = safetensors.torch.load_file(folder / "model.safetensors")
-    network = transformers.AutoModelForCausalLM.from_pretrained(p.folder, dtype=torch.float32)
-    inputs = []
-    for e in p.encoded[:PAIRS]:
-        whole = [[*e.prompt, *branch] for branch in e.branches]
-        ids = torch.zeros(2, max(map(len, whole)), dtype=torch.long)
-        counted = torch.zeros(ids.shape)
-        for b, tokens in enumerate(whole):
-            ids[b, : len(tokens)] = torch.tensor(tokens)
-            counted[b, len(e.prompt) + e.skip[b] : len(tokens)] = 1
-        inputs.append((ids, counted))
-
-    def logps(ids: Any, counted: Any) -> Any:
-        logits = network(input_ids=ids).logits[:, :-1]
-        token = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
-        return (token * counted[:, 1:]).sum(1)
-
-    with torch.no_grad():
-        references = [logps(*one) for one in inputs]
-
-    def run() -> np.ndarray:
-        found = []
-        for one, reference in zip(inputs, references, strict=True):
-            network.zero_grad()
-            ratio = logps(*one) - reference
-            loss = -torch.nn.functional.logsigmoid(BETA * (ratio[0] - ratio[1]))
-            loss.backward()
-            found.append(
-                sum(float((w.grad * gold[name]).sum()) for name, w in network.named_parameters())
-            )
-        return np.array(found)
-
-    return run
-
-
-def measure(case: Case, stories: Path, repeats: int) -> list[dict]:
-    """A row a path."""
-    with tempfile.TemporaryDirectory() as folder:
-        p = problem(case, stories, Path(folder, "model"))
-        found = paths(p, case)
-        if case.torch:
-            found = {"torch_loop": (torch_loop(p, Path(folder, "gold")), None)} | found
-        seconds: dict[str, list[float]] = {name: [] for name in found}
-        scores = {}
-        for repeat in range(repeats + 1):
-            for name in list(found)[:: 1 if repeat % 2 else -1]:
-                start = time.perf_counter()
-                scores[name] = found[name][0]()
-                if repeat:  # the first round compiles and warms up
-                    seconds[name].append(time.perf_counter() - start)
-    truth = scores["torch_loop" if case.torch else "vmap_grad"]
-    scale = float(np.sqrt(np.mean(np.square(truth))))
-    return [
-        case._asdict()
-        | {
-            "path": name,
-            "pairs": len(scores[name]),
-            "pairs_per_second": len(scores[name]) / statistics.median(took),
-            "seconds": [min(took), statistics.median(took), max(took)],
-            "temp_bytes": found[name][1],
-            "max_error_over_rms": float(np.max(np.abs(scores[name][:PAIRS] - truth))) / scale,
-        }
-        for name, took in seconds.items()
-    ]
-
-
 def headline(rows: Sequence[dict]) -> dict[str, float]:
-    """Named ratios of the small model, and of the larger one with its name."""
+    """Named ratios of 128 tokens and full parameters: of the small model, and of the larger one."""
     found = {}
-    full = [r for r in rows if r["length"] == 128 and r["adapters"] == "none" and r["torch"]]
-    for model in dict.fromkeys(r["model"] for r in full):
-        of = {r["path"]: r for r in full if r["model"] == model}
-        end = "" if model == SMALL.model else f"_{model}"
-        speed = {path: row["pairs_per_second"] for path, row in of.items()}
+    full = [r for r in rows if r["length"] == 128 and r["adapters"] == "none"]
+    for vocabulary, end in ((512, ""), (32_768, "_16m")):
+        of = {r["path"]: r for r in full if r["vocabulary"] == vocabulary}
+        loop, stage, each = (of[path] for path in ("torch_loop", "stage", "stage_each"))
         found |= {
-            f"speedup_vs_torch_loop{end}": speed["stage"] / speed["torch_loop"],
-            f"speedup_vs_torch_loop_each{end}": speed["stage_each"] / speed["torch_loop"],
-            f"speedup_vs_lax_map_grad{end}": speed["stage"] / speed["lax_map_grad"],
-            f"speedup_vs_vmap_grad{end}": speed["jvp"] / speed["vmap_grad"],
-            f"temp_vs_vmap_grad{end}": of["jvp"]["temp_bytes"] / of["vmap_grad"]["temp_bytes"],
-            f"temp_vs_vmap_grad_remat{end}": of["jvp"]["temp_bytes"]
-            / of["vmap_grad_remat"]["temp_bytes"],
+            f"speedup_vs_torch_loop{end}": _speedup(stage, loop),
+            f"speedup_vs_torch_loop_each{end}": _speedup(each, loop),
+            f"speedup_vs_torch_loop_whole{end}": run_seconds(loop, again=0)
+            / run_seconds(stage, again=RUN["again"]),
+            f"speedup_of_gold{end}": loop["gold_seconds"][1] / stage["gold_seconds"][1],
+            f"speedup_vs_vmap_grad{end}": _speedup(of["jvp@8"], of["vmap_grad@8"]),
+            f"temp_vs_vmap_grad{end}": of["jvp@8"]["temp_bytes"] / of["vmap_grad@8"]["temp_bytes"],
         }
-    return found | {"max_relative_error": max(r["max_error_over_rms"] for r in rows)}
+        if "jvp_quarters@8" in of:
+            few = of["jvp_quarters@8"]["temp_bytes"]
+            found |= {
+                f"temp_vs_vmap_grad_quarters{end}": few / of["vmap_grad@8"]["temp_bytes"],
+                f"temp_vs_vmap_grad_remat{end}": few / of["vmap_grad_remat@8"]["temp_bytes"],
+                f"speedup_vs_lax_map_grad{end}": _speedup(stage, of["vmap_grad@1"]),
+            }
+    errors = [r["max_error_over_rms"] for r in rows if r["max_error_over_rms"] is not None]
+    return found | {"max_relative_error": max(errors)}
+
+
+def _speedup(one: dict, other: dict) -> float:
+    return one["pairs_per_second"] / other["pairs_per_second"]
+
+
+def run_seconds(of: dict, *, again: int) -> float:
+    """Of g_J and the scores of a whole run at a path's speeds; again: records scored twice."""
+    gold = RUN["gold"] * of["gold_seconds"][1] / of["gold_pairs"]
+    return gold + (RUN["records"] + again) / of["pairs_per_second"]
+
+
+def checkpoint(case: Case, stories: Path, folder: Path) -> Path:
+    """The case's model, written once for all cases that have it."""
+    if case.model == "stories260k":
+        return stories
+    model = folder / f"{case.model}-{case.vocabulary}"
+    if not model.exists():
+        texts = [text for pair in real_pairs.read("pku") for text in pair.values()]
+        real_pairs.write_llama(
+            model, texts, shape=case.model, context=2048, vocabulary=case.vocabulary
+        )
+    return model
 
 
 def main(argv: Sequence[str]) -> int:
@@ -307,20 +301,37 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", type=Path, default=Path("../shared/models/stories260k"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/impact.json"))
-    parser.add_argument("--quick", action="store_true", help="the headline's cases, fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="the headline's cases, one repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--problem", type=Path, help=argparse.SUPPRESS)
     values = parser.parse_args(argv)
-    rows = []
-    for case in CASES[:2] if values.quick else CASES:
-        print(f"{case.model}, {case.vocabulary} entries, {case.length} tokens, {case.adapters}")
-        for row in measure(case, values.model, 2 if values.quick else 5):
-            rows.append(row)
-            memory = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 2**20:.1f}"
-            print(LINE.format(mebibytes=memory, max_error=row["max_error_over_rms"], **row))
-    found = {"headline": headline(rows), "rows": rows, "batch": BATCH, **frontier.machine()}
+    if values.worker:
+        worker(values.worker, values.problem)
+        return 0
+    rows, repeats = [], 1 if values.quick else values.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        for case in QUICK if values.quick else CASES:
+            print(f"{case.model}, {case.vocabulary} entries, {case.length} tokens, {case.adapters}")
+            model = checkpoint(case, values.model, Path(folder))
+            for one in measure(case, model, Path(folder), repeats):
+                rows.append(one)
+                print(_line(one), flush=True)
+    found = {"headline": headline(rows), "rows": rows, "of_a_run": RUN, "repeats": repeats}
     values.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(values.out, found)
+    records.write_json(values.out, found | frontier.machine())
     print(", ".join(f"{k} {v:.3g}" for k, v in found["headline"].items()))
     return 0
+
+
+def _line(one: dict) -> str:
+    speed, temp = one["pairs_per_second"], one["temp_bytes"]
+    return LINE.format(
+        speed="not run" if speed is None else f"{speed:.1f}",
+        temp="" if temp is None else f"{temp / 2**20:.1f}",
+        error=one["max_error_over_rms"] or 0.0,
+        **{k: one[k] for k in ("path", "peak_gib")},
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What benchmarks work on: real pairs as plain text, tokenizers trained on them, Llamas to run."""
 
+import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ SHAPES = {
     "16m": dict(hidden_size=256, intermediate_size=768, layers=8, heads=4, kv_heads=4),
 }
 VOCABULARY = 32_768
+SMALL = 2**24  # bytes of weights, below which every core of a CPU is a device
 
 
 def read(name: str, data: Path = DATA) -> list[dict[str, str]]:
@@ -69,6 +72,21 @@ def tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY):
         eos_token="</s>",
         pad_token="</s>",
     )
+
+
+def cpu_devices(model: Path) -> int:
+    """Devices that a CPU is for a checkpoint: one a core (at most 4) for a small model, else one.
+
+    What `config.cpu_devices` advises: two copies of a larger one cost more than they bring.
+    """
+    if (model / "model.safetensors").stat().st_size >= SMALL:
+        return 1
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Smallest, median and largest."""
+    return [min(values), statistics.median(values), max(values)]
 
 
 def write_llama(

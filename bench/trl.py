@@ -1,20 +1,33 @@
 """DPO training against TRL's DPOTrainer: pairs a second, memory, tokens computed, the same losses.
 
-python -m bench.trl [--pairs hh] [--model DIR | --shape 16m] [--steps 32] [--batch 8] [--quick] \\
-    [--out FILE]
+python -m bench.trl [--data hh|pku] [--model DIR | --shape 16m] [--steps N] [--batch 8] \\
+    [--repeats 3] [--quick] [--out FILE]
 
 Needs `pip install trl` (PyTorch, CPU). The same pairs, float32, full parameters, AdamW without
-warm-up, pairs of at most 512 tokens; every run is a process of its own, and they alternate. `ours`
-deals pairs to steps as `trace_jax` does, by length; `ours_in_order` takes them in TRL's order, so
-that losses can be compared step by step. `trl_default` is DPOTrainer as it comes, `trl_best` with
-the reference precomputed and without recomputed layers (padding_free needs a GPU). Seconds are from
-the loaded model to the last step: tokenising, reference log-probs, compiling; `steady` is the
-median step. --shape draws a larger Llama with random weights and a
-byte-level tokenizer of 32,768 entries trained on the pairs.
+warm-up, pairs of at most 512 tokens. Every run is a process of its own; they go by rounds, every
+other round in the opposite order. Both sides have all cores: PyTorch as threads, ours as devices
+where `real_pairs.cpu_devices` says so.
+
+ours           `feed.Steps` through `train.loop`, as `fit` does it; the compilation cache is empty
+ours_again     the same with the cache that a run before left
+ours_in_order  the same on pairs in TRL's order, to compare losses step by step (once)
+trl_default    DPOTrainer as it comes: layers recomputed, the reference computed at every step
+trl_best       reference precomputed, layers not recomputed, padding_free asked for. (TRL 1.16 says
+               that padding_free "is temporarily unavailable after a refactor and is currently
+               disabled" and pads; a row has what the trainer made of it, and what it said.)
+
+Seconds are from the loaded model to the last step: tokenising, reference log-probs, compiling;
+`steady` is the median time from step to step. Tokens are positions that the trained model computes;
+real ones are those of prompt and response of both texts of a pair, so that a prompt computed once
+counts below 1. imports_gib is what of the peak is there before a model is loaded. starved: steps
+that the host dispatched after the step before had ended, so that the device waited for it. --shape
+draws a larger Llama with random weights and a byte-level tokenizer of 32,768 entries trained on the
+pairs.
 """
 
 import argparse
 import json
+import logging
 import os
 import resource
 import statistics
@@ -25,65 +38,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-MAX_LENGTH, RATE, BETA = 512, 1e-5, 0.1
-KINDS = ("ours", "ours_in_order", "trl_default", "trl_best")
-
-
-def ours(model: Path, rows: list[dict], batch: int, *, balanced: bool) -> dict:
-    """Trains with `train.train_step`; balanced: steps of about as many tokens, the default."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
-    from trace_jax import batches, encoding, logprobs, methods, models, packing, sharding, train
-
-    mesh = sharding.make_mesh(1, -1, 1)
-    jax.set_mesh(mesh)  # for the rest of the process
-    module = models.load(model, mesh=mesh)
-    tokenizer = encoding.load_tokenizer(model)
-    start = time.perf_counter()
-    encoder = encoding.Encoder(tokenizer, max_length=2 * MAX_LENGTH, end_id=tokenizer.eos_token_id)
-    examples = [
-        methods.Example(str(i), "INVERT", r["prompt"], r["chosen"], r["rejected"], pref=1.0)
-        for i, r in enumerate(rows)
-    ]
-    examples, encoded = batches.encode_examples(encoder, examples)
-    ref = logprobs.of_texts(module, encoded, row_length=batches.longest_row(encoded), micro_rows=4)
-    lengths = [e.row_length for e in encoded]
-    n_steps = len(rows) // batch
-    members = np.arange(len(rows)).reshape(n_steps, batch)
-    if balanced:
-        members = packing.draw(lengths, per_step=batch, total_steps=n_steps, seed=0)
-    (plan,) = packing.lay_out(
-        [(lengths, members)], row_length=0, micro_rows=4, shards=sharding.shards_in_context(),
-        flops=module.config.forward_flops,
-    )  # fmt: skip
-    plans, layout = plan.rows, plan.layout
-    graphdef, params, frozen = nnx.split(module, nnx.Param, ...)
-    options = train.Options(
-        "logistic", "plain", False, batch, 1, len(plans) + 1, 0, 1.0, 0.0, 1.0, 0.9, 0.999
-    )
-    hyper = train.Hyper(*(jnp.float32(v) for v in (RATE, BETA, 0.1)))
-    state = train.init_state(params, options)
-    losses, seconds = [], []
-    for plan in plans:
-        began = time.perf_counter()
-        step = batches.Step(batches.make_batch(plan, layout, encoded, examples, ref), None)
-        step = sharding.place_rows(step)
-        state, metrics = train.train_step(
-            state, frozen, None, step, hyper, None, graphdef=graphdef, options=options
-        )
-        losses.append(float(jax.device_get(metrics["loss/total"])))
-        seconds.append(time.perf_counter() - began)
-    real = sum(len(e.prompt) * 2 + sum(map(len, e.branches)) - 2 for e in encoded)
-    return {
-        "seconds": time.perf_counter() - start,
-        "steady": statistics.median(seconds[1:]),
-        "losses": losses,
-        "tokens_computed": len(plans) * layout.n_rows * layout.row_length,
-        "tokens_real": real,
-    }
+MAX_LENGTH, RATE, BETA = 512, 1e-5, 0.1  # as training.py has them
+KINDS = ("ours", "ours_again", "ours_in_order", "trl_default", "trl_best")
+STEPS = {None: 48, "16m": 16}  # by shape, so that a run takes a minute or three
+LINE = (
+    "{kind:14} {pairs_per_second:7.2f} pairs/s, steady {pairs_per_second_steady:7.2f}, "
+    "{peak_gib:5.2f} GiB, {computed_per_real:.2f} tokens computed per real one"
+)
 
 
 def theirs(model: Path, rows: list[dict], batch: int, *, best: bool) -> dict:
@@ -93,23 +54,28 @@ def theirs(model: Path, rows: list[dict], batch: int, *, best: bool) -> dict:
     import transformers
     import trl
 
-    torch.set_num_threads(2)
+    imports = peak_gib()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    computed, marks, losses = [0], [], []
+    tokens, ends, losses, said = [0, 0], [], [], []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("trl").addHandler(listener)
 
     class InOrder(trl.DPOTrainer):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def compute_loss(self, model, inputs, *args, **kwargs):
-            computed[0] += inputs["input_ids"].numel()
+            tokens[0] += inputs["input_ids"].numel()
+            tokens[1] += int(inputs["attention_mask"].sum())
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     class Notes(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            marks.append(time.perf_counter())
+            ends.append(time.perf_counter())
 
         def on_log(self, args, state, control, logs=None, **_):
             if "loss" in (logs or {}):
@@ -117,7 +83,10 @@ def theirs(model: Path, rows: list[dict], batch: int, *, best: bool) -> dict:
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        own = dict(precompute_ref_log_probs=True, gradient_checkpointing=False) if best else {}
+        own = {}
+        if best:
+            own = dict(precompute_ref_log_probs=True, gradient_checkpointing=False,
+                       padding_free=True)  # fmt: skip
         config = trl.DPOConfig(
             output_dir=folder, per_device_train_batch_size=batch, num_train_epochs=1,
             learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, beta=BETA,
@@ -132,75 +101,126 @@ def theirs(model: Path, rows: list[dict], batch: int, *, best: bool) -> dict:
         trainer.train()
     return {
         "seconds": time.perf_counter() - start,
-        "steady": statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False)),
+        "steady": statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)),
         "losses": losses,
-        "tokens_computed": computed[0],
-        "tokens_real": 0,
+        "tokens_computed": tokens[0],
+        "tokens_real": tokens[1],
+        "imports_gib": imports,
+        "padding_free": bool(trainer.padding_free),
+        "said": [message for message in said if "padding_free" in message],
         "version": trl.__version__,
     }
 
 
-def worker(kind: str, model: Path, data: Path, batch: int) -> None:
+def worker(kind: str, model: Path, rows: list[dict], batch: int) -> None:
     """One run; prints its figures as the last line."""
-    rows = json.loads(data.read_text())
     if kind.startswith("ours"):
-        made = ours(model, rows, batch, balanced=kind == "ours")
+        from bench import training
+
+        imports = peak_gib()
+        made = training.ours(model, rows, batch, balanced=kind != "ours_in_order")
+        made["imports_gib"] = imports
     else:
         made = theirs(model, rows, batch, best=kind == "trl_best")
-    made["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    made["peak_gib"] = peak_gib()
     print(json.dumps(made))
 
 
-def measure(model: Path, rows: list[dict], batch: int, repeats: int) -> dict:
-    """Figures of every kind, medians over alternating runs, and their ratios."""
+def peak_gib() -> float:
+    """The most memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def order(round_: int) -> list[str]:
+    """Kinds of a round: forth and back by turns; losses are compared in the first alone."""
+    kinds = [kind for kind in KINDS if kind != "ours_in_order" or round_ == 0]
+    return kinds[:: -1 if round_ % 2 else 1]
+
+
+def runs(model: Path, rows: list[dict], batch: int, repeats: int) -> dict[str, list[dict]]:
+    """What every process said, by kind."""
+    from bench import real_pairs
+
     found: dict[str, list[dict]] = {kind: [] for kind in KINDS}
-    # What config.cpu_devices advises: every core a device for a small model, one device for others.
-    small = (model / "model.safetensors").stat().st_size < 2**24
-    environment = dict(os.environ) if small else os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "pairs.json")
         data.write_text(json.dumps(rows))
-        for _ in range(repeats):
-            for kind in KINDS:
-                command = [sys.executable, "-m", "bench.trl", "--worker", kind]
-                command += ["--model", str(model), "--data", str(data), "--batch", str(batch)]
+        for i in range(repeats):
+            for kind in order(i):
+                filled = kind == "ours_again" or i == 0  # the first round begins with ours
+                cache = Path(folder, "filled" if filled else f"empty{i}")
+                environment = {
+                    "JAX_NUM_CPU_DEVICES": str(real_pairs.cpu_devices(model)),
+                    "JAX_COMPILATION_CACHE_DIR": str(cache),
+                }
                 done = subprocess.run(
-                    command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-                )
+                    [sys.executable, "-m", "bench.trl", "--worker", kind, "--model", str(model),
+                     "--rows", str(data), "--batch", str(batch)],
+                    check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment,
+                )  # fmt: skip
                 found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
-    def median(kind: str, figure: str) -> float:
-        return statistics.median(run[figure] for run in found[kind])
 
-    kinds = {
-        kind: {
-            "pairs_per_second": len(rows) / median(kind, "seconds"),
-            "pairs_per_second_steady": batch / median(kind, "steady"),
-            "peak_gib": median(kind, "peak_gib"),
-            "tokens_computed": runs[0]["tokens_computed"],
-            "losses": runs[0]["losses"],
-        }
-        for kind, runs in found.items()
-    }
-    mine = kinds["ours"]
-    in_order = [kinds[kind]["losses"] for kind in ("ours_in_order", "trl_default")]
-    differences = [abs(a - b) for a, b in zip(*in_order, strict=True)]
-    return {
-        "pairs": len(rows),
-        "batch": batch,
-        "repeats": repeats,
-        "kinds": kinds,
-        "trl": found["trl_best"][0]["version"],
-        "tokens_real": found["ours"][0]["tokens_real"],
-        "headline": {
-            "speedup_vs_trl_default": mine["pairs_per_second"]
-            / kinds["trl_default"]["pairs_per_second"],
-            "speedup_vs_trl_best": mine["pairs_per_second"] / kinds["trl_best"]["pairs_per_second"],
-            "memory_vs_trl": mine["peak_gib"]
-            / min(kinds[k]["peak_gib"] for k in ("trl_default", "trl_best")),
-            "loss_difference": max(differences),
-        },
-    }
+def table(found: dict[str, list[dict]], batch: int) -> list[dict]:
+    """A row a kind: medians, ranges and every run."""
+    from bench import real_pairs
+
+    rows = []
+    real = found["ours"][0]["tokens_real"]
+    for kind, of in found.items():
+        seconds, steady, peak = (
+            real_pairs.spread([run[key] for run in of]) for key in ("seconds", "steady", "peak_gib")
+        )
+        pairs = batch * len(of[0]["losses"])
+        figures = ("starved", "dispatch_seconds", "devices", "padding_free", "said",
+                   "imports_gib")  # fmt: skip
+        rows.append(
+            {
+                "kind": kind,
+                "pairs_per_second": pairs / seconds[1],
+                "pairs_per_second_steady": batch / steady[1],
+                "seconds": seconds,
+                "steady_seconds": steady,
+                "peak_gib": peak[1],
+                "peak_gib_range": [peak[0], peak[2]],
+                "tokens_computed": of[0]["tokens_computed"],
+                "tokens_real": of[0]["tokens_real"],
+                "computed_per_real": of[0]["tokens_computed"] / real,
+                **{key: of[-1][key] for key in figures if key in of[-1]},
+                "losses": of[0]["losses"],
+                "runs": [{k: run[k] for k in ("seconds", "steady", "peak_gib")} for run in of],
+            }
+        )
+    return rows
+
+
+def headline(rows: Sequence[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Named ratios, medians of those of each round, and their ranges."""
+    from bench import real_pairs
+
+    by_kind = {row["kind"]: row for row in rows}
+
+    def by_round(kind: str, key: str, other: str) -> list[float]:
+        both = zip(by_kind[kind]["runs"], by_kind[other]["runs"], strict=True)
+        return [mine[key] / other[key] for mine, other in both]
+
+    ratios = {}
+    for name in ("default", "best"):
+        other = f"trl_{name}"
+        ratios[f"speedup_vs_trl_{name}"] = by_round(other, "seconds", "ours")
+        ratios[f"speedup_vs_trl_{name}_again"] = by_round(other, "seconds", "ours_again")
+        ratios[f"speedup_vs_trl_{name}_steady"] = by_round(other, "steady", "ours")
+    lighter = min(("trl_default", "trl_best"), key=lambda kind: by_kind[kind]["peak_gib"])
+    ratios["memory_vs_trl"] = by_round("ours", "peak_gib", lighter)
+    spreads = {name: real_pairs.spread(values) for name, values in ratios.items()}
+    losses = (by_kind[kind]["losses"] for kind in ("ours_in_order", "trl_default"))
+    found = {name: median for name, (_, median, _) in spreads.items()}
+    found["loss_difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    found["computed_per_real"] = by_kind["ours"]["computed_per_real"]
+    found["computed_per_real_trl"] = by_kind["trl_default"]["computed_per_real"]
+    found["starved_steps"] = by_kind["ours"]["starved"]
+    return found, {name: [low, high] for name, (low, _, high) in spreads.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -209,47 +229,58 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("../shared/models/stories260k"))
-    parser.add_argument("--pairs", choices=("hh", "pku", "xstest"), default="hh")
+    parser.add_argument("--data", choices=("hh", "pku", "xstest"), default="hh")
     parser.add_argument("--shape", choices=("16m",))
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, help="default 48, with --shape 16m 16")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="8 steps, once")
+    parser.add_argument("--quick", action="store_true", help="8 steps (16m: 3), once")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/trl.json"))
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="default bench/results/trl[_16m][_pku].json")
     values = parser.parse_args(argv)
     if values.worker:
-        worker(values.worker, values.model, values.data, values.batch)
+        rows = json.loads(values.rows.read_text())
+        worker(values.worker, values.model, rows, values.batch)
         return 0
     import transformers
 
     from bench import frontier, real_pairs
     from trace_jax import records
 
-    steps, repeats = (8, 1) if values.quick else (values.steps, values.repeats)
-    found = real_pairs.read(values.pairs)
+    steps, repeats = values.steps or STEPS[values.shape], values.repeats
+    if values.quick:
+        steps, repeats = 3 if values.shape else 8, 1
+    pairs = real_pairs.read(values.data)
     with tempfile.TemporaryDirectory() as folder:
         model = values.model
         if values.shape:
             model = Path(folder, "model")
-            texts = [text for pair in found for text in pair.values()]
+            texts = [text for pair in pairs for text in pair.values()]
             real_pairs.write_llama(model, texts, shape=values.shape, context=2 * MAX_LENGTH)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        rows = real_pairs.fitting(found, tokenizer, limit=MAX_LENGTH, n=steps * values.batch)
-        result = measure(model, rows, values.batch, repeats)
-    result |= {
+        fitting = real_pairs.fitting(pairs, tokenizer, limit=MAX_LENGTH, n=steps * values.batch)
+        found = runs(model, fitting, values.batch, repeats)
+    rows = table(found, values.batch)
+    ratios, ranges = headline(rows)
+    for row in rows:
+        print(LINE.format(**row))
+    named = ["trl", *([values.shape] if values.shape else [])]
+    named += [values.data] if values.data != "hh" else []
+    out = values.out or Path("bench/results", "_".join(named) + ".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {
         "model": values.shape or values.model.name,
-        "data": values.pairs,
-        **frontier.machine(),
+        "data": values.data,
+        "pairs": len(fitting),
+        "batch": values.batch,
+        "repeats": repeats,
+        "trl": found["trl_best"][0]["version"],
     }
-    for kind, row in result["kinds"].items():
-        print(f"{kind:12} {row['pairs_per_second']:7.2f} pairs/s, steady "
-              f"{row['pairs_per_second_steady']:7.2f}, {row['peak_gib']:5.2f} GiB, "
-              f"{row['tokens_computed']} tokens computed")  # fmt: skip
-    values.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(values.out, result)
-    print(f"{values.out}: {result['headline']}")
+    records.write_json(
+        out, {"headline": ratios, "ranges": ranges, "rows": rows, **about, **frontier.machine()}
+    )
+    print(f"{out}: {ratios}")
     return 0
 
 
