@@ -58,7 +58,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8",
         "pyyaml>=6.0",
         "rich>=13.7",
-        "safetensors>=0.6",
+        "safetensors>=0.6.1",
         "scipy>=1.13",
         "tensorboardX>=2.6.4",
         "transformers>=5.0",

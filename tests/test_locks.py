@@ -77,6 +77,7 @@ def test_the_program_is_refused(holder, config, tmp_path):
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.fault
 def test_of_two_runs_the_second_is_refused_until_the_first_is_dead(straight, config, tmp_path):
     path = Path(shutil.copytree(straight[0], tmp_path / "run"))
     workdir.Workdir(path).forget("report", stages.STAGES[-1].artefacts)

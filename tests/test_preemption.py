@@ -99,6 +99,7 @@ def test_training_that_is_told_to_go_goes_on_to_the_same_end(straight, config, t
     assert ends[0] == ends[1] and len(ends[0]) == 60
 
 
+@pytest.mark.fault
 @pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="minutes on two cores: make soak")
 def test_two_processes_of_which_one_is_told_go_on_to_the_same_end(straight, config, tmp_path):
     """In stage impact, and in training."""
@@ -137,6 +138,7 @@ def test_a_later_training_of_fewer_steps_stops_at_the_same_step(tmp_path):
     assert said[0] == said[1] and said[0].startswith("training 1 step ")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("told", [0, 1])
 def test_one_that_waits_for_the_others_work_leaves_as_well(tmp_path, told):
     both = _workers(tmp_path)
@@ -147,6 +149,7 @@ def test_one_that_waits_for_the_others_work_leaves_as_well(tmp_path, told):
     assert "between two steps of work" in said[0][0]
 
 
+@pytest.mark.fault
 def test_one_that_cannot_go_on_takes_the_others_along_with_its_code(tmp_path):
     both = _workers(tmp_path)
     _until((tmp_path / "work-1").exists, both)

@@ -73,6 +73,7 @@ def test_a_judge_that_fails_in_an_evaluation_costs_no_answers(run, config, monke
     assert not (run / ".responses").exists()
 
 
+@pytest.mark.fault
 def test_a_service_that_goes_away_in_an_evaluation_is_asked_for_the_rest(
     run, config, monkeypatch, capsys
 ):

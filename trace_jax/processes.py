@@ -67,7 +67,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, *, auto
             jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
         what = str(error).strip().splitlines()[0]
-        raise InputError(
+        late = isinstance(error, RuntimeError)  # a host may come up after the others
+        raise (errors.Unavailable if late else InputError)(
             f"the processes did not find each other ({what}); is process 0 at "
             f"{coordinator or 'the address that jax found'} up, and reachable from here?"
         ) from error
