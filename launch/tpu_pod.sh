@@ -229,12 +229,16 @@ start() {
   id=$JOB_NAME-$(date +%s)
   SEEN=()
   for ((worker = 0; worker < WORKERS; worker++)); do
+    set -m # a process group of its own, so that none tries on once this script has ended
     start_one "$worker" "$id" &
+    set +m
     tasks+=($!)
+    OTHERS+=("-$!")
   done
   for worker in "${!tasks[@]}"; do
     wait "${tasks[worker]}" || failed=true
   done
+  OTHERS=()
   if $failed; then
     say "not every worker started; the others stop"
     worker all stop </dev/null || true
@@ -296,7 +300,7 @@ stay() {
   return "$CODE"
 }
 
-OTHERS=() # process groups that follow workers 1, 2, ...
+OTHERS=() # process groups that start workers, or follow 1, 2, ...
 leave_others() {
   ((${#OTHERS[@]})) || return 0
   sleep 1 # what they said last

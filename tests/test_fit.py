@@ -160,6 +160,9 @@ class Pauses:
             return None
         return [dataclasses.replace(e, pref=2 * e.pref, npo0=2 * e.npo0) for e in examples]
 
+    def keeps(self, step):
+        return step in self.good
+
 
 def losses(directory) -> list[float]:
     return [row["loss/preference"] for row in metrics.read_metrics(directory / "metrics.jsonl")]

@@ -181,6 +181,8 @@ def test_a_signal_waits_for_the_step_in_training_and_for_nothing_elsewhere():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     assert signal.getsignal(signal.SIGTERM) is before
+    with preemption.stepping():  # the next run of this process was told nothing
+        assert not preemption.due()
 
 
 def test_a_signal_after_the_last_step_stops_behind_the_training():

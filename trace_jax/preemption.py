@@ -74,6 +74,7 @@ def watched() -> Iterator[None]:
         # Who leaves with others meets them first, and may be told once more.
         ends = _state.target is not None and processes.count() > 1
         signal.signal(signal.SIGTERM, signal.SIG_IGN if ends else before)
+        _state = _State()
 
 
 def _told(*_) -> None:
