@@ -3,8 +3,8 @@
 python -m trace_jax.launch --config=configs/stories.py --workdir=runs/stories
     --config.model.path=../shared/models/stories260k
 
-2 CPU cores, about 2 minutes. Expect guarded compliance with the new policy of 9 % for M_ref and
-about 67 % re-aligned (docs/results/stories.json).
+2 CPU cores, a few minutes. Expect guarded compliance with the new policy of about 8 % for M_ref and
+70 % re-aligned (73 on validation prompts: docs/results/stories_frontier.json).
 """
 
 from trace_jax import config
