@@ -1,5 +1,6 @@
 """Between steps of stage train: weights taken anew, evaluation, early stop, the best step."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -138,7 +139,6 @@ class _Evaluation:
         self._ref = [r for r in before if r["model"] == "ref"] or self._base
         self._guard = guard.Guard.from_json(records.read_json(run.file("baseline", "guard.json")))
         self._unchanged = policy.diff(run.old_policy, run.new_policy).unchanged
-        self._ref_perplexity: float | None = None
 
     def of(self, module: nnx.Module, step: int) -> dict:
         """Figures of `module` now: rates in 0..1; perplexity of the base model's samples."""
@@ -151,7 +151,7 @@ class _Evaluation:
             "kept": compliance.kept_share(rows, self._unchanged),
             "kept_ref": compliance.kept_share(self._ref, self._unchanged),
             "perplexity": responses.perplexity(run, module, self._base, f"step {step}"),
-            "perplexity_ref": self._perplexity_of_ref(),
+            "perplexity_ref": self._perplexity_ref,
             "prompts": len(self._prompts),
         }
         tracking.scalars("train", step, {f"validation/{k}": v for k, v in found.items()})
@@ -163,8 +163,6 @@ class _Evaluation:
         )
         return found
 
-    def _perplexity_of_ref(self) -> float:
-        if self._ref_perplexity is None:
-            run = self._run
-            self._ref_perplexity = responses.perplexity(run, run.ref, self._base, "M_ref")
-        return self._ref_perplexity
+    @functools.cached_property
+    def _perplexity_ref(self) -> float:
+        return responses.perplexity(self._run, self._run.ref, self._base, "M_ref")
