@@ -168,7 +168,8 @@ def leave(code: int) -> int:
     try:
         tell(f"{_LEAVING}{_this.index}", str(code))
         _store().wait_at_barrier(f"{_KEYS}end", int(_TOGETHER_S * 1000))
-        _store().shutdown()  # from here on nobody needs the first one
+        _store().shutdown()
+        _answered()  # from here on nobody needs the first one
     except Exception as error:  # jax has no class for it; who is missing is missing
         print("warning: not all processes ended together:", error, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
@@ -178,6 +179,20 @@ def leave(code: int) -> int:
 
 
 def _store():
+    return _coordination().client
+
+
+def _answered() -> None:
+    """Returns, on the first process, once the others have its service's last answers.
+
+    jax aborts who hears nothing of its own shutdown.
+    """
+    service = _coordination().service
+    if service is not None:
+        service.shutdown()
+
+
+def _coordination():
     from jax._src import distributed  # jax has no other way to its coordination service
 
-    return distributed.global_state.client
+    return distributed.global_state
