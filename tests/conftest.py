@@ -37,9 +37,14 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files, not the tests within them."""
+    """Orders files, not the tests within them; leaves the long forms to `make soak`."""
     place = {name: i for i, name in enumerate(_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(_FIRST)))
+    if "TRACE_SOAK" in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make soak"))
 
 
 @pytest.fixture(scope="session")

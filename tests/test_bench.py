@@ -1,6 +1,5 @@
 """What the scripts of bench/ compute before they run anything."""
 
-import os
 import re
 
 import numpy as np
@@ -65,7 +64,6 @@ def test_one_train_step_and_one_impact_pass_were_compiled():
 
 
 @pytest.mark.soak
-@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="a run of two minutes: make soak")
 def test_a_small_run_compiles_one_train_step_and_one_impact_pass():
     counts = packing.counts(packing.programs())
     assert counts["train_programs"] == counts["impact_programs"] == 1

@@ -255,7 +255,7 @@ def bucket_listing(url: str, environment: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.fault
-@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="minutes of tries: make soak")
+@pytest.mark.soak
 def test_a_bucket_that_nobody_can_reach_is_one_line_and_exit_code_75(config, tmp_path):
     nobody = "http://127.0.0.1:9"
     environment = {"STORAGE_EMULATOR_HOST": nobody, "TRACE_JAX_CACHE": str(tmp_path)}

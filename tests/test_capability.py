@@ -109,7 +109,9 @@ def tiny_qwen(tmp_path_factory, shared) -> Path:
     return path
 
 
-@pytest.mark.parametrize("which", ["stories260k", "tiny_qwen"])
+@pytest.mark.parametrize(
+    "which", ["stories260k", pytest.param("tiny_qwen", marks=pytest.mark.soak)]
+)
 def test_numbers_are_those_of_the_hugging_face_backend(which, shared, request, files, tmp_path):
     """Multiple choice, generation and rolling log-likelihood, longer than the context too."""
     lm_eval = pytest.importorskip("lm_eval")

@@ -223,7 +223,9 @@ def test_init_is_a_function_of_the_seed_and_scales_the_outputs():
     assert models.init(TINY, seed=0, dtype=jnp.bfloat16).embed[...].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("remat", ["layer", "dots", "none"])
+@pytest.mark.parametrize(
+    "remat", ["layer", *(pytest.param(r, marks=pytest.mark.soak) for r in ("dots", "none"))]
+)
 def test_rows_of_a_layer_in_groups_change_nothing(of_family, remat):
     tokens = random_tokens(0, 4, 10)
     few = nnx.merge(*nnx.split(of_family))

@@ -129,7 +129,6 @@ def test_the_runtime_decides_what_comes_with_it(installed, tmp_path, monkeypatch
 
 
 @pytest.mark.soak
-@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="installs everything: make soak")
 def test_the_wheel_is_installed_where_nothing_is_and_plans(tmp_path):
     """The cells up to the plan, in a clean virtual environment beside an uploaded wheel."""
     tree, left_out = tmp_path / "tree", shutil.ignore_patterns(".*", "runs", "build", "*.egg-info")

@@ -88,7 +88,9 @@ def test_a_mesh_that_does_not_divide_is_one_line(planned):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("name", ["gemma9b", "llama8b", "qwen7b"])
+@pytest.mark.parametrize(
+    "name", ["gemma9b", *(pytest.param(n, marks=pytest.mark.soak) for n in ("llama8b", "qwen7b"))]
+)
 def test_the_tpu_compiler_plans_for_a_slice(name, tmp_path):
     command = [
         sys.executable, "-m", "trace_jax.launch", f"--config={ROOT}/configs/{name}.py:smoke",

@@ -100,7 +100,7 @@ def test_training_that_is_told_to_go_goes_on_to_the_same_end(straight, config, t
 
 
 @pytest.mark.fault
-@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="minutes on two cores: make soak")
+@pytest.mark.soak
 def test_two_processes_of_which_one_is_told_go_on_to_the_same_end(straight, config, tmp_path):
     """In stage impact, and in training."""
     ends, flags = [], (*FLAGS, "--redo", "--stages=impact,train")

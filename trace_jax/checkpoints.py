@@ -70,6 +70,7 @@ class Checkpoints:
     def save(self, step: int, state: train.TrainState, data=None) -> None:
         """Saves the state after `step` updates with the position of the Grain iterator `data`.
 
+        The position is the same in every process, so any number of them can go on from it.
         Returns once the state is copied; it is on disk after `wait`, the next `save` or the end.
 
         Raises:
@@ -78,10 +79,10 @@ class Checkpoints:
         if self.latest_step == step:
             return
         self.wait()
-        what = {"state": state} | ({} if data is None else {"data": data})
+        about = {"shapes": _shapes(state)} | ({} if data is None else {"data": data.get_state()})
         try:
             response = self._checkpointer.save_checkpointables_async(
-                step, what, custom_metadata={"shapes": _shapes(state)}
+                step, {"state": state}, custom_metadata=about
             )
         except OSError as error:
             raise self._unwritten(step, error) from error
@@ -137,11 +138,12 @@ class Checkpoints:
         if latest is None:
             return None
         stored = ocp.metadata(latest.path, "state")  # `latest` itself comes without custom metadata
-        self._check_shapes((stored.custom_metadata or {}).get("shapes", {}), _shapes(state))
+        about = stored.custom_metadata or {}
+        self._check_shapes(about.get("shapes", {}), _shapes(state))
         wanted = {"state": jax.tree.map(_abstract, state)}
-        if data is not None:
-            wanted["data"] = data
         loaded = self._checkpointer.load_checkpointables(latest.step, wanted)
+        if data is not None:
+            data.set_state(about["data"])
         return int(latest.step), loaded["state"]
 
     def _check_shapes(self, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:

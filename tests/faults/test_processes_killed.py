@@ -60,7 +60,7 @@ def test_a_process_that_stands_still_is_named_by_the_other(config, tmp_path):
     assert "process 1 on" in said[0], said[0]
 
 
-@pytest.mark.skipif("TRACE_SOAK" not in os.environ, reason="minutes of waiting: make soak")
+@pytest.mark.soak
 def test_two_of_four_processes_killed(config, tmp_path):
     """The other two do not wait for ever; the same command goes on to the same end."""
     straight, path = tmp_path / "straight", tmp_path / "run"
