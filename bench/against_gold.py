@@ -25,26 +25,16 @@ SAMPLES = 4
 MARGIN = -0.05  # not below by more than this
 
 
-def variants(tuned: dict) -> list[compare.Variant]:
-    """trace as the config has it, dpo_gold at its point."""
-    (gold,) = realign.variants(["dpo_gold"], tuned)
-    return [compare.Variant("trace", {"train.method": "trace"}), gold]
-
-
 def measure(config, prepared: Path, tuned: dict, seeds: int, jobs: int) -> dict:
     """The comparison, and whether the answer is yes."""
-    chosen = variants(tuned)
-    train = config.train
+    chosen = realign.variants(["trace", "dpo_gold"], tuned, config)
     config = config_lib.with_overrides(config, {"evaluate.samples": SAMPLES})
     found = compare.compare(config, prepared, chosen, seeds, jobs, winrate=False)
     (test,) = [t for t in found["tests"] if t["figure"] == "compliance_guarded"
                and {t["a"], t["b"]} == {"trace", "dpo_gold"}]  # fmt: skip
     perplexity = {v.name: found["methods"][v.name]["perplexity"] for v in chosen}
     return found | {
-        "operating_points_here": {
-            "trace": {f"train.{k}": train[k] for k in ("learning_rate", "beta", "total_steps")},
-            "dpo_gold": chosen[1].overrides,
-        },
+        "operating_points": {v.name: v.overrides for v in chosen},
         "difference": test,
         "not_below": test["low"] > MARGIN,
         "no_more_perplexity": perplexity["trace"] <= perplexity["dpo_gold"],

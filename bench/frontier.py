@@ -26,7 +26,7 @@ from trace_jax.errors import InputError
 
 LIMIT = 1.10  # perplexity over M_ref's
 WIDEST = 2.0  # of M_ref's perplexity, in the plot
-EVALUATIONS = 5  # of a run, the last after its last step
+EVALUATIONS = 10  # of a run, the last after its last step
 PROMPTS = 100  # of an evaluation on the way
 POINT = ("learning_rate", "beta", "steps")
 machine = results.machine

@@ -4,11 +4,11 @@ python -m bench.realign --config=configs/stories.py --workdir=runs/stories --nam
     [--seeds=5] [--jobs=2] [--config.key=value]
 python -m bench.realign --readme    writes the tables of docs/results/*.json into README.md
 
-A comparison (`trace_jax.compare`) with METHODS at the operating points that `bench.frontier` chose
-on validation (docs/results/NAME_frontier.json): each tuned method at its own, the others at that of
-the method they vary. Every run keeps its best evaluation on validation prompts (train.keep_best),
-as the frontier did. Writes docs/results/NAME.json, .md, .tex and .png with the machine, versions
-and commit.
+A comparison (`trace_jax.compare`) of METHODS: trace as the config has it, the same on every
+benchmark; every other tuned method where `bench.frontier` put it on validation prompts of this one
+(docs/results/NAME_frontier.json); the rest at the point of the method they vary. Every run keeps
+its best evaluation on validation prompts (train.keep_best). Writes docs/results/NAME.json, .md,
+.tex and .png with the machine, versions and commit.
 """
 
 import sys
@@ -21,16 +21,17 @@ from bench import frontier
 from trace_jax import compare, comparison_tables, launch, records
 from trace_jax.errors import InputError
 
-# Name in the tables -> (method or variant, the tuned method whose operating point it takes).
+# Name in the tables -> (method or variant, the method whose operating point it takes).
 METHODS = {
     "trace": ("trace", "trace"),
-    "trace_no_impact": ("trace_no_impact", "trace_no_impact"),
-    "trace_full_weights": ("trace_full_weights", "trace_full_weights"),
+    "trace_no_impact": ("trace_no_impact", "trace"),
+    "trace_full_weights": ("trace_full_weights", "trace"),
     "trace_no_nll": ("trace+train.alpha_nll=0", "trace"),
+    "trace_no_retain_pairs": ("trace+train.retain_pairs=False", "trace"),
     "trace_no_kl": ("trace_no_kl", "trace"),
     "trace_no_triage": ("trace_no_triage", "npo"),  # it unlearns all, as npo the conflicts
     "trace_dual_npo": ("trace_dual_npo", "trace"),
-    "trace_shuffled": ("trace_shuffled", "trace_full_weights"),
+    "trace_shuffled": ("trace_shuffled", "trace"),
     "trace_invert_only": ("trace_invert_only", "trace"),
     "trace_paper": ("trace_paper", "trace_paper"),
     "dpo_gold": ("dpo_gold", "dpo_gold"),
@@ -44,6 +45,7 @@ METHODS = {
     "sft": ("sft", "sft"),
 }
 BETA_OF = {"trace@beta": "dpo_gold", "dpo_gold@beta": "trace"}  # else its own point's
+AS_CONFIGURED = "trace"  # its point is the config's
 RESULTS = Path("docs/results")
 BEGIN, END = "<!-- results: python -m bench.realign --readme -->", "<!-- end of results -->"
 REPLICATION = Path("docs/replication.md")
@@ -61,7 +63,7 @@ PAPER = (
 )
 
 
-def variants(names: list[str], tuned: dict) -> list[compare.Variant]:
+def variants(names: list[str], tuned: dict, config) -> list[compare.Variant]:
     """The methods of the table at their operating points.
 
     A method none of whose points kept the perplexity limit takes the one nearest to it.
@@ -74,18 +76,25 @@ def variants(names: list[str], tuned: dict) -> list[compare.Variant]:
             raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
         text, at = METHODS[name]
         (variant,) = compare.parse_methods(text)
-        point = _point(at, tuned)
+        point = _point(at, tuned, config)
         keys = {"learning_rate": "learning_rate", "beta": "beta", "steps": "total_steps"}
         own = {f"train.{key}": point[name_] for name_, key in keys.items()}
         if name in BETA_OF:
-            own["train.beta"] = _point(BETA_OF[name], tuned)["beta"]
+            own["train.beta"] = _point(BETA_OF[name], tuned, config)["beta"]
         own |= {"train.keep_best": True, "train.evaluate_prompts": frontier.PROMPTS}
         own["train.evaluate_every"] = max(1, round(point["steps"] / frontier.EVALUATIONS))
         found.append(compare.Variant(name, own | variant.overrides))
     return found
 
 
-def _point(method: str, tuned: dict) -> dict:
+def _point(method: str, tuned: dict, config) -> dict:
+    if method == AS_CONFIGURED:
+        train = config.train
+        return {
+            "learning_rate": train.learning_rate,
+            "beta": train.beta,
+            "steps": train.total_steps,
+        }
     if method not in tuned["methods"]:
         raise InputError(f"the frontier has no points of {method}; run bench.frontier with it")
     of = tuned["methods"][method]
@@ -96,7 +105,7 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
     """Runs the comparison and writes its result files."""
     start = time.time()
     tuned = records.read_json(RESULTS / f"{name}_frontier.json")
-    chosen = variants(methods, tuned)
+    chosen = variants(methods, tuned, config)
     found = compare.compare(config, prepared, chosen, seeds, jobs)
     found["operating_points"] = {v.name: v.overrides for v in chosen}
     found |= {"name": name, "wall_seconds": round(time.time() - start), **frontier.machine()}

@@ -3,8 +3,8 @@
 python -m bench.studies --config=configs/quickstart.py --workdir=runs/quickstart --name=synth \\
     [--studies=noise,size,soft,gold] [--seeds=3] [--jobs=2] [--config.key=value]
 
-Every point is a variant of a comparison over one prepared run, at the operating point that
-`bench.frontier` chose for its method (docs/results/NAME_frontier.json). Writes
+Every point is a variant of a comparison over one prepared run, each method at the operating point
+that it has in `bench.realign`. Writes
 docs/results/NAME_studies.json, .md and .png.
 
 noise   the paper's corruption of 0, 10, 20 % of the records
@@ -57,9 +57,9 @@ def points() -> list[dict]:
     return [*found, _point("gold", "dpo_gold", 0.0, "dpo_gold, exact")]
 
 
-def variant(point: dict, tuned: dict) -> compare.Variant:
+def variant(point: dict, tuned: dict, config) -> compare.Variant:
     """A point as a variant; points that differ in their study alone are one run."""
-    (at,) = realign.variants([point["method"]], tuned)
+    (at,) = realign.variants([point["method"]], tuned, config)
     neutral = {
         "triage.noise": 0.0,
         "triage.error": 0.0,
@@ -77,26 +77,28 @@ def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int,
     from trace_jax.evaluate import paired
 
     chosen = [p for p in points() if p["study"] in studies]
-    variants = {v.name: v for v in (variant(p, tuned) for p in chosen)}
+    of_point = [variant(p, tuned, config) for p in chosen]
+    variants = {v.name: v for v in of_point}
     found = compare.compare(config, prepared, list(variants.values()), seeds, jobs, winrate=False)
     rows = []
-    for p in chosen:
-        of = found["methods"][variant(p, tuned).name]
+    for p, at in zip(chosen, of_point, strict=True):
+        of = found["methods"][at.name]
         figures = {k: {n: of[k][n] for n in ("rate", "low", "high")} for k in comparison.TESTED}
         rows.append({k: p[k] for k in ("study", "line", "x")} | figures
                     | {"perplexity": of["perplexity"]})  # fmt: skip
     out = {"points": rows, "seeds": found["seeds"], "split": found["split"]}
 
-    def outcomes(p: dict):
-        target = variants[variant(p, tuned).name]
+    def outcomes(target: compare.Variant):
         paths = [compare.folder(prepared, target, s) / "samples.jsonl" for s in found["seeds"]]
         rows = [comparison.rows_of(path, "trained", found["split"], ()) for path in paths]
         return comparison.outcomes(rows, "compliance_guarded")
 
     def of(study: str, line: str, x: float):
+        asked = (study, line, x)
         return outcomes(
-            next(p for p in chosen if (p["study"], p["line"], p["x"]) == (study, line, x))
-        )
+            next(v for p, v in zip(chosen, of_point, strict=True)
+                 if (p["study"], p["line"], p["x"]) == asked)
+        )  # fmt: skip
 
     if "gold" in studies:
         exact = of("gold", "dpo_gold, exact", 0.0)

@@ -25,12 +25,12 @@ def get_config():
     c.model.scratch.training.b2 = 0.98
     c.align.total_steps = 60
     # The default of trace: the same here and in configs/stories.py.
-    c.train.learning_rate = 1e-4
+    c.train.learning_rate = 2e-4
     c.train.beta = 0.05
     c.train.total_steps = 150
     c.train.retain_per_step = 8
     c.train.keep_best = True
-    c.train.evaluate_every = 30
+    c.train.evaluate_every = 15
     c.train.evaluate_prompts = 100
     c.evaluate.splits = ("test", "validation")
     return c

@@ -1,4 +1,4 @@
-"""2,000 responses, 30 % of the replies faulty, killed again and again: nothing lost, nothing misread."""
+"""2,000 responses, 30 % of the replies faulty, killed again and again: nothing lost or misread."""
 
 import collections
 import json

@@ -70,6 +70,7 @@ def _paper(train: ml_collections.ConfigDict) -> None:
     train.final_fraction = 0.0
     train.punish = "dual_npo"
     train.alpha_nll = 0.0
+    train.retain_pairs = False
 
 
 def _paper_objective(c: ml_collections.ConfigDict) -> None:

@@ -52,6 +52,7 @@ _PAPER = {
     "train.beta": 0.3,
     "train.alpha_kl": 0.1,
     "train.alpha_nll": 0.0,
+    "train.retain_pairs": False,
     "train.punish": "dual_npo",
     "impact.gold_beta": 0.3,
     "impact.gold_size": 100,
