@@ -30,6 +30,7 @@ def get_config():
     c.train.total_steps = 150
     c.train.retain_per_step = 8
     c.train.keep_best = True
+    c.train.patience = 2
     c.train.evaluate_every = 15
     c.train.evaluate_prompts = 100
     c.evaluate.splits = ("test", "validation")

@@ -133,6 +133,17 @@ def test_the_best_evaluation_within_the_limit_is_what_a_run_ends_with(run, monke
     assert not (path / "checkpoints" / "stopped.json").exists()
 
 
+def test_a_run_ends_after_evaluations_over_the_limit_in_a_row(run, monkeypatch, capsys):
+    figures = {1: 0.5, 2: 0.7, 3: 0.8, 4: 0.6, 5: 0.9}
+    _scripted(monkeypatch, figures, {1: 2.5, 2: 2.0, 3: 2.5, 4: 2.5, 5: 2.0})
+    flags = (*BEST, "--config.train.total_steps=6", "--config.train.patience=2")
+    code, path = run(*flags)
+    assert code == 0 and "step 4: perplexity over the limit 2 times" in capsys.readouterr().err
+    summary = records.read_json(path / ".stages" / "train.json")["summary"]
+    assert (summary["stopped_at"], summary["kept_step"]) == (4, 2)
+    assert [row["step"] for row in _rows(path, "evaluation")] == [1, 2, 3, 4]
+
+
 def test_the_best_of_evaluations():
     from trace_jax.stages import pauses
 

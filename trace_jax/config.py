@@ -16,6 +16,7 @@ BEFORE = {
     "train.balance_steps": False,
     "train.keep_best": False,
     "train.layer_rows": 0,
+    "train.patience": 0,
     "train.perplexity_limit": 1.1,
     "train.skip_steps": 0,
 }
@@ -70,6 +71,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.keep_best = False  # end with the evaluation of highest guarded compliance (the last
     # step is evaluated as well) among those within perplexity_limit, not with the last step
     c.train.perplexity_limit = 1.1  # keep_best: over M_ref's, on the base model's own samples
+    c.train.patience = 0  # keep_best: evaluations in a row over that, after which training ends; 0:
+    # never
     c.train.stop_below = 0.0  # end early where the share of samples that keep the unchanged clauses
     # and are not degenerate falls below this part of M_ref's; 0: never
     c.train.skip_steps = 0  # steps whose loss or gradient is not finite that are left out, and

@@ -109,6 +109,8 @@ def _validate_pauses(config: ml_collections.ConfigDict) -> None:
         if c[key] and not c.evaluate_every:
             raise InputError(f"train.{key} needs evaluations: set train.evaluate_every=N steps")
     _positive("train.perplexity_limit", c.perplexity_limit)
+    if c.patience < 0:
+        raise InputError(f"train.patience={c.patience} is a number of evaluations; 0 is never")
     if c.evaluate_every and "validation" not in config.evaluate.splits:
         raise InputError(
             "train.evaluate_every asks validation prompts; give "

@@ -38,18 +38,36 @@ class Pauses:
         self, step: int, module: nnx.Module | None, examples: Sequence[methods.Example]
     ) -> Sequence[methods.Example] | None:
         """See `fit.Pauses`."""
+        config = self._run.config.train
         if step in self._refresh:
             examples = self._reweighed(step, module, examples)
         if step in self._evaluate and module is not None:
             row = self._row(step, "evaluation", lambda: self._evaluation.of(module, step))
-            if row["kept"] < self._run.config.train.stop_below * row["kept_ref"]:
+            if row["kept"] < config.stop_below * row["kept_ref"]:
                 metrics.say(
                     f"  step {step}: {row['kept']:.0%} of the samples keep what does not change "
                     f"(M_ref {row['kept_ref']:.0%}); training ends here, the model is that of "
-                    f"{'the best' if self._run.config.train.keep_best else 'the'} evaluation before"
+                    f"{'the best' if config.keep_best else 'the'} evaluation before"
+                )
+                return None
+            if step < config.total_steps and self._is_spent(step):
+                metrics.say(
+                    f"  step {step}: perplexity over the limit {config.patience} times in a row; "
+                    "training ends here, the model is that of the best evaluation before"
                 )
                 return None
         return examples
+
+    def _is_spent(self, step: int) -> bool:
+        """Whether the last `train.patience` evaluations until `step` are over the limit."""
+        config = self._run.config.train
+        last = self._evaluations(step)[-config.patience :] if config.patience else []
+        over = [not is_within(row, config.perplexity_limit) for row in last]
+        return config.keep_best and len(over) == config.patience > 0 and all(over)
+
+    def _evaluations(self, until: int) -> list[dict]:
+        rows = (self._done.get((step, "evaluation")) for step in sorted(self._evaluate))
+        return [row for row in rows if row is not None and row["step"] <= until]
 
     def keeps(self, step: int) -> bool:
         """See `fit.Pauses`: every evaluation for an early stop, else the best one so far."""
@@ -58,10 +76,7 @@ class Pauses:
             return False
         if not config.keep_best:
             return True
-        rows = [
-            row for (at, kind), row in self._done.items() if kind == "evaluation" and at <= step
-        ]
-        return best(rows, config.perplexity_limit)["step"] == step
+        return best(self._evaluations(step), config.perplexity_limit)["step"] == step
 
     def _row(self, step: int, kind: str, make: Callable[[], dict]) -> dict:
         """The row of an earlier try, or a new one, written at once."""
@@ -109,10 +124,15 @@ def best(rows: Sequence[dict], limit: float) -> dict:
     limit: perplexity over M_ref's on the same text. Where all are over it, that of least
     perplexity.
     """
-    within = [r for r in rows if r["perplexity"] <= limit * r["perplexity_ref"]]
+    within = [row for row in rows if is_within(row, limit)]
     if not within:
         return min(rows, key=lambda r: (r["perplexity"], r["step"]))
     return min(within, key=lambda r: (-r["compliance_guarded"], r["step"]))
+
+
+def is_within(row: dict, limit: float) -> bool:
+    """Whether an evaluation's perplexity is at most `limit` times M_ref's."""
+    return row["perplexity"] <= limit * row["perplexity_ref"]
 
 
 def _every(n: int, total: int) -> set[int]:
