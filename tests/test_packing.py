@@ -46,6 +46,7 @@ def test_real_token_share_by_hand():
     p = plan([5, 15, 20, 20], total_steps=2)  # rows (15, 5), 20, 20, and one empty for micro_rows=2
     assert p.layout.n_rows == 4
     assert p.real_token_share([5, 15, 20, 20]) == 60 / 80
+    assert p.positions([5, 15, 20, 20]) == (120, 160)  # two steps
 
 
 def lengths_like_hh(n: int) -> list[int]:

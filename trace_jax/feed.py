@@ -120,8 +120,8 @@ def reference_logprobs(
 
 
 def real_token_share(source: Steps) -> float:
-    """Tokens of examples over tokens computed, mean of both kinds of batches."""
+    """Tokens of examples over tokens computed, of both kinds of batches together."""
     kinds = [s for s in (source.conflict, source.retain) if s is not None]
-    return float(
-        np.mean([s.plan.real_token_share([e.row_length for e in s.encoded]) for s in kinds])
-    )
+    positions = [s.plan.positions([e.row_length for e in s.encoded]) for s in kinds]
+    real, computed = np.sum(positions, axis=0)
+    return float(real / computed)

@@ -138,10 +138,15 @@ class PackPlan:
         n_rows = round_up(self.most_rows, micro_rows)
         self.layout = Layout(micro_rows, row_length, self.slots, n_rows // micro_rows)
 
+    def positions(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(real, computed) positions of the whole plan."""
+        real = sum(lengths[i] for step in self.members for i in step)
+        return real, len(self.rows) * self.layout.n_rows * self.layout.row_length
+
     def real_token_share(self, lengths: Sequence[int]) -> float:
         """Real positions over computed positions, over the whole plan."""
-        real = sum(lengths[i] for step in self.members for i in step)
-        return real / (len(self.rows) * self.layout.n_rows * self.layout.row_length)
+        real, computed = self.positions(lengths)
+        return real / computed
 
 
 def share_micro_batches(plans: Sequence[PackPlan], *, micro_rows: int, shards: int) -> None:
