@@ -105,6 +105,14 @@ def test_a_checkpoint_of_another_shape_is_refused(base, straight, changes, n, fi
             saved.restore(state_of(base, **changes))
 
 
+def test_a_checkpoint_without_the_position_of_the_data_is_refused(base, tmp_path):
+    state = state_of(base)
+    with checkpoints.Checkpoints(tmp_path, keep=1) as saved:
+        saved.save(1, state)
+        with pytest.raises(InputError, match="how far the data was read.*--redo"):
+            saved.restore(state, object())
+
+
 def test_only_the_newest_are_kept(straight):
     folders = [int(p.name) for p in (straight[0] / "checkpoints").iterdir() if p.name.isdigit()]
     assert sorted(folders) == [4, 6]

@@ -144,6 +144,13 @@ def test_a_run_ends_after_evaluations_over_the_limit_in_a_row(run, monkeypatch, 
     assert [row["step"] for row in _rows(path, "evaluation")] == [1, 2, 3, 4]
 
 
+def test_a_run_that_never_keeps_the_limit_goes_on_to_the_least_perplexity(run, monkeypatch):
+    _scripted(monkeypatch, dict.fromkeys((1, 2, 3), 0.5), {1: 4.0, 2: 3.0, 3: 2.5})
+    code, path = run(*BEST, "--config.train.total_steps=3", "--config.train.patience=1")
+    assert code == 0
+    assert records.read_json(path / ".stages" / "train.json")["summary"]["kept_step"] == 3
+
+
 def test_the_best_of_evaluations():
     from trace_jax.stages import pauses
 

@@ -140,6 +140,11 @@ class Checkpoints:
         stored = ocp.metadata(latest.path, "state")  # `latest` itself comes without custom metadata
         about = stored.custom_metadata or {}
         self._check_shapes(about.get("shapes", {}), _shapes(state))
+        if data is not None and "data" not in about:
+            raise InputError(
+                f"{self.directory}: the checkpoint does not say how far the data was read (an "
+                "earlier version wrote it); train anew with --redo"
+            )
         wanted = {"state": jax.tree.map(_abstract, state)}
         loaded = self._checkpointer.load_checkpointables(latest.step, wanted)
         if data is not None:

@@ -59,11 +59,15 @@ class Pauses:
         return examples
 
     def _is_spent(self, step: int) -> bool:
-        """Whether the last `train.patience` evaluations until `step` are over the limit."""
+        """Whether the last `train.patience` evaluations are over the limit, and one before is not.
+
+        Where all are over it, a later one may be the best: that of least perplexity.
+        """
         config = self._run.config.train
-        last = self._evaluations(step)[-config.patience :] if config.patience else []
-        over = [not is_within(row, config.perplexity_limit) for row in last]
-        return config.keep_best and len(over) == config.patience > 0 and all(over)
+        if not config.keep_best or not config.patience:
+            return False
+        within = [is_within(row, config.perplexity_limit) for row in self._evaluations(step)]
+        return any(within) and not any(within[-config.patience :])
 
     def _evaluations(self, until: int) -> list[dict]:
         rows = (self._done.get((step, "evaluation")) for step in sorted(self._evaluate))
