@@ -50,7 +50,7 @@ bench: $(INSTALLED)
 	$(PYTHON) -m bench.trl --shape 16m $(BENCH_ARGS)
 	$(PYTHON) -m bench.trl --data pku $(BENCH_ARGS)
 	$(PYTHON) -m bench.profile $(BENCH_ARGS)
-	$(PYTHON) -m bench.headlines
+	$(PYTHON) -m bench.pages
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache

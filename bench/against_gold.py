@@ -41,6 +41,29 @@ def measure(config, prepared: Path, tuned: dict, seeds: int, jobs: int) -> dict:
     }
 
 
+def table() -> str:
+    """Markdown of the committed results."""
+    lines = [
+        "| | trace, guarded | dpo_gold | difference, points | perplexity | dpo_gold's | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ending = "_against_gold.json"
+    for path in sorted(realign.RESULTS.glob(f"*{ending}")):
+        found = records.read_json(path)
+        ours, gold = (found["methods"][name] for name in ("trace", "dpo_gold"))
+        d = {k: 100 * found["difference"][k] for k in ("difference", "low", "high")}
+        cells = [
+            realign.percent(ours["compliance_guarded"]),
+            realign.percent(gold["compliance_guarded"]),
+            f"{d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]",
+            f"{ours['perplexity']:.2f}",
+            f"{gold['perplexity']:.2f}",
+            found["commit"],
+        ]
+        lines.append(f"| {path.name.removesuffix(ending)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
     values = compare.define_flags(argv)

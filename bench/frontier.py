@@ -11,7 +11,7 @@ trains. Writes OUT.json and OUT.png and names each method's best point: the high
 compliance at T=1, at any evaluation of its way, at a perplexity on the base model's own samples of
 at most 10 % over M_ref's, which is what train.keep_best keeps. The test prompts are never read.
 
-python -m bench.frontier --readme    writes the tables of docs/results/*_frontier.json to README.md
+`bench.pages` makes tables of docs/results/*_frontier.json.
 """
 
 import sys
@@ -177,28 +177,20 @@ def markdown(benchmark: str, found: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def write_readme() -> None:
-    """The tables between the two marks of README.md."""
-    path = Path("README.md")
-    begin, end = "<!-- frontier: python -m bench.frontier --readme -->", "<!-- end of frontier -->"
-    before, rest = path.read_text().split(begin)
+def tables() -> str:
+    """Markdown of the committed frontiers."""
     files = sorted(Path("docs/results").glob("*_frontier.json"))
     read = {f.stem.removesuffix("_frontier"): records.read_json(f) for f in files}
-    tables = [markdown(name, found) for name, found in read.items() if "methods" in found]
-    path.write_text(before + begin + "\n\n" + "\n".join(tables) + "\n" + end + rest.split(end)[1])
+    return "\n".join(markdown(name, found) for name, found in read.items() if "methods" in found)
 
 
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
     values = compare.define_flags(argv)
-    flags.DEFINE_bool("readme", False, "Only write the tables of README.md.", flag_values=values)
     flags.DEFINE_string("out", None, "Results, without ending.", flag_values=values)
     flags.DEFINE_list("grid", None, "Points [method@]lr:beta:steps.", flag_values=values)
     try:
         launch.parse_flags(values, argv)
-        if values.readme:
-            write_readme()
-            return 0
         if None in (values.config, values.workdir, values.out, values.grid):
             raise InputError("--config, --workdir, --out and --grid are needed")
         methods = [name.strip() for name in values.methods.split(",")]

@@ -1,15 +1,11 @@
-"""The headlines of all benchmarks as one table, in README.md.
+"""The headlines of all benchmarks as one table, and those that the README has (`bench.pages`)."""
 
-python -m bench.headlines     reads bench/results/*.json and rewrites the table
-"""
-
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trace_jax import records
 
-README, RESULTS = Path("README.md"), Path("bench/results")
-BEGIN, END = "<!-- headlines: python -m bench.headlines -->\n", "<!-- end of headlines -->"
+RESULTS = Path("bench/results")
 # file, headline, what it is, what we want of it
 ROWS = (
     ("impact", "speedup_vs_torch_loop", "impact stage / PyTorch loop, pairs/s, stories260k", "≥ 5"),
@@ -87,10 +83,32 @@ ROWS = (
 )
 
 
-def table() -> str:
-    """Markdown; a headline that was not measured has no row, one measured once no range."""
+# Those of a README: (file, headline).
+_SHORT = (
+    ("impact", "speedup_vs_torch_loop"),
+    ("impact", "temp_vs_vmap_grad"),
+    ("trl_16m", "speedup_vs_trl_default"),
+    ("trl_16m", "speedup_vs_trl_best"),
+    ("trl_16m", "memory_vs_trl"),
+    ("packing", "real_token_share_hh"),
+    ("packing", "shared_prefix_saving_hh"),
+    ("head", "temp_ratio_256k"),
+    ("sampling", "speedup_vs_transformers"),
+)
+
+
+def in_short() -> str:
+    """The rows of a README."""
+    return table([row for row in ROWS if row[:2] in _SHORT], folder="bench/results/")
+
+
+def table(rows: Sequence[tuple[str, str, str, str]] = ROWS, folder: str = "") -> str:
+    """Markdown; a headline that was not measured has no row, one measured once no range.
+
+    folder: where links to the result files lead; none: no links.
+    """
     lines = ["| what | measured | range | wanted | benchmark |", "|---|---|---|---|---|"]
-    for file, name, what, wanted in ROWS:
+    for file, name, what, wanted in rows:
         path = RESULTS / f"{file}.json"
         found = records.read_json(path) if path.exists() else {"headline": {}}
         value = found["headline"].get(name)
@@ -101,7 +119,9 @@ def table() -> str:
         )
         mark = "" if met or not wanted else " **missed**"
         between = " to ".join(map(_shown, found.get("ranges", {}).get(name, ())))
-        link = f"[`bench.{file.partition('_')[0]}`]({path})"
+        link = f"`bench.{file.partition('_')[0]}`"
+        if folder:
+            link = f"[{link}]({folder}{path.name})"
         lines.append(f"| {what} | {_shown(value)}{mark} | {between} | {wanted} | {link} |")
     return "\n".join(lines) + "\n"
 
@@ -110,19 +130,3 @@ def _shown(value: float) -> str:
     if value == round(value) or value >= 100:
         return f"{value:.0f}"
     return f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
-
-
-def written(readme: str) -> str:
-    """The README with the table as it is now."""
-    head, _, rest = readme.partition(BEGIN)
-    return head + BEGIN + table() + END + rest.partition(END)[2]
-
-
-def main() -> int:
-    """Rewrites README.md."""
-    README.write_text(written(README.read_text()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

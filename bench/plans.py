@@ -1,8 +1,8 @@
 """What fits where: `--plan` of every backbone on TPU slices and one GPU, by the real compilers.
 
-python -m bench.plans [--only gemma9b] [--readme] [--out FILE]
+python -m bench.plans [--only gemma9b] [--out FILE]
 
-Writes docs/results/plans.json and prints the table of the README. Needs libtpu (pip install
+Writes docs/results/plans.json, of which `bench.pages` makes a table. Needs libtpu (pip install
 'trace_jax[tpu]'), and no TPU. Each plan is a process of its own, as a user would start it.
 """
 
@@ -24,6 +24,7 @@ PLANS = [
     ("gemma2b", "lora", "v5e:2x2"),
 ]
 GIB = 2**30
+RESULTS = Path("docs/results/plans.json")
 
 
 def plan(name: str, variant: str, topology: str) -> dict:
@@ -39,7 +40,7 @@ def plan(name: str, variant: str, topology: str) -> dict:
 
 
 def row(key: str, found: dict) -> str:
-    """A line of the README's table."""
+    """A line of the table."""
     peaks = " | ".join(
         f"{found['programs'][name]['peak_bytes'] / GIB:.2f}"
         for name in ("train", "impact", "sample")
@@ -51,18 +52,15 @@ def row(key: str, found: dict) -> str:
     return f"| {key} | {tokens} x 1024 | {peaks} | {limit:.2f} | {verdict} | {seconds:.0f} |"
 
 
-def write_readme(plans: dict[str, dict]) -> None:
-    """The table between the two marks of README.md."""
-    path = Path("README.md")
-    before, rest = path.read_text().split("<!-- plans -->")
-    after = rest.split("<!-- end of plans -->")[1]
+def table() -> str:
+    """Markdown of the committed plans."""
+    plans = records.read_json(RESULTS)["plans"]
     lines = [
         "| | tokens a step | train | impact | sample | limit | fits | train compiled in s |",
         "|---|---|---|---|---|---|---|---|",
         *(row(key, plans[key]) for key in map(_key, PLANS) if key in plans),
     ]
-    table = "\n".join(lines)
-    path.write_text(f"{before}<!-- plans -->\n{table}\n<!-- end of plans -->{after}")
+    return "\n".join(lines)
 
 
 def _key(of: tuple[str, str, str]) -> str:
@@ -76,8 +74,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="")
-    parser.add_argument("--readme", action="store_true", help="write the table of README.md")
-    parser.add_argument("--out", default="docs/results/plans.json")
+    parser.add_argument("--out", default=str(RESULTS))
     args = parser.parse_args(argv[1:])
     out = Path(args.out)
     plans = records.read_json(out)["plans"] if out.exists() else {}
@@ -89,8 +86,6 @@ def main(argv: list[str]) -> int:
             plans[key] = plan(*which) | {"commit": frontier.machine()["commit"]}
             records.write_json(out, {"plans": plans, **frontier.machine()})
         print(row(key, plans[key]), flush=True)
-    if args.readme:
-        write_readme(plans)
     return 0 if all(found["fits"] for found in plans.values()) else 1
 
 

@@ -1,14 +1,13 @@
-"""The results of the README: methods, ablations and controls on one benchmark.
+"""The results: methods, ablations and controls on one benchmark.
 
 python -m bench.realign --config=configs/stories.py --workdir=runs/stories --name=stories \\
     [--seeds=5] [--jobs=2] [--config.key=value]
-python -m bench.realign --readme    writes the tables of docs/results/*.json into README.md
 
 A comparison (`trace_jax.compare`) of METHODS: trace as the config has it, the same on every
 benchmark; every other tuned method where `bench.frontier` put it on validation prompts of this one
 (docs/results/NAME_frontier.json); the rest at the point of the method they vary. Every run keeps
 its best evaluation on validation prompts (train.keep_best). Writes docs/results/NAME.json, .md,
-.tex and .png with the machine, versions and commit.
+.tex and .png with the machine, versions and commit; `bench.pages` makes tables of the JSON.
 """
 
 import sys
@@ -42,13 +41,19 @@ METHODS = {
     "naive_oracle_dpo": ("naive_oracle_dpo", "naive_oracle_dpo"),
     "npo": ("npo", "npo"),
     "u2a": ("u2a", "u2a"),
+    "u2a_ga": ("u2a+u2a.inner=ga", "u2a"),
+    "u2a_graddiff": ("u2a+u2a.inner=graddiff", "u2a"),
     "sft": ("sft", "sft"),
 }
 BETA_OF = {"trace@beta": "dpo_gold", "dpo_gold@beta": "trace"}  # else its own point's
 AS_CONFIGURED = "trace"  # its point is the config's
 RESULTS = Path("docs/results")
-BEGIN, END = "<!-- results: python -m bench.realign --readme -->", "<!-- end of results -->"
-REPLICATION = Path("docs/replication.md")
+# Rows and columns that a README has no room for; docs/results.md has them.
+NOT_IN_SHORT = (
+    "trace_full_weights", "trace_no_nll", "trace_no_retain_pairs", "trace_dual_npo",
+    "trace_shuffled", "dpo_gold_uncorrected", "dpo_gold_nll", "trace@beta", "dpo_gold@beta",
+    "u2a_ga", "u2a_graddiff", "unchanged, guarded", "old policy", "ties", "win rate, guarded",
+)  # fmt: skip
 # What the paper reports (Llama-3.1-8B, percent), the method and the figure of ours beside it.
 PAPER = (
     ("TPA, TRACE, 20k pairs", "70.7", "trace", "compliance_guarded"),
@@ -122,12 +127,41 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
     print(comparison_tables.markdown(found))
 
 
-def readme() -> None:
-    """Writes the tables into README.md, and those beside the paper's into docs/replication.md."""
+def committed() -> list[dict]:
+    """The results of every benchmark, methods as in METHODS."""
     read = [records.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
-    read = [_in_order(found) for found in read if "operating_points" in found]
-    _fill(Path("README.md"), "\n".join(section(found) for found in read))
-    _fill(REPLICATION, beside_the_paper(read))
+    return [_in_order(found) for found in read if "name" in found]
+
+
+def tables() -> str:
+    """Everything that is known of every benchmark."""
+    return "\n".join(section(found) for found in committed())
+
+
+def in_short() -> str:
+    """The methods of the paper on every benchmark."""
+    return "\n\n".join(
+        f"**{found['name']}** (commit {found['commit']}, {len(found['seeds'])} seeds)\n\n"
+        + comparison_tables.table(found, NOT_IN_SHORT)
+        for found in committed()
+    )
+
+
+def answers() -> str:
+    """The statements of the paper, each with its answer on every benchmark; no raw ones."""
+    read = committed()
+    of = {
+        found["name"]: {
+            claim: f"{difference}: **{answer}**"
+            for claim, figure, difference, answer in comparison_tables.statements(found)
+            if figure != "raw"
+        }
+        for found in read
+    }
+    claims = list(dict.fromkeys(claim for found in of.values() for claim in found))
+    lines = [f"| | {' | '.join(of)} |", "|---" * (len(of) + 1) + "|"]
+    lines += [f"| {c} | {' | '.join(found.get(c, '-') for found in of.values())} |" for c in claims]
+    return "\n".join(lines)
 
 
 def _in_order(found: dict) -> dict:
@@ -136,16 +170,9 @@ def _in_order(found: dict) -> dict:
     return found | {"methods": {name: found["methods"][name] for name in names}}
 
 
-def _fill(path: Path, text: str) -> None:
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or not after:
-        raise InputError(f"{path} has no {BEGIN} ... {END}")
-    path.write_text(before + BEGIN + "\n\n" + text + END + after)
-
-
-def beside_the_paper(read: list[dict]) -> str:
+def beside_the_paper() -> str:
     """The paper's figures and ours, percent with intervals."""
+    read = committed()
     names = [found["name"] for found in read]
     lines = [
         f"| | paper, Llama-3.1-8B | {' | '.join(f'here, {name}' for name in names)} |",
@@ -153,12 +180,13 @@ def beside_the_paper(read: list[dict]) -> str:
     ]
     for what, theirs, method, figure in PAPER:
         cells = [found["methods"].get(method, {}).get(figure) for found in read]
-        ours = ["-" if cell is None else _percent(cell) for cell in cells]
+        ours = ["-" if cell is None else percent(cell) for cell in cells]
         lines.append(f"| {what} | {theirs} | {' | '.join(ours)} |")
     return "\n".join([*lines, ""])
 
 
-def _percent(rate: dict) -> str:
+def percent(rate: dict) -> str:
+    """Of a share with its interval."""
     return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
@@ -178,14 +206,10 @@ def main(argv: list[str]) -> int:
     values = compare.define_flags(argv)
     values.set_default("methods", ",".join(METHODS))
     flags.DEFINE_string("name", None, "Name of the result file.", flag_values=values)
-    flags.DEFINE_bool("readme", False, "Only write the tables into README.md.", flag_values=values)
     try:
         launch.parse_flags(values, argv)
-        if values.readme:
-            readme()
-            return 0
         if None in (values.config, values.workdir, values.name):
-            raise InputError("--config, --workdir and --name are needed (or --readme)")
+            raise InputError("--config, --workdir and --name are needed")
         prepared = Path(values.workdir)
         names = [name.strip() for name in values.methods.split(",")]
         measure(values.config, prepared, values.name, names, values.seeds, values.jobs)

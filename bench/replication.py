@@ -1,10 +1,9 @@
-"""The paper's curves, ablation, gap and costs beside ours, in docs/replication.md.
+"""The paper's curves, ablation, gap and costs beside ours, for docs/replication.md (`bench.pages`).
 
-python -m bench.replication [--price v5e=0.6 ...]    fills the page from docs/results/*.json
 python -m bench.replication --pairs=FILE [--columns=prompt=Q,chosen=A,rejected=B]
-    counts first what triage of these pairs by gemini would cost (docs/results/judge_price.json)
+    counts what triage of these pairs by gemini would cost (docs/results/judge_price.json)
 
-What was not measured on a benchmark says so. The table between realign's own marks is realign's.
+What was not measured on a benchmark says so.
 """
 
 import argparse
@@ -106,7 +105,7 @@ def _closed(found: Mapping[str, Any] | None) -> str:
     return "no gap" if found["rate"] is None else _rate(found)
 
 
-def cost(plans: Mapping[str, Any], prices: Mapping[str, float], judge: Mapping | None) -> str:
+def cost(plans: Mapping[str, Any], per_hour: Mapping[str, float], judge: Mapping | None) -> str:
     """Device hours of `--plan` and what they cost, the judge's price for PAIRS pairs."""
     lines = _head(["chips", "hours", "chip-hours", "dollars a chip-hour", "dollars"])
     for key in RUNS:
@@ -115,7 +114,7 @@ def cost(plans: Mapping[str, Any], prices: Mapping[str, float], judge: Mapping |
             lines.append(_line(key, [MISSING] * 5))
             continue
         kind, count = plan["device"]["kind"], plan["device"]["count"]
-        spent, price = count * plan["hours"], prices[kind]
+        spent, price = count * plan["hours"], per_hour[kind]
         figures = (f"{plan['hours']:.2f}", f"{spent:.1f}", f"{price:.2f}", f"{spent * price:.0f}")
         lines.append(_line(key, [f"{count} x {kind}", *figures]))
     lines.append("")
@@ -144,24 +143,8 @@ def judge_price(path: str, columns: str) -> dict[str, Any]:
     return found | about | {"pairs": pairs, "clauses": len(run.new_policy.clauses)}
 
 
-def fill(text: str, parts: Mapping[str, str]) -> str:
-    """The page with each part between its marks.
-
-    Raises:
-      InputError: a part has no marks there.
-    """
-    for name, part in parts.items():
-        begin, end = f"<!-- {name}: python -m bench.replication -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        if not rest or not after:
-            raise InputError(f"{PAGE} has no {begin} ... {end}")
-        text = f"{before}{begin}\n\n{part}\n\n{end}{after}"
-    return text
-
-
-def parts(folder: Path, prices: Mapping[str, float]) -> dict[str, str]:
-    """What fills the page, by the name in its marks."""
+def blocks(folder: Path, per_hour: Mapping[str, float]) -> dict[str, str]:
+    """What stands on the page, by the name in its marks."""
     found, studies = read(folder, ""), read(folder, "_studies")
     plans, judge = folder / "plans.json", folder / "judge_price.json"
     return {
@@ -172,7 +155,7 @@ def parts(folder: Path, prices: Mapping[str, float]) -> dict[str, str]:
         "gap": gap(found, studies),
         "cost": cost(
             records.read_json(plans)["plans"] if plans.exists() else {},
-            prices,
+            per_hour,
             records.read_json(judge) if judge.exists() else None,
         ),
     }  # fmt: skip
@@ -192,7 +175,12 @@ def _rate(found: Mapping[str, Any] | None) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * found[e] for e in ("rate", "low", "high")))
 
 
-def _prices(given: Sequence[str]) -> dict[str, float]:
+def prices(given: Sequence[str]) -> dict[str, float]:
+    """PRICES with those given as KIND=DOLLARS instead.
+
+    Raises:
+      InputError: one is not of that form.
+    """
     try:
         return PRICES | {kind: float(value) for kind, _, value in (g.partition("=") for g in given)}
     except ValueError as error:
@@ -204,20 +192,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--price", action="append", default=[], metavar="KIND=DOLLARS")
-    parser.add_argument("--pairs", metavar="FILE", help="pairs whose triage is reckoned")
+    parser.add_argument("--pairs", metavar="FILE", required=True)
     parser.add_argument("--columns", default="", help="as data.columns")
     values = parser.parse_args(argv)
     try:
-        if values.pairs:
-            found = judge_price(values.pairs, values.columns)
-            records.write_json(realign.RESULTS / "judge_price.json", found)
-        made = parts(realign.RESULTS, _prices(values.price))
-        PAGE.write_text(fill(PAGE.read_text(), made))
+        found = judge_price(values.pairs, values.columns)
+        records.write_json(realign.RESULTS / "judge_price.json", found)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join(made.values()))
+    print("python -m bench.pages writes it into the page")
     return 0
 
 

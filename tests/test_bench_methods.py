@@ -4,7 +4,7 @@ import runpy
 
 import pytest
 
-from bench import frontier, realign, replication, studies
+from bench import frontier, pages, realign, replication, studies
 from trace_jax import compare, records
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
@@ -134,7 +134,7 @@ def test_what_stands_beside_the_paper(tmp_path):
     records.write_json(tmp_path / "synth_studies.json", studied)
     plan = {"hours": 0.5, "device": {"kind": "h100", "count": 2}}
     records.write_json(tmp_path / "plans.json", {"plans": {"llama8b:lora on h100:1": plan}})
-    made = replication.parts(tmp_path, {"h100": 4.0})
+    made = replication.blocks(tmp_path, {"h100": 4.0})
     missing = "not measured | not measured | not measured"
     shown = "50.0 [25.0, 75.0]"
     full = f"| all of it | 70.7 / 70.2 / 27.3 | {missing} | {shown} | 1.50 | {shown} |"
@@ -151,24 +151,7 @@ def test_what_stands_beside_the_paper(tmp_path):
     assert "100 calls, 2.0 million tokens, 15 dollars (8 by" in replication.cost({}, {}, judge)
 
 
-def test_the_page_has_the_marks_and_keeps_what_is_around():
-    page = replication.PAGE.read_text()
-    names = ("ablation", "size", "noise", "gap", "cost")
-    filled = replication.fill(page, dict.fromkeys(names, "HERE"))
-    assert filled.count("HERE") == 5 and realign.BEGIN in filled
-    assert filled.split("## Its tables")[0] == page.split("## Its tables")[0]
-    assert replication.fill(filled, dict.fromkeys(names, "HERE")) == filled
-    with pytest.raises(InputError, match="has no <!-- other: "):
-        replication.fill(page, {"other": ""})
-
-
-def test_the_page_says_what_the_result_files_say():
-    """Run `python -m bench.replication` after a measurement."""
-    page = replication.PAGE.read_text()
-    assert page == replication.fill(page, replication.parts(realign.RESULTS, replication.PRICES))
-
-
 @pytest.mark.parametrize("price", ["v5e", "v5e=cheap"])
 def test_a_price_that_is_none_is_one_line(price, capsys):
-    assert replication.main([f"--price={price}"]) == 2
+    assert pages.main([f"--price={price}"]) == 2
     assert "give KIND=DOLLARS" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """A comparison as people read it: Markdown, LaTeX and two plots."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,24 @@ _NAMES = {
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Percent with 95 % intervals; the tests, the statements and the gap below."""
-    cells_of = columns(found)
-    lines = ["| | " + " | ".join(cells_of) + " |", "|---" * (len(cells_of) + 1) + "|"]
-    for i, (name, _) in enumerate(rows(found)):
-        cells = [_cell(of[i]) for of in cells_of.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, found["seeds"]))
-    lines += ["", f"Percent [95 % interval]; {found['split']} prompts; seeds {seeds}.", ""]
+    about = f"Percent [95 % interval]; {found['split']} prompts; seeds {seeds}."
+    lines = [table(found), "", about, ""]
     for test in found["tests"]:
         if test["figure"] == "compliance_guarded":
             lines.append(f"- {_difference(test)}")
     return "\n".join(lines + _statements(found) + _gap(found)) + "\n"
+
+
+def table(found: Mapping[str, Any], leave_out: Collection[str] = ()) -> str:
+    """Markdown: a line a row of `rows`. leave_out: names of rows and heads of columns."""
+    cells_of = {head: of for head, of in columns(found).items() if head not in leave_out}
+    lines = ["| | " + " | ".join(cells_of) + " |", "|---" * (len(cells_of) + 1) + "|"]
+    for i, (name, _) in enumerate(rows(found)):
+        if name not in leave_out:
+            cells = [_cell(of[i]) for of in cells_of.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
