@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench import frontier
+from bench import results
 from trace_jax import (
     batches,
     encoding,
@@ -165,7 +165,7 @@ def measure(values: argparse.Namespace) -> dict:
         "mfu": flops / median / chip.flops if chip.flops else None,
         "peak_flops": chip.flops,
         "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
-        **frontier.machine(),
+        **results.machine(),
     }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bench import frontier, realign
+from bench import realign, results
 from trace_jax import compare, launch, records
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found |= {"wall_seconds": round(time.time() - start), **frontier.machine()}
+    found |= {"wall_seconds": round(time.time() - start), **results.machine()}
     records.write_json(realign.RESULTS / f"{values.name}_against_gold.json", found)
     d = found["difference"]
     print(

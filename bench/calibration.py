@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import frontier
+from bench import results
 from trace_jax import judges, policy, records
 from trace_jax.judges import calibrate, human_labels
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         for name, file in MODELS.items()
     }
     gold = measured("rbr", values.data / "rbr" / "gold.jsonl")
-    result = frontier.machine() | {
+    result = results.machine() | {
         "refusals": {name: _kept(measured("answers", path)) for name, path in files.items()},
         "rbr": {name: _kept(row) for name, row in gold["per_clause"].items()},
     }

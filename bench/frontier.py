@@ -29,7 +29,6 @@ WIDEST = 2.0  # of M_ref's perplexity, in the plot
 EVALUATIONS = 10  # of a run, the last after its last step
 PROMPTS = 100  # of an evaluation on the way
 POINT = ("learning_rate", "beta", "steps")
-machine = results.machine
 
 
 def points(grid: list[str], method: str) -> list[compare.Variant]:
@@ -75,7 +74,7 @@ def frontier(config, prepared: Path, methods: list[str], grid: list[str], jobs: 
             name: method([rows[v.name] for v in of], LIMIT * ref["perplexity"])
             for name, of in variants.items()
         },
-        **machine(),
+        **results.machine(),
     }
 
 

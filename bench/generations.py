@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bench import frontier
+from bench import results
 from trace_jax import compare, comparison, generations, launch, policy, records
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
@@ -51,7 +51,7 @@ def measure(config, workdir: Path, third: str, n_seeds: int, jobs: int) -> dict:
             for f in FIGURES
         },
         "history": generations.history(workdir),
-        **frontier.machine(),
+        **results.machine(),
     }
 
 

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import frontier, real_pairs
+from bench import real_pairs, results
 from trace_jax import records
 
 MOST_TEMPORARIES = 4 * 2**30
@@ -319,7 +319,7 @@ def main(argv: Sequence[str]) -> int:
                 print(_line(one), flush=True)
     found = {"headline": headline(rows), "rows": rows, "of_a_run": RUN, "repeats": repeats}
     values.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(values.out, found | frontier.machine())
+    records.write_json(values.out, found | results.machine())
     print(", ".join(f"{k} {v:.3g}" for k, v in found["headline"].items()))
     return 0
 

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from bench import frontier
+from bench import results
 from trace_jax import models, processes, records, sharding
 from trace_jax.models import hf_weights
 
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     ok = one[0]["peak_bytes"] < limit_one
     for found in four:
         ok &= found["peak_bytes"] < 1.2 * found["own_bytes"] + 200e6
-    result = {"model_bytes": total, "one": one, "four": four, "within": ok, **frontier.machine()}
+    result = {"model_bytes": total, "one": one, "four": four, "within": ok, **results.machine()}
     records.write_json(args.out, result)
     print(f"model {total / 1e6:.0f} MB; one process {one[0]['peak_bytes'] / total:.2f} times that")
     for found in four:

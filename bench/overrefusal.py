@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import frontier
+from bench import results
 from trace_jax import policy, records, refusals, triage
 from trace_jax.evaluate import statistics
 from trace_jax.judges import labels, rules
@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=Path("docs/results/xstest.json"))
     values = parser.parse_args(argv)
-    result = frontier.machine() | {"split": values.split, "seeds": len(values.workdirs)}
+    result = results.machine() | {"split": values.split, "seeds": len(values.workdirs)}
     for mode in ("sample", "greedy"):
         result[mode] = over_seeds(values.workdirs, values.split, mode)
         for model in MODELS:

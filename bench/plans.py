@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import frontier
+from bench import results
 from trace_jax import records
 
 FULL = ("v5e:4x4", "v5p:2x2x1", "v5e:16x16", "v5p:4x4x4")
@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
         if args.only not in key:
             continue
         if key not in plans or args.only:
-            plans[key] = plan(*which) | {"commit": frontier.machine()["commit"]}
-            records.write_json(out, {"plans": plans, **frontier.machine()})
+            plans[key] = plan(*which) | {"commit": results.machine()["commit"]}
+            records.write_json(out, {"plans": plans, **results.machine()})
         print(row(key, plans[key]), flush=True)
     return 0 if all(found["fits"] for found in plans.values()) else 1
 

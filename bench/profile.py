@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
     if values.worker:
         worker(values.worker, values.model, values.rows, values.quick)
         return 0
-    from bench import frontier
+    from bench import results
     from trace_jax import records
 
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
                 subprocess.run(remove, check=True)
     values.out.parent.mkdir(parents=True, exist_ok=True)
     found = {"headline": headline(rows), "rows": rows, "before": values.before}
-    records.write_json(values.out, found | frontier.machine())
+    records.write_json(values.out, found | results.machine())
     values.out.with_suffix(".md").write_text("# Where the time goes\n\n" + markdown(rows))
     print(values.out)
     return 0

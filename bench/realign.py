@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bench import frontier
+from bench import frontier, results
 from trace_jax import compare, comparison_tables, launch, records
 from trace_jax.errors import InputError
 
@@ -113,7 +113,7 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
     chosen = variants(methods, tuned, config)
     found = compare.compare(config, prepared, chosen, seeds, jobs)
     found["operating_points"] = {v.name: v.overrides for v in chosen}
-    found |= {"name": name, "wall_seconds": round(time.time() - start), **frontier.machine()}
+    found |= {"name": name, "wall_seconds": round(time.time() - start), **results.machine()}
     weighed = compare.folder(prepared, chosen[0], config.seed) / "impact_summary.json"
     found["summary"] = {
         "triage": records.read_json(prepared / ".stages" / "triage.json")["summary"],

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bench import frontier, realign
+from bench import realign, results
 from trace_jax import compare, launch, records
 from trace_jax.errors import InputError
 
@@ -198,7 +198,7 @@ def main(argv: list[str]) -> int:
         found = measure(
             values.config, Path(values.workdir), tuned, values.studies, values.seeds, values.jobs
         )
-        found |= {"wall_seconds": round(time.time() - start), **frontier.machine()}
+        found |= {"wall_seconds": round(time.time() - start), **results.machine()}
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

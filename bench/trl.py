@@ -245,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     import transformers
 
-    from bench import frontier, real_pairs
+    from bench import real_pairs, results
     from trace_jax import records
 
     steps, repeats = values.steps or STEPS[values.shape], values.repeats
@@ -278,7 +278,7 @@ def main(argv: Sequence[str]) -> int:
         "trl": found["trl_best"][0]["version"],
     }
     records.write_json(
-        out, {"headline": ratios, "ranges": ranges, "rows": rows, **about, **frontier.machine()}
+        out, {"headline": ratios, "ranges": ranges, "rows": rows, **about, **results.machine()}
     )
     print(f"{out}: {ratios}")
     return 0

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from bench import frontier
+from bench import results
 from trace_jax import (
     batches,
     compare,
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
         found = {
             "datamodelling": datamodelling(config, prepared, values.subsets, values.steps, scratch),
             "reliability": reliability(config, prepared),
-            **frontier.machine(),
+            **results.machine(),
         }
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
