@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import jax
@@ -155,6 +156,20 @@ def test_few_programs_whatever_the_prompts(module):
     generate(module, [[1] * n for n in (1, 5, 31, 32, 33, 40)], IDS[:6], batch_rows=4)
     assert sampling.prefill._cache_size() == 2  # prompts of up to 32, and of up to 64 tokens
     assert sampling.advance._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 1)])
+def test_one_program_however_many_rows_wherever_they_lie(module, shape):
+    """Parameters on a device by name, as those that were read from a file are, or on a mesh."""
+    sampling.prefill.clear_cache()
+    sampling.advance.clear_cache()
+    with jax.set_mesh(sharding.make_mesh(*shape)) if shape else contextlib.nullcontext():
+        graphdef, state = nnx.split(module)
+        on_one = nnx.merge(graphdef, jax.device_put(state, jax.devices()[0]))
+        there = sharding.place_module(module) if shape else on_one
+        for rows in (6, 1):
+            generate(there, [[1, 2, 3]] * rows, IDS[:rows], batch_rows=4)
+    assert (sampling.prefill._cache_size(), sampling.advance._cache_size()) == (1, 1)
 
 
 @functools.cache

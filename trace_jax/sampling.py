@@ -88,8 +88,9 @@ def generate(
     Temperature 0 is greedy. Randomness depends on (seed, id, sample, position) alone, so a sample
     is the same whatever else is in its batch, up to the rounding of the logits. A prompt longer
     than the context less max_new_tokens loses its left end, which `prompt_tokens_cut` says.
-    batch_rows: slots. refills: a slot is refilled when 1 / refills of them are free; 1 waits until
-    all are. `progress` is called with the numbers of rows that finished.
+    batch_rows: slots. Few rows leave some of them idle, as another number of slots would be another
+    program. refills: a slot is refilled when 1 / refills of them are free; 1 waits until all are.
+    `progress` is called with the numbers of rows that finished.
     """
     rows = _rows(module, prompts, ids, range(first_sample, first_sample + samples), max_new_tokens)
     if temperature < 0:
@@ -98,7 +99,7 @@ def generate(
     if not rows:
         return results
     shards = sharding.shards_in_context()
-    size = min(most_slots(batch_rows), max(shards, 1 << (len(rows) - 1).bit_length()))
+    size = most_slots(batch_rows)
     group = max(shards, size // refills)
     draw = Draw(
         jnp.asarray(seed, jnp.uint32),
@@ -211,11 +212,15 @@ def _group(rows: list[_Row], where: list[int], size: int, n_slots: int, pad_id: 
     return Group(slots_G, tokens_GP, prompt_G, keys_G2)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "size", "length", "T"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "size", "length", "T"), keep_unused=True)
 def _empty(graphdef: nnx.GraphDef, state: nnx.State, *, size: int, length: int, T: int) -> Slots:
-    """Free slots for `length` tokens, T of them new."""
+    """Free slots for `length` tokens, T of them new.
+
+    No value of the state is used, but slots are committed to its devices, as `prefill`'s are: else
+    that would be compiled for either kind.
+    """
     zeros = jnp.zeros(size, jnp.int32)
-    return Slots(
+    slots = Slots(
         cache=nnx.merge(graphdef, state).init_cache(size, length),
         keys_B2=jnp.zeros((size, 2), jnp.uint32),
         last_B=zeros,
@@ -224,6 +229,13 @@ def _empty(graphdef: nnx.GraphDef, state: nnx.State, *, size: int, length: int, 
         finished_B=zeros == 0,
         tokens_BT=jnp.zeros((size, T), jnp.int32),
     )
+    return _placed(slots)
+
+
+def _placed(slots: Slots) -> Slots:
+    """Slots lie the same way whoever makes them: `prefill` and `advance` are compiled once."""
+    own = jax.tree.map(sharding.rows, slots._replace(cache=None))
+    return own._replace(cache=jax.tree.map(sharding.keys, slots.cache))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("slots",))
@@ -247,8 +259,8 @@ def prefill(
     cache = jax.tree.map(
         lambda into, new: into.at[group.slots_G, :, :P].set(new, mode="drop"), slots.cache, made
     )
-    return Slots(
-        cache=jax.tree.map(sharding.keys, cache),
+    new = Slots(
+        cache=cache,
         keys_B2=put(slots.keys_B2, group.keys_G2),
         last_B=put(slots.last_B, token_G),
         position_B=put(slots.position_B, group.prompt_G),
@@ -256,6 +268,7 @@ def prefill(
         finished_B=put(slots.finished_B, _stops(token_G, draw)),
         tokens_BT=slots.tokens_BT.at[group.slots_G, 0].set(token_G, mode="drop"),
     )
+    return _placed(new)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("slots",))
@@ -285,7 +298,7 @@ def advance(
         )
 
     slots = jax.lax.while_loop(lambda s: jnp.sum(live(s)) > leave, extend, slots)
-    return slots, *sharding.replicated((slots.tokens_BT, slots.step_B, slots.finished_B))
+    return _placed(slots), *sharding.replicated((slots.tokens_BT, slots.step_B, slots.finished_B))
 
 
 def lower_advance(
