@@ -47,9 +47,7 @@ def table() -> str:
         "| | trace, guarded | dpo_gold | difference, points | perplexity | dpo_gold's | commit |",
         "|---|---|---|---|---|---|---|",
     ]
-    ending = "_against_gold.json"
-    for path in sorted(realign.RESULTS.glob(f"*{ending}")):
-        found = records.read_json(path)
+    for name, found in realign.of_benchmarks("_against_gold").items():
         ours, gold = (found["methods"][name] for name in ("trace", "dpo_gold"))
         d = {k: 100 * found["difference"][k] for k in ("difference", "low", "high")}
         cells = [
@@ -60,7 +58,7 @@ def table() -> str:
             f"{gold['perplexity']:.2f}",
             found["commit"],
         ]
-        lines.append(f"| {path.name.removesuffix(ending)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

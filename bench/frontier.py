@@ -180,7 +180,7 @@ def tables() -> str:
     """Markdown of the committed frontiers."""
     files = sorted(Path("docs/results").glob("*_frontier.json"))
     read = {f.stem.removesuffix("_frontier"): records.read_json(f) for f in files}
-    return "\n".join(markdown(name, found) for name, found in read.items() if "methods" in found)
+    return "\n".join(markdown(name, found) for name, found in read.items())
 
 
 def main(argv: list[str]) -> int:

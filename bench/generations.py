@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bench import results
+from bench import realign, results
 from trace_jax import compare, comparison, generations, launch, policy, records
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
@@ -58,6 +58,26 @@ def measure(config, workdir: Path, third: str, n_seeds: int, jobs: int) -> dict:
 def vars_of(found: paired.Paired) -> dict:
     """A paired comparison as JSON."""
     return {name: getattr(found, name) for name in ("difference", "low", "high", "p", "seeds", "n")}
+
+
+def table() -> str:
+    """Markdown of the committed results: both ways, and their paired difference."""
+    lines = [
+        "| | way | guarded, T=1 | unchanged clauses | the first policy | perplexity | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    figures = ("compliance_guarded", "retained", "compliance_old")
+    for name, found in realign.of_benchmarks("_generations").items():
+        for way, row in found["ways"].items():
+            cells = [realign.percent(row[figure]) for figure in figures]
+            cells += [f"{sum(row['perplexity']) / len(row['perplexity']):.2f}", found["commit"]]
+            lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
+        cells = []
+        for figure in figures:
+            d = {k: 100 * v for k, v in found["chained_minus_direct"][figure].items()}
+            cells.append(f"{d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]")
+        lines.append(f"| {name} | chained - direct | {' | '.join(cells)} | | |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:

@@ -162,6 +162,38 @@ def confusion(folder: Path) -> dict:
             "people_by_rules": table}  # fmt: skip
 
 
+def tables() -> str:
+    """Markdown of the committed results: all seeds, then the one with a stronger KL anchor."""
+    parts = []
+    for name, mode in (("xstest", "sample"), ("xstest_kl10", "greedy")):
+        found = records.read_json(Path("docs/results") / f"{name}.json")
+        prompts = sum(cell["prompts"] for cell in found[mode]["ref"].values())
+        how = {"sample": "sampled", "greedy": "greedy"}[mode]
+        said = [
+            f"{name}: {prompts} prompts, seeds: {found['seeds']}, {how} answers, "
+            f"commit {found['commit']}",
+            "",
+            "| declined, % | safe prompts | unsafe prompts |",
+            "|---|---|---|",
+        ]
+        for label, model in (("base", "base"), ("M_ref", "ref"), ("re-aligned", "trained")):
+            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(
+                *(100 * found[mode][model][kind][e] for e in ("rate", "low", "high"))
+            ) for kind in KINDS]  # fmt: skip
+            said.append(f"| {label} | {' | '.join(cells)} |")
+        cells = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(
+            *(100 * found[mode]["change"][kind][e] for e in ("difference", "low", "high"))
+        ) for kind in KINDS]  # fmt: skip
+        parts.append("\n".join([*said, f"| re-aligned - M_ref | {' | '.join(cells)} |"]))
+    triaged, words = found["triage"], found["words_tell"]
+    parts.append(
+        f"People and rules give {100 * triaged['agree']:.0f} % of {triaged['records']} records the "
+        f"same action. The words of a prompt tell safe from unsafe with accuracy "
+        f"{100 * words['accuracy']:.0f} % (majority {100 * words['majority']:.0f} %)."
+    )
+    return "\n\n".join(parts)
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

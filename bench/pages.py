@@ -8,7 +8,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench import against_gold, frontier, headlines, plans, realign, replication
+from bench import (
+    against_gold,
+    frontier,
+    generations,
+    headlines,
+    overrefusal,
+    plans,
+    realign,
+    replication,
+    studies,
+    weights,
+)
 from trace_jax.errors import InputError
 
 # Page -> name of a block -> what stands there.
@@ -22,7 +33,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "methods": realign.tables,
         "against_gold": against_gold.table,
+        "blind": realign.blind,
         "frontier": frontier.tables,
+        "studies": studies.tables,
+        "weights": weights.tables,
+        "generations": generations.table,
+        "xstest": overrefusal.tables,
     },
     "docs/speed.md": {"headlines": headlines.table, "plans": plans.table},
     "docs/replication.md": {"methods": realign.beside_the_paper},

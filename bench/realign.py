@@ -127,6 +127,27 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
     print(comparison_tables.markdown(found))
 
 
+def of_benchmarks(ending: str) -> dict[str, dict]:
+    """Benchmark -> its committed docs/results/NAME<ending>.json."""
+    paths = sorted(RESULTS.glob(f"*{ending}.json"))
+    return {p.name.removesuffix(f"{ending}.json"): records.read_json(p) for p in paths}
+
+
+def blind() -> str:
+    """Runs of whole seeds (prompts, records, base and M_ref anew), of which no choice was made."""
+    lines = [
+        "| seed | M_ref, guarded | re-aligned, guarded | perplexity | M_ref's |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("synth_blind_seed*.eval.json")):
+        found = records.read_json(path)
+        seed = path.name.removeprefix("synth_blind_seed").removesuffix(".eval.json")
+        before, after = (percent(of["compliance_guarded"]) for of in (found["ref"], found))
+        perplexity = f"{found['perplexity']:.2f} | {found['ref']['perplexity']:.2f}"
+        lines.append(f"| {seed} | {before} | {after} | {perplexity} |")
+    return "\n".join(lines)
+
+
 def committed() -> list[dict]:
     """The results of every benchmark, methods as in METHODS."""
     read = [records.read_json(path) for path in sorted(RESULTS.glob("*.json"))]

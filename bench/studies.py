@@ -184,6 +184,12 @@ def table(found: dict) -> str:
     return text
 
 
+def tables() -> str:
+    """Markdown of the committed studies."""
+    found = realign.of_benchmarks("_studies")
+    return "\n".join(f"**{name}**\n\n{table(of)}" for name, of in found.items())
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0 done, 2 bad input."""
     values = compare.define_flags(argv)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from bench import results
+from bench import realign, results
 from trace_jax import (
     batches,
     compare,
@@ -212,6 +212,35 @@ def plot(found: dict, path: Path) -> None:
     right.set_ylabel("rank correlation of the two halves, within an action")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def tables() -> str:
+    """Markdown of the committed results: do scores predict retraining, how reliable are they?"""
+    found = realign.of_benchmarks("_weights")
+    head = f"| | {' | '.join(found)} |\n" + "|---" * (len(found) + 1) + "|"
+    predicted = [of["datamodelling"]["correlation"] for of in found.values()]
+    lines = ["Rank correlation of a score's sum over a half with the fall of J [95 %]:", "", head]
+    for name in predicted[0]:
+        cells = [f"{of[name]['rho']:+.2f} [{of[name]['low']:+.2f}, {of[name]['high']:+.2f}]"
+                 for of in predicted]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Rank correlation of the scores by two halves of a gold batch:", "", head]
+    rows = [_reliabilities(of) for of in found.values()]
+    for key in rows[0]:
+        cells = [f"{of[key]:.2f}" if key in of else "-" for of in rows]
+        lines.append(f"| {', '.join(key)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Commits: " + ", ".join(of["commit"] for of in found.values())])
+
+
+def _reliabilities(found: dict) -> dict[tuple[str, str, str], float]:
+    """(action, draw, size) -> correlation. Sizes are of the plan: what is drawn may be one off."""
+    sizes = {
+        r["gold"]: min(GOLD_SIZES, key=lambda n: abs(n - r["gold"])) for r in found["reliability"]
+    }
+    return {
+        (r["action"], r["draw"], f"gold of {sizes[r['gold']]}"): r["half_correlation"]
+        for r in found["reliability"]
+    }
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,7 +17,8 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 _DEVICES = "--xla_force_host_platform_device_count=8"
 _DEVICES += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see launch.set_environment
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+_FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES} {children.QUICK_TO_COMPILE}"
+os.environ["XLA_FLAGS"] = _FLAGS.strip()
 # Compiled programs are kept for the other worker, for subprocesses and for the next run (4x less).
 _ROOT = Path(__file__).resolve().parents[1]
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_ROOT / ".pytest_cache" / "jax")

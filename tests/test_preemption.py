@@ -18,11 +18,7 @@ from trace_jax import metrics, preemption
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("preemption_worker.py")
 FLAGS = ("--config.train.total_steps=60", "--config.train.save_every=1000")
-ALONE = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # several processes have no compilation cache
-    "PYTHONPATH": str(ROOT),
-}
+ALONE = {"XLA_FLAGS": children.ONE_DEVICE, "PYTHONPATH": str(ROOT)}
 
 
 def _start(program: list[str], **variables: str) -> subprocess.Popen:

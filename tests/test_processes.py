@@ -36,8 +36,7 @@ def run(
     if isinstance(folder, Path):
         folder.mkdir(exist_ok=True)
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "XLA_FLAGS": children.ONE_DEVICE,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         **variables,
     }
@@ -145,10 +144,7 @@ def test_the_whole_program_in_two_processes(config, straight_run, tmp_path):
     workdir, where = tmp_path / "run", f"localhost:{free_port()}"
     command = [sys.executable, "-m", "trace_jax.launch", f"--config={config}"]
     command += [f"--workdir={workdir}", "--config.mesh.fsdp=-1", f"--coordinator={where}"]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they have no compilation cache
-    }
+    environment = os.environ | {"XLA_FLAGS": children.ONE_DEVICE}
     started = [
         subprocess.Popen(
             [*command, "--processes=2", f"--process={index}"],

@@ -11,10 +11,7 @@ import pytest
 
 from faults import runs
 
-ALONE = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # several processes have no compilation cache
-}
+ALONE = {"XLA_FLAGS": children.ONE_DEVICE}
 
 
 def _port() -> int:
