@@ -163,6 +163,15 @@ def test_effective_sample_size():
     assert statistics.effective_sample_size(np.zeros(3)) == 0
 
 
+def test_ranks_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 50):
+        x = rng.integers(0, 10, n).astype(float)
+        assert statistics.ranks(x).tolist() == stats.rankdata(x).tolist()
+    y, z = rng.normal(size=(2, 40)).round(1)
+    assert statistics.spearman(y, z) == pytest.approx(stats.spearmanr(y, z).statistic)
+
+
 def test_spearman():
     # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: correlation sqrt(0.9).
     assert statistics.spearman([1, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(0.9**0.5)

@@ -58,7 +58,7 @@ from pathlib import Path
 from trace_jax import config, tracking
 with tracking.to(config.base_config().tracking.to_dict(), Path({str(tmp_path)!r}), {{}}):
     tracking.scalars("train", 1, {{"loss/total": 1.0}})
-assert "torch" not in sys.modules
+assert {{"torch", "google.cloud.storage", "boto3"}}.isdisjoint(sys.modules)
 import torch
 torch.zeros(1)
 """

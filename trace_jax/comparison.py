@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from trace_jax import judges, records
 from trace_jax.errors import InputError
@@ -279,6 +279,6 @@ def _log_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None
     if len(d) < 2 or np.ptp(d) < 1e-12:
         return {"difference": mean, "low": None, "high": None, "p": 1.0}
     error = float(d.std(ddof=1) / np.sqrt(len(d)))
-    half = float(stats.t.ppf(0.975, len(d) - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, len(d) - 1))
+    half = float(special.stdtrit(len(d) - 1, 0.975)) * error
+    p = float(2 * special.stdtr(len(d) - 1, -abs(mean) / error))
     return {"difference": mean, "low": mean - half, "high": mean + half, "p": p}

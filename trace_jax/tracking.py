@@ -126,18 +126,17 @@ class _TensorBoard:
 def _tensorboard() -> tuple:
     """(event_file_writer, event_pb2, summary_pb2) of tensorboardX.
 
-    It imports PyTorch where that is installed, for seconds and for tensors that it never sees here;
-    hidden meanwhile, PyTorch counts as not installed.
+    It imports PyTorch and clients of clouds where they are installed, for seconds, and for tensors
+    and addresses that it never sees here; hidden meanwhile, they count as not installed.
     """
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None
+    hidden = {"torch", "google.cloud.storage", "boto3"} - sys.modules.keys()
+    sys.modules |= dict.fromkeys(hidden)
     try:
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2, summary_pb2
     finally:
-        if hidden:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
     return event_file_writer, event_pb2, summary_pb2
 
 

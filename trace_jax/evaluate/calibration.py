@@ -148,11 +148,8 @@ def _bins(p: np.ndarray, y: np.ndarray) -> list[dict[str, Any]]:
 
 def _auc(p: np.ndarray, y: np.ndarray) -> float:
     """P(a compliant response has the higher probability), ties half (Mann and Whitney)."""
-    from scipy import stats
-
-    ranks = stats.rankdata(p)
     n = y.sum()
-    return float((ranks[y == 1].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
+    return float((statistics.ranks(p)[y == 1].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
 
 
 def _roc(p: np.ndarray, y: np.ndarray) -> list[tuple[float, float, float | None]]:
