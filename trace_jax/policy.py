@@ -133,6 +133,12 @@ def load(name_or_path: str | os.PathLike[str], *, extended_by: tuple[str, ...] =
             f"no policy {name!r} comes with the package; use one of {', '.join(shipped())} or the "
             "path of a .yaml file"
         )
+    return _shipped(name)
+
+
+@functools.cache
+def _shipped(name: str) -> Policy:
+    """A run asks for each several times; a file of a user's may change meanwhile."""
     return parse((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml")
 
 
