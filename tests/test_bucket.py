@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -159,19 +160,40 @@ def test_files_of_several_processes_meet(machine, monkeypatch):
 
 
 @pytest.mark.fault
-def test_a_run_elsewhere_holds_the_workdir_until_it_is_silent(machine):
-    url = "gs://bucket/runs/held"
+def _signs_elsewhere(url: str, ago: float = 0.0):
     owner = remote.open_path(url) / ".owner.json"
     owner.parent.mkdir(parents=True, exist_ok=True)
-    owner.write_text(json.dumps({"host": "elsewhere", "since": "12:00", "time": time.time()}))
+    sign = {"host": "elsewhere", "since": "12:00", "time": time.time() - ago}
+    owner.write_text(json.dumps(sign))
+    return owner
+
+
+def test_a_run_elsewhere_holds_the_workdir_until_it_is_silent(machine):
+    url = "gs://bucket/runs/held"
+    _signs_elsewhere(url)
     assert bucket.owner(url)["host"] == "elsewhere"
+    threading.Timer(1.0, _signs_elsewhere, [url]).start()  # its next sign of life
     with pytest.raises(InputError, match="another run is at work there .on elsewhere"):
         with bucket.opened(url):
             pass
-    owner.write_text(json.dumps({"host": "elsewhere", "since": "12:00", "time": time.time() - 999}))
+    owner = _signs_elsewhere(url, ago=999)
     with bucket.opened(url):
         assert json.loads(owner.read_text())["host"] == socket.gethostname()
     assert not owner.exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("ahead", [0, 3600])
+def test_one_that_was_there_a_moment_ago_and_is_gone_is_waited_for(
+    machine, monkeypatch, capsys, ahead
+):
+    """A launcher starts the job elsewhere at once; clocks may differ."""
+    monkeypatch.setattr(bucket, "_STALE", 3.0)
+    url = f"gs://bucket/runs/gone{ahead}"
+    owner = _signs_elsewhere(url, ago=-ahead)
+    with bucket.opened(url):
+        assert json.loads(owner.read_text())["host"] == socket.gethostname()
+    assert "a run on elsewhere was at work there a moment ago; waiting" in capsys.readouterr().err
 
 
 def test_a_list_of_files_that_leaves_the_workdir_is_refused(machine, tmp_path):

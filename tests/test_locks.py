@@ -15,7 +15,7 @@ import children
 import pytest
 from faults import runs
 
-from trace_jax import locks, stages, workdir
+from trace_jax import heartbeat, locks, stages, workdir
 from trace_jax.errors import InputError
 
 HOLD = "import sys, time; from pathlib import Path; from trace_jax import locks\n"
@@ -63,6 +63,42 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cannot be written to"):
         with locks.of(tmp_path / "file" / "run"):
             pass
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """This process is on another machine than the holder of a lock, and waits for 5 s."""
+    monkeypatch.setattr(locks.socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(locks, "_LEASE", 5.0)
+
+
+@pytest.mark.fault
+def test_a_lock_of_a_machine_that_is_gone_is_waited_for(holder, elsewhere, tmp_path, capsys):
+    """A file server keeps it for a while, and a launcher starts the job elsewhere at once."""
+    threading.Timer(1.5, holder.kill).start()
+    with locks.of(tmp_path / "run"):
+        pass
+    assert "was at work there a moment ago; waiting" in capsys.readouterr().err
+
+
+def test_one_of_a_machine_that_gives_signs_of_life_is_not(holder, elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_LEASE", 600.0)
+    folder = tmp_path / "run" / heartbeat.FOLDER
+    folder.mkdir()
+    sign = {"process": 0, "host": "a", "pid": 1, "doing": "stage train", "since": 1.0}
+    (folder / "0.json").write_text(json.dumps(sign | {"time": 1.0}))
+    threading.Timer(1.5, (folder / "0.json").write_text, [json.dumps(sign | {"time": 2.0})]).start()
+    with pytest.raises(InputError, match="another run is at work there"):
+        with locks.of(tmp_path / "run"):
+            pass
+
+
+def test_nor_one_that_stays(holder, elsewhere, tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(InputError, match="another run is at work there"):
+        with locks.of(tmp_path / "run"):
+            pass
+    assert time.monotonic() - begin > 4
 
 
 @pytest.mark.fault

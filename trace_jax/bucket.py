@@ -24,6 +24,7 @@ CHECKPOINTS = ".checkpoints"  # folder of the bucket that Orbax writes to
 _FILES, _OWNER, _STATE = ".files", ".owner.json", ".bucket.json"
 _PERIOD = 30.0  # seconds between two looks at what is new
 _STALE = 4 * _PERIOD  # an owner that was silent for so long is dead
+_LOOK = 2.0  # seconds between two looks for a sign of life of an owner
 _LISTS = 4  # lists of files that stay: a slow process may still read the one before
 
 _active: "Mirror | None" = None
@@ -189,15 +190,33 @@ class Mirror:
             self._remember()
 
     def take(self) -> None:
-        """Raises InputError where another run is at work in the bucket; else says that this is."""
+        """Says in the bucket that this run is at work there.
+
+        Another machine that was there a moment ago may be gone, and a launcher starts the job here
+        at once: this one waits until that one was silent for long enough.
+
+        Raises:
+          InputError: it gave another sign of life.
+        """
         with remote.told(self.url):
-            found = remote.patiently(self.url, lambda: _owner(self.remote))
-            if found is not None and found["host"] != socket.gethostname():
-                raise InputError(
-                    f"{self.url}: another run is at work there (on {found['host']}, since "
-                    f"{found['since']}); wait for its end, or use another --workdir"
+            first, began = self._elsewhere(), time.monotonic()
+            if first is not None:
+                metrics.say(
+                    f"  {self.url}: a run on {first['host']} was at work there a moment ago; "
+                    f"waiting until it shows that it is, for at most {_STALE:.0f} s"
                 )
+            while (found := self._elsewhere()) and time.monotonic() - began < _STALE:
+                if found["time"] != first["time"]:
+                    raise InputError(
+                        f"{self.url}: another run is at work there (on {found['host']}, since "
+                        f"{found['since']}); wait for its end, or use another --workdir"
+                    )
+                time.sleep(_LOOK)
             remote.patiently(self.url, self._sign)
+
+    def _elsewhere(self) -> dict[str, Any] | None:
+        found = remote.patiently(self.url, lambda: _owner(self.remote))
+        return None if found is None or found["host"] == socket.gethostname() else found
 
     def start(self) -> None:
         """Publishes from time to time until `close`."""

@@ -9,12 +9,14 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from trace_jax import metrics, processes
+from trace_jax import heartbeat, metrics, processes
 from trace_jax.errors import InputError
 
 NAME = ".lock"
 _BUSY = (errno.EAGAIN, errno.EACCES)
+_LEASE = 120.0  # seconds for which a file server keeps the locks of a machine that is gone
 _NOT_HERE = (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)  # some network file systems
 
 
@@ -57,13 +59,15 @@ def _taken(directory: Path) -> int:
         if error.errno in _NOT_HERE:
             metrics.say(f"  warning: {directory} cannot be locked; start no second run there")
             return descriptor
-        os.close(descriptor)
-        if error.errno not in _BUSY:
-            raise
-        raise InputError(
-            f"{directory}: another run is at work there{_owner(path)}; wait for its end, or use "
-            "another --workdir"
-        ) from error
+        busy = error.errno in _BUSY
+        if not (busy and _outlasted(descriptor, directory)):
+            os.close(descriptor)
+            if not busy:
+                raise
+            raise InputError(
+                f"{directory}: another run is at work there{_told(path)}; wait for its end, or use "
+                "another --workdir"
+            ) from error
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     owner = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
@@ -83,9 +87,41 @@ def _lock(descriptor: int) -> None:
             time.sleep(0.1)
 
 
-def _owner(path: Path) -> str:
+def _outlasted(descriptor: int, directory: Path) -> bool:
+    """Whether a lock of another machine went away, as that of a dead one does after a while.
+
+    A launcher starts a job again at once, here. Not waited for: a machine that gives signs of life.
+    """
+    owner = _owner(directory / NAME)
+    if owner is None or owner["host"] == socket.gethostname():
+        return False
+    signs, end = _signs(directory), time.monotonic() + _LEASE
+    metrics.say(
+        f"  {directory}: a run on {owner['host']} was at work there a moment ago; waiting until it "
+        f"shows that it is, for at most {_LEASE:.0f} s"
+    )
+    while time.monotonic() < end and _signs(directory) == signs:
+        try:
+            _lock(descriptor)
+            return True
+        except OSError as error:
+            if error.errno not in _BUSY:
+                raise
+    return False
+
+
+def _signs(directory: Path) -> list[float]:
+    return [sign["time"] for sign in heartbeat.read(directory)]
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-        return f" (process {found['process']} on {found['host']}, since {found['since']})"
+        return {key: found[key] for key in ("process", "host", "since")}
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return None
+
+
+def _told(path: Path) -> str:
+    owner = _owner(path)
+    return "" if owner is None else " (process {process} on {host}, since {since})".format(**owner)
