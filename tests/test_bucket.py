@@ -159,7 +159,6 @@ def test_files_of_several_processes_meet(machine, monkeypatch):
             (mirrors[0].local / "of2.txt").unlink()  # the first one may delete what others wrote
 
 
-@pytest.mark.fault
 def _signs_elsewhere(url: str, ago: float = 0.0):
     owner = remote.open_path(url) / ".owner.json"
     owner.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +167,7 @@ def _signs_elsewhere(url: str, ago: float = 0.0):
     return owner
 
 
+@pytest.mark.fault
 def test_a_run_elsewhere_holds_the_workdir_until_it_is_silent(machine):
     url = "gs://bucket/runs/held"
     _signs_elsewhere(url)
