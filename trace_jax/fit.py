@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,7 @@ def fit(
     )
     parted = _Parted(module, settings)
     step_fn = parted.step_fn(with_reference=source.retain is not None)
-    total, stopped_at, kept_step = settings.total_steps, None, settings.total_steps
+    total, ended = settings.total_steps, None
     with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
         state = parted.init_state()
         start = saved.latest_step or 0
@@ -209,7 +209,7 @@ def fit(
             def save(step: int, state: train.TrainState) -> None:
                 saved.save(step, state, stretch.data)
 
-            while True:
+            while ended is None:
                 with preemption.stepping():
                     state = train.loop(
                         state,
@@ -224,25 +224,15 @@ def fit(
                         due=lambda _: preemption.due(),
                     )
                 if pauses is None or stretch.end not in pauses.steps:
-                    break
-                reweighed = pauses(stretch.end, parted.module(state, merge=False), stretch.examples)
-                ends = reweighed is None or stretch.end == total
-                if reweighed is not None and pauses.keeps(stretch.end):
-                    if not ends:
-                        _keep(directory, state, stretch.end)
-                elif ends:
-                    kept_step, state = _kept(directory, state, stretch.end)
-                if reweighed is None:
-                    stopped_at = stretch.end
-                if ends:
-                    break
-                stretch.go_on(reweighed)
+                    ended = _Ended(state, kept_step=total, stopped_at=None)
+                else:
+                    ended = _paused(pauses, parted, state, stretch, directory)
     return Fitted(
-        parted.module(state, merge=True),
+        parted.module(ended.state, merge=True),
         feed.real_token_share(source),
-        (stopped_at or total) - start,
-        kept_step,
-        stopped_at,
+        (ended.stopped_at or total) - start,
+        ended.kept_step,
+        ended.stopped_at,
     )
 
 
@@ -313,6 +303,10 @@ class _Stretch:
     def end(self) -> int:
         return self._cuts[self._index + 1]
 
+    @property
+    def is_last(self) -> bool:
+        return self._index + 2 == len(self._cuts)
+
     def go_on(self, examples: Sequence[methods.Example]) -> None:
         """To the next stretch, with these coefficients."""
         self._reweigh(examples)
@@ -325,6 +319,30 @@ class _Stretch:
 
     def _iterator(self):
         return self._source.iterator(self.begin, self.end)
+
+
+class _Ended(NamedTuple):
+    """What a run ends with; the steps as in `Fitted`."""
+
+    state: train.TrainState
+    kept_step: int
+    stopped_at: int | None
+
+
+def _paused(
+    pauses: Pauses, parted: _Parted, state: train.TrainState, stretch: _Stretch, directory: Path
+) -> _Ended | None:
+    """What the run ends with at the end of this stretch, or None: it goes on to the next one."""
+    step = stretch.end
+    reweighed = pauses(step, parted.module(state, merge=False), stretch.examples)
+    keeps = reweighed is not None and pauses.keeps(step)
+    if reweighed is not None and not stretch.is_last:
+        if keeps:
+            _keep(directory, state, step)
+        stretch.go_on(reweighed)
+        return None
+    kept_step, state = (step, state) if keeps else _kept(directory, state, step)
+    return _Ended(state, kept_step, stopped_at=step if reweighed is None else None)
 
 
 def _keep(directory: Path, state: train.TrainState, step: int) -> None:
