@@ -162,10 +162,17 @@ def tables() -> str:
 def in_short() -> str:
     """The methods of the paper on every benchmark."""
     return "\n\n".join(
-        f"**{found['name']}** (commit {found['commit']}, {len(found['seeds'])} seeds)\n\n"
-        + comparison_tables.table(found, NOT_IN_SHORT)
+        f"**{found['name']}** (commit {found['commit']}, {len(found['seeds'])} seeds"
+        f"{_way(found)})\n\n" + comparison_tables.table(found, NOT_IN_SHORT)
         for found in committed()
     )
+
+
+def _way(found: dict) -> str:
+    """How it differs from what is measured today."""
+    if found["operating_points"]["trace"].get("train.keep_best"):
+        return ""
+    return "; ends of runs instead of their best evaluations, and an earlier default of trace"
 
 
 def answers() -> str:
@@ -173,7 +180,7 @@ def answers() -> str:
     read = committed()
     of = {
         found["name"]: {
-            claim: f"{difference}: **{answer}**"
+            claim if figure == "guarded" else f"{claim} ({figure})": f"{difference}: **{answer}**"
             for claim, figure, difference, answer in comparison_tables.statements(found)
             if figure != "raw"
         }
@@ -214,9 +221,10 @@ def percent(rate: dict) -> str:
 def section(found: dict) -> str:
     """One benchmark's table with its provenance."""
     actions = ", ".join(f"{k} {n}" for k, n in found["summary"]["triage"]["actions"].items())
+    versions = found.get("versions", found)  # of earlier results they were beside the rest
     provenance = (
-        f"`docs/results/{found['name']}.json`; commit {found['commit']}, jax {found['jax']}, "
-        f"{found['machine']}, CPU only; "
+        f"`docs/results/{found['name']}.json`{_way(found)}; commit {found['commit']}, "
+        f"jax {versions['jax']}, {found['machine']}, CPU only; "
         f"triage: {actions}; unchanged clauses: {', '.join(found['unchanged_clauses'])}."
     )
     return f"### {found['name']}\n\n{comparison_tables.markdown(found)}\n{provenance}\n"
