@@ -278,3 +278,12 @@ def test_other_prompts_are_refused():
     other = [r | {"id": "x" + r["id"]} for r in rows(0.5, 0)]
     with pytest.raises(InputError, match="b was evaluated on other prompts"):
         comparison.summary({"a": [rows(0.5, 0)], "b": [other]}, {"a": [1.0], "b": [1.0]})
+
+
+def test_labels_of_the_plot_stand_apart_and_inside():
+    rates = [10.0, 50.0, 50.1, 50.2, 79.9, 80.0]
+    places = comparison_tables._apart(rates, lines=35)
+    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert min(gaps) >= 1.999 and places[0] == 10.0 and max(places) == 80.0
+    assert max(abs(p - r) for p, r in zip(places, rates, strict=True)) < 4.1
+    assert comparison_tables._apart([5.0], lines=20) == [5.0]

@@ -1,7 +1,6 @@
 """A comparison as people read it: Markdown, LaTeX and two plots."""
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,20 @@ def _latex_cell(value: Mapping[str, Any] | str | None) -> str:
 
 
 _WIDEST = 2.5  # times the lowest perplexity: what the plot shows
-_LINE = 2.2  # percent of compliance that a label is high
+
+
+def _apart(rising: Sequence[float], lines: float) -> list[float]:
+    """Heights of labels: each near its point, none on another, all between the ends.
+
+    lines: how many of them fill the height; more than there are.
+    """
+    line, high = (rising[-1] - rising[0]) / lines, rising[-1]
+    places: list[float] = []
+    for height in rising:
+        places.append(max(height, places[-1] + line) if places else height)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], places[i + 1] - line if i + 1 < len(places) else high)
+    return places
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
@@ -184,21 +196,21 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     left.legend(fontsize=8)
     left.grid(axis="x", alpha=0.3)
     edge = _WIDEST * min(row["perplexity"] for _, row in shown)
-    last, aside = -math.inf, 0.03 * edge
-    for name, row in sorted(shown, key=lambda of: of[1]["compliance_guarded"]["rate"]):
-        beyond = row["perplexity"] > edge
-        at = (min(edge, row["perplexity"]), 100 * row["compliance_guarded"]["rate"])
+    upwards = sorted(shown, key=lambda of: of[1]["compliance_guarded"]["rate"])
+    rates = [100 * row["compliance_guarded"]["rate"] for _, row in upwards]
+    for (name, row), rate, place in zip(upwards, rates, _apart(rates, 7 * height), strict=True):
+        at = (min(edge, row["perplexity"]), rate)
         colour = "C1" if name in ("base", "M_ref") else "C0"
-        right.plot(*at, ">" if beyond else "o", color=colour)
-        last = max(at[1], last + _LINE)  # labels of points close together stand above each other
+        right.plot(*at, ">" if row["perplexity"] > edge else "o", color=colour)
         right.annotate(
             name,
             at,
-            (at[0] + (-aside if beyond else aside), last),
+            (1.03, place),
+            textcoords=right.get_yaxis_transform(),  # beside the axes, at the height of a rate
             fontsize=7,
-            ha="right" if beyond else "left",
+            ha="left",
             va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey"},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey", "relpos": (0, 0.5)},
         )
     right.set_xlabel(f"perplexity of base text (lower: closer to it; arrows: over {edge:.1f})")
     right.set_ylabel("guarded, T=1 (%)")
