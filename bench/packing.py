@@ -53,7 +53,7 @@ PURPOSES = {
     "prefill": "the sampler's prompts",
     "advance": "the sampler's tokens",
     "_empty": "the sampler's slots and cache, before the first prompt",
-    "_scan_logprobs": "log-probs of rows of texts: the reference's, perplexity, choices",
+    "_packed_logprobs": "log-probs of rows of texts: the reference's, perplexity, choices",
     "objective_gradient": "g_J of the gold batch",
     "init_state": "the optimizer's state, before the first step",
 }

@@ -1,5 +1,7 @@
 """Boundaries in token space, packing, and packed rows against separate rows."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -236,3 +238,13 @@ def test_the_last_group_of_rows_is_about_full(texts):
     assert [len(group) for group in groups] == [6, 3] and layout.n_rows == 6
     alone, (group,) = logprobs.packed_groups(encoded[:3], row_length=32, micro_rows=4)
     assert alone.micro_batches == 1 and sum(map(len, group)) == 3
+
+
+def test_any_number_of_texts_is_one_program(texts, model):
+    logprobs._packed_logprobs.clear_cache()
+    length = max(t.row_length for t in texts)
+    asked = functools.partial(logprobs.of_texts, model, row_length=length, micro_rows=2)
+    whole = asked([*texts[:3]] * 20)
+    for n in (1, 7, 30):
+        np.testing.assert_allclose(asked(([*texts[:3]] * 20)[:n]), whole[:n], atol=1e-5)
+    assert logprobs._packed_logprobs._cache_size() == 1 and whole.all()

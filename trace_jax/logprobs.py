@@ -16,6 +16,8 @@ from trace_jax import batches, encoding, losses, packing, sharding
 
 Array = jax.Array
 
+_SLOTS = 4  # texts that a row has room for at least, where programs are to be few
+
 
 def response_logprobs(module, rows: batches.Rows, n_responses: int) -> Array:
     """Sum of log p(token) over each response's tokens, [R, n_responses]."""
@@ -57,13 +59,17 @@ def response_lengths(rows: batches.Rows, n_responses: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "n_responses"))
-def _scan_logprobs(graphdef, state, rows: batches.Rows, n_responses: int) -> Array:
+def _packed_logprobs(graphdef, state, rows: batches.Rows, n_responses: int) -> Array:
+    """[M, R, n_responses] of rows [M, R, ...]; the last micro-batches, if empty, cost nothing."""
     module = nnx.merge(graphdef, state)
+    filled = jnp.sum(jnp.any(rows.segments != 0, axis=(1, 2)))
 
-    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
-        return carry, response_logprobs(module, micro, n_responses)
+    def body(i: Array, out_MRN: Array) -> Array:
+        micro = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
+        return out_MRN.at[i].set(response_logprobs(module, micro, n_responses))
 
-    return sharding.replicated(jax.lax.scan(body, None, rows)[1])
+    out_MRN = jnp.zeros((*rows.tokens.shape[:2], n_responses), jnp.float32)
+    return sharding.replicated(jax.lax.fori_loop(0, filled, body, out_MRN))
 
 
 def of_texts(
@@ -76,13 +82,14 @@ def of_texts(
 ) -> np.ndarray:
     """Log-probs of the first two responses of every text, [n, 2] float32 (0 where there is one).
 
-    One compiled program serves all of them. `progress` is called with the number of texts done.
+    One compiled program serves all of them, and any other number of them. `progress` is called with
+    the number of texts done.
     """
     graphdef, state = nnx.split(module)
     return map_packed(
-        lambda rows, n_responses: _scan_logprobs(graphdef, state, rows, n_responses),
+        lambda rows, n_responses: _packed_logprobs(graphdef, state, rows, n_responses),
         encoded,
-        packed_groups(encoded, row_length=row_length, micro_rows=micro_rows),
+        packed_groups(encoded, row_length=row_length, micro_rows=micro_rows, even=False),
         progress,
     )
 
@@ -132,12 +139,19 @@ def map_packed(
 
 
 def packed_groups(
-    encoded: Sequence[encoding.Encoded], *, row_length: int, micro_rows: int, micro_batches: int = 8
+    encoded: Sequence[encoding.Encoded],
+    *,
+    row_length: int,
+    micro_rows: int,
+    micro_batches: int = 8,
+    even: bool = True,
 ) -> Packed:
     """Texts in rows.
 
     micro_rows: rows computed at once on every data shard of the mesh in context. micro_batches: the
-    most of a group.
+    most of a group. even: as many of them in every group, so that few of the last are empty; else
+    every group has room for the most, whatever the number of texts, and the last may be empty;
+    a row has room for a few texts then, whatever it holds.
     """
     micro_rows *= sharding.shards_in_context()
     lengths = [e.row_length for e in encoded]
@@ -145,7 +159,10 @@ def packed_groups(
     rows = packing.pack_rows(lengths, row_length, max_slots)
     slots = 1 << (max(len(row) for row in rows) - 1).bit_length()  # few shapes, so few programs
     n_groups = -(-len(rows) // (micro_rows * micro_batches))
-    micro_batches = -(-len(rows) // (micro_rows * n_groups))  # so that the last group is full
+    if even:
+        micro_batches = -(-len(rows) // (micro_rows * n_groups))
+    else:
+        slots = max(slots, _SLOTS)
     layout = packing.Layout(micro_rows, row_length, slots, micro_batches)
     return Packed(layout, _grouped(rows, layout))
 

@@ -74,14 +74,9 @@ def scores(
         path = "jvp_losses"
     graphdef, params, frozen = nnx.split(module, fit.trainable(settings), ...)
     row_length = run.config.data.row_length or batches.longest_row(encoded)
-    gradients = [
-        _gold_gradient(run, half, graphdef, params, frozen, row_length)
-        for half in (gold[::2], gold[1::2])
-        if half
-    ]
-    whole = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
-    tangents = [whole, gradients[0]]
-    del gradients, whole
+    gradients = _gold_gradients(run, gold, graphdef, params, frozen, row_length)
+    tangents = [_mean(gradients), gradients[0]]
+    del gradients
     tangents, solved = _tangents(run, tangents, examples, encoded, graphdef, params, frozen)
     of_path = _by_response if path == "jvp" else functools.partial(_by_example, path=path)
     some = min(config.reliability_examples or len(examples), len(examples))
@@ -96,35 +91,57 @@ def scores(
     return Scores(along_J, checked, halves, steps)
 
 
-def _gold_gradient(
-    run: context.Context, half, graphdef, params, frozen, row_length: int
-) -> nnx.State:
-    config = run.config.impact
-    encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in half]
+def _gold_gradients(
+    run: context.Context, gold, graphdef, params, frozen, row_length: int
+) -> list[nnx.State]:
+    """g_J of each half of the gold batch, by one program where they are equal in number."""
+    encoded = [run.encoder.encode(e.prompt, [e.y0, e.y1], e.record_id) for e in gold]
     row_length = max(row_length, batches.longest_row(encoded))
-    step = batches.Step(
-        _one_step(run, half, encoded, row_length, _reference(run, encoded, row_length)), None
-    )
-    options = dataclasses.replace(
-        run.settings("train").options(), preference="logistic", n_conflict=len(half)
-    )
-    hyper = run.settings("train").hyper()._replace(beta=jnp.float32(config.gold_beta))
-    return impact.objective_gradient(
-        params, frozen, sharding.place_rows(step), hyper, graphdef=graphdef, options=options
-    )
+    ref = _reference(run, encoded, row_length)
+    halves = [(gold[k::2], encoded[k::2], ref[k::2]) for k in range(min(2, len(gold)))]
+    settings = run.settings("train")
+    hyper = settings.hyper()._replace(beta=jnp.float32(run.config.impact.gold_beta))
+    found = []
+    for (half, *_), batch in zip(halves, _whole_batches(run, halves, row_length), strict=True):
+        options = dataclasses.replace(
+            settings.options(), preference="logistic", n_conflict=len(half)
+        )
+        step = sharding.place_rows(batches.Step(batch, None))
+        found.append(
+            impact.objective_gradient(
+                params, frozen, step, hyper, graphdef=graphdef, options=options
+            )
+        )
+    return found
 
 
-def _one_step(
-    run: context.Context, examples, encoded, row_length: int, ref: np.ndarray
-) -> batches.Batch:
-    """All examples as one batch."""
-    plan = packing.PackPlan(
-        [e.row_length for e in encoded],
-        np.arange(len(examples))[None],
-        row_length=row_length,
-        micro_rows=run.config.impact.micro_rows * sharding.shards_in_context(),
+@jax.jit
+def _mean(gradients: list[nnx.State]) -> nnx.State:
+    return jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
+
+
+def _whole_batches(run: context.Context, parts: Sequence, row_length: int) -> list[batches.Batch]:
+    """Parts (examples, encoded, ref), each as one batch; all laid out as the largest needs it."""
+    plans = [
+        packing.PackPlan(
+            [e.row_length for e in encoded],
+            np.arange(len(examples))[None],
+            row_length=row_length,
+            micro_rows=run.config.impact.micro_rows * sharding.shards_in_context(),
+        )
+        for examples, encoded, _ in parts
+    ]
+    layout = dataclasses.replace(
+        plans[0].layout,
+        slots=max(plan.layout.slots for plan in plans),
+        micro_batches=max(plan.layout.micro_batches for plan in plans),
     )
-    return batches.StepSource(plan, encoded, examples, ref)[0]
+    for plan in plans:
+        plan.layout = layout
+    return [
+        batches.StepSource(plan, encoded, examples, ref)[0]
+        for plan, (examples, encoded, ref) in zip(plans, parts, strict=True)
+    ]
 
 
 def _reference(run: context.Context, encoded, row_length: int) -> np.ndarray:
@@ -160,7 +177,8 @@ def _tangents(
                     jnp.add, diagonal, squares)  # fmt: skip
                 bar.advance(len(group))
         return [curvature.by_diagonal(g, diagonal, damping=config.damping) for g in gradients], []
-    step = sharding.place_rows(batches.Step(_one_step(run, used, texts, row_length, ref), None))
+    (batch,) = _whole_batches(run, [(used, texts, ref)], row_length)
+    step = sharding.place_rows(batches.Step(batch, None))
     arguments["options"] = dataclasses.replace(settings.options(), n_conflict=len(used))
 
     def product(vector: nnx.State) -> nnx.State:
