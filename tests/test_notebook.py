@@ -157,6 +157,7 @@ def test_it_runs_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_FLAGS", " ".join(f"--config.{k}={v}" for k, v in SMALL.items()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("XLA_FLAGS", children.ONE_DEVICE)  # as Colab has
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     after = "import sys\n'jax' in sys.modules"  # what the kernel holds when all is done
     notebook.cells.append(nbformat.v4.new_code_cell(after))
