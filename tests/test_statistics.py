@@ -178,6 +178,7 @@ def test_spearman():
     assert statistics.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert np.isnan(statistics.spearman([1, 1, 1], [1, 2, 3]))
     assert np.isnan(statistics.spearman([1], [2]))
+    assert np.isnan(statistics.spearman([1, 2, np.nan], [1, 2, 3]))
 
 
 @pytest.mark.parametrize("n", [1, 7, 399, 400, 401, 1000])

@@ -199,13 +199,14 @@ class Mirror:
           InputError: it gave another sign of life.
         """
         with remote.told(self.url):
-            first, began = self._elsewhere(), time.monotonic()
-            if first is not None:
-                metrics.say(
-                    f"  {self.url}: a run on {first['host']} was at work there a moment ago; "
-                    f"waiting until it shows that it is, for at most {_STALE:.0f} s"
-                )
+            first, began = None, time.monotonic()
             while (found := self._elsewhere()) and time.monotonic() - began < _STALE:
+                if first is None:
+                    first = found
+                    metrics.say(
+                        f"  {self.url}: a run on {first['host']} was at work there a moment ago; "
+                        f"waiting until it shows that it is, for at most {_STALE:.0f} s"
+                    )
                 if found["time"] != first["time"]:
                     raise InputError(
                         f"{self.url}: another run is at work there (on {found['host']}, since "

@@ -95,12 +95,12 @@ def _outlasted(descriptor: int, directory: Path) -> bool:
     owner = _owner(directory / NAME)
     if owner is None or owner["host"] == socket.gethostname():
         return False
-    signs, end = _signs(directory), time.monotonic() + _LEASE
+    newest, end = _newest_sign(directory), time.monotonic() + _LEASE
     metrics.say(
         f"  {directory}: a run on {owner['host']} was at work there a moment ago; waiting until it "
         f"shows that it is, for at most {_LEASE:.0f} s"
     )
-    while time.monotonic() < end and _signs(directory) == signs:
+    while time.monotonic() < end and _newest_sign(directory) <= newest:
         try:
             _lock(descriptor)
             return True
@@ -110,8 +110,9 @@ def _outlasted(descriptor: int, directory: Path) -> bool:
     return False
 
 
-def _signs(directory: Path) -> list[float]:
-    return [sign["time"] for sign in heartbeat.read(directory)]
+def _newest_sign(directory: Path) -> float:
+    """Time of the newest sign of life there, 0 where none is left: its run came to an end."""
+    return max((sign["time"] for sign in heartbeat.read(directory)), default=0.0)
 
 
 def _owner(path: Path) -> dict[str, Any] | None:

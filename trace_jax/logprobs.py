@@ -16,7 +16,8 @@ from trace_jax import batches, encoding, losses, packing, sharding
 
 Array = jax.Array
 
-_SLOTS = 4  # texts that a row has room for at least, where programs are to be few
+_MICRO_BATCHES = 8  # of a group, at most
+_SLOTS = 4  # texts that a row of `roomy_groups` has room for at least
 
 
 def response_logprobs(module, rows: batches.Rows, n_responses: int) -> Array:
@@ -89,7 +90,7 @@ def of_texts(
     return map_packed(
         lambda rows, n_responses: _packed_logprobs(graphdef, state, rows, n_responses),
         encoded,
-        packed_groups(encoded, row_length=row_length, micro_rows=micro_rows, even=False),
+        roomy_groups(encoded, row_length=row_length, micro_rows=micro_rows),
         progress,
     )
 
@@ -143,28 +144,37 @@ def packed_groups(
     *,
     row_length: int,
     micro_rows: int,
-    micro_batches: int = 8,
-    even: bool = True,
+    micro_batches: int = _MICRO_BATCHES,
 ) -> Packed:
-    """Texts in rows.
+    """Texts in rows, with about as many rows in every group: few are empty.
 
     micro_rows: rows computed at once on every data shard of the mesh in context. micro_batches: the
-    most of a group. even: as many of them in every group, so that few of the last are empty; else
-    every group has room for the most, whatever the number of texts, and the last may be empty;
-    a row has room for a few texts then, whatever it holds.
+    most of a group.
     """
+    rows, slots = _rows(encoded, row_length)
     micro_rows *= sharding.shards_in_context()
+    n_groups = -(-len(rows) // (micro_rows * micro_batches))
+    micro_batches = -(-len(rows) // (micro_rows * n_groups))
+    layout = packing.Layout(micro_rows, row_length, slots, micro_batches)
+    return Packed(layout, _grouped(rows, layout))
+
+
+def roomy_groups(
+    encoded: Sequence[encoding.Encoded], *, row_length: int, micro_rows: int
+) -> Packed:
+    """The same in one layout however many texts there are: the last micro-batches may be empty."""
+    rows, slots = _rows(encoded, row_length)
+    micro_rows *= sharding.shards_in_context()
+    layout = packing.Layout(micro_rows, row_length, max(slots, _SLOTS), _MICRO_BATCHES)
+    return Packed(layout, _grouped(rows, layout))
+
+
+def _rows(encoded: Sequence[encoding.Encoded], row_length: int) -> tuple[list[list[int]], int]:
+    """Indices of the texts of each row, and the slots of a row."""
     lengths = [e.row_length for e in encoded]
     max_slots = max(1, row_length // max(1, min(lengths)))
     rows = packing.pack_rows(lengths, row_length, max_slots)
-    slots = 1 << (max(len(row) for row in rows) - 1).bit_length()  # few shapes, so few programs
-    n_groups = -(-len(rows) // (micro_rows * micro_batches))
-    if even:
-        micro_batches = -(-len(rows) // (micro_rows * n_groups))
-    else:
-        slots = max(slots, _SLOTS)
-    layout = packing.Layout(micro_rows, row_length, slots, micro_batches)
-    return Packed(layout, _grouped(rows, layout))
+    return rows, 1 << (max(len(row) for row in rows) - 1).bit_length()  # few shapes, few programs
 
 
 def some_of(packed: Packed, encoded: Sequence[encoding.Encoded], chosen: Sequence[int]) -> Packed:

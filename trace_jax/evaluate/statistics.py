@@ -148,9 +148,9 @@ def effective_sample_size(weight_N: np.ndarray) -> float:
 
 
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Rank correlation with averaged ties; NaN for a constant side or fewer than 2 items."""
+    """Rank correlation with averaged ties; NaN for a constant side, a NaN, or fewer than 2."""
     a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
-    if len(a_N) < 2 or _all_equal(a_N) or _all_equal(b_N):
+    if len(a_N) < 2 or _all_equal(a_N) or _all_equal(b_N) or np.isnan([a_N, b_N]).any():
         return float("nan")
     return float(np.corrcoef(ranks(a_N), ranks(b_N))[0, 1])
 
