@@ -93,6 +93,18 @@ def test_one_of_a_machine_that_gives_signs_of_life_is_not(holder, elsewhere, tmp
             pass
 
 
+def test_one_that_comes_to_its_end_meanwhile_is(holder, elsewhere, tmp_path):
+    """Its signs of life go away before its lock."""
+    sign = tmp_path / "run" / heartbeat.FOLDER / "0.json"
+    sign.parent.mkdir()
+    row = {"process": 0, "host": "a", "pid": 1, "doing": "", "since": 1.0, "time": 1.0}
+    sign.write_text(json.dumps(row))
+    threading.Timer(1.0, sign.unlink).start()
+    threading.Timer(3.0, holder.kill).start()
+    with locks.of(tmp_path / "run"):
+        pass
+
+
 def test_nor_one_that_stays(holder, elsewhere, tmp_path):
     begin = time.monotonic()
     with pytest.raises(InputError, match="another run is at work there"):
