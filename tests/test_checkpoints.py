@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import pytest
 import tiny
 from flax import nnx
@@ -103,6 +104,18 @@ def test_a_checkpoint_of_another_shape_is_refused(base, straight, changes, n, fi
         message = rf"another shape \({n} arrays differ; first .*{first}\); use another --workdir"
         with pytest.raises(InputError, match=message):
             saved.restore(state_of(base, **changes))
+
+
+def test_what_is_not_asked_for_is_not_read(base, straight):
+    """A finished run's model is restored without the state of its optimiser."""
+    directory, fitted = straight
+    stored = fit._Parted(base, tiny.settings()).stored()
+    with checkpoints.Checkpoints(directory / "checkpoints", keep=2) as saved:
+        step, state = saved.restore(stored)
+    assert (step, state.step) == (6, ...)
+    assert {leaf is ... for leaf in jax.tree.leaves(state.opt_state)} == {True}
+    restored = fit.restore(base, tiny.settings(), directory / "checkpoints")
+    tiny.assert_same(nnx.state(restored), nnx.state(fitted.module))
 
 
 def test_a_checkpoint_without_the_position_of_the_data_is_refused(base, tmp_path):

@@ -1,14 +1,16 @@
 """A whole training run on texts: what it changes, what it keeps, what it leaves on disk."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
-from trace_jax import batches, checkpoints, feed, fit, metrics, train
+from trace_jax import batches, best, checkpoints, feed, fit, metrics, train
 from trace_jax.errors import InputError
 from trace_jax.models import lora
 
@@ -209,8 +211,13 @@ def test_a_pause_that_stops_gives_the_model_of_the_one_before(base, tmp_path):
     tiny.assert_same(nnx.state(fitted.module), nnx.state(shorter.module))
     restored = fit.restore(base, tiny.settings(), tmp_path / "checkpoints")
     tiny.assert_same(nnx.state(restored), nnx.state(fitted.module))
-    with checkpoints.Checkpoints(tmp_path / "checkpoints" / "good", keep=1) as good:
+    with checkpoints.Checkpoints(tmp_path / "checkpoints" / best.FOLDER, keep=1) as good:
         assert good.latest_step == 2
+    about = ocp.metadata(tmp_path / "checkpoints" / best.FOLDER / "2", "state").custom_metadata
+    assert about["shapes"] and not [k for k in about["shapes"] if "opt_state" in k]
+    shutil.rmtree(tmp_path / "checkpoints" / best.FOLDER)
+    with pytest.raises(InputError, match="best is missing: .*train anew with --redo"):
+        fit.restore(base, tiny.settings(), tmp_path / "checkpoints")
 
 
 def test_a_first_pause_that_stops_leaves_nothing_to_go_back_to(base, tmp_path):

@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 
 import jax
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from trace_jax import bucket, metrics, processes, records, train, workdir
 from trace_jax.errors import InputError
+
+State = train.TrainState | nnx.State  # a run's, or weights alone
 
 _log = logging.getLogger("absl")
 _log.setLevel(logging.WARNING)  # Orbax logs every file at INFO
@@ -67,7 +70,7 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else int(latest.step)
 
-    def save(self, step: int, state: train.TrainState, data=None) -> None:
+    def save(self, step: int, state: State, data=None) -> None:
         """Saves the state after `step` updates with the position of the Grain iterator `data`.
 
         The position is the same in every process, so any number of them can go on from it.
@@ -131,8 +134,11 @@ class Checkpoints:
                 shutil.rmtree(path)
                 kept.unlink()
 
-    def restore(self, state: train.TrainState, data=None) -> tuple[int, train.TrainState] | None:
-        """(step, state) of the newest checkpoint, sharded like `state`; moves `data` there."""
+    def restore(self, state: State, data=None) -> tuple[int, State] | None:
+        """(step, state) of the newest checkpoint, sharded like `state`; moves `data` there.
+
+        state: arrays, or their shapes with shardings; what is `...` in it is not read.
+        """
         self.wait()
         latest = self._checkpointer.latest
         if latest is None:
@@ -151,8 +157,9 @@ class Checkpoints:
             data.set_state(about["data"])
         return int(latest.step), loaded["state"]
 
-    def _check_shapes(self, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-        names = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    def _check_shapes(self, found: dict[str, list], wanted: dict[str, list | None]) -> None:
+        compared = [k for k in found.keys() | wanted.keys() if wanted.get(k, []) is not None]
+        names = sorted(k for k in compared if found.get(k) != wanted.get(k))
         if names:
             raise InputError(
                 f"{self.directory}: the checkpoint has another shape ({len(names)} arrays differ; "
@@ -161,10 +168,14 @@ class Checkpoints:
             )
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def _abstract(x):
+    return x if x is ... else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _shapes(state: train.TrainState) -> dict[str, list[int]]:
+def _shapes(state: State) -> dict[str, list[int] | None]:
+    """Of every array by its path; None: any."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): None if leaf is ... else list(leaf.shape)
+        for path, leaf in leaves
+    }

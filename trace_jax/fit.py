@@ -15,6 +15,7 @@ from flax import nnx
 
 from trace_jax import (
     batches,
+    best,
     checkpoints,
     encoding,
     feed,
@@ -30,7 +31,6 @@ from trace_jax.errors import InputError
 from trace_jax.models import lora
 
 BEGAN = "began.json"  # beside the checkpoints: from which step this try goes on, and since when
-_KEPT, _ENDED = "good", "stopped.json"  # of a run that may end with the state of a pause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,11 +224,11 @@ def fit(
                         due=lambda _: preemption.due(),
                     )
                 if pauses is None or stretch.end not in pauses.steps:
-                    ended = _Ended(state, kept_step=total, stopped_at=None)
+                    ended = _Ended(state.params, kept_step=total, stopped_at=None)
                 else:
                     ended = _paused(pauses, parted, state, stretch, directory)
     return Fitted(
-        parted.module(ended.state, merge=True),
+        parted.module(ended.params, merge=True),
         feed.real_token_share(source),
         (ended.stopped_at or total) - start,
         ended.kept_step,
@@ -268,12 +268,23 @@ class _Parted:
 
         return step_fn
 
-    def module(self, state: train.TrainState, *, merge: bool) -> nnx.Module:
+    def stored(self) -> train.TrainState:
+        """A state as checkpoints have it: parameters as shapes, in their place the rest `...`."""
+        whole = jax.eval_shape(self.init_state)
+        wanted = jax.tree.map(lambda _: ..., whole)
+        params = jax.tree.map(
+            lambda new, old: jax.ShapeDtypeStruct(new.shape, new.dtype, sharding=old.sharding),
+            whole.params,
+            self.params,
+        )
+        return wanted._replace(params=params)
+
+    def module(self, params: nnx.State, *, merge: bool) -> nnx.Module:
         """theta as a module, leaves in the dtype of those before; adapters merged, or beside."""
         if self.settings.adapters == "lora":
-            module = nnx.merge(self.graphdef, state.params, self.frozen)
+            module = nnx.merge(self.graphdef, params, self.frozen)
             return lora.merge(module) if merge else module
-        cast = jax.tree.map(lambda t, b: t.astype(b.dtype), state.params, self.params)
+        cast = jax.tree.map(lambda t, b: t.astype(b.dtype), params, self.params)
         return nnx.merge(self.graphdef, cast, self.frozen)
 
 
@@ -324,7 +335,7 @@ class _Stretch:
 class _Ended(NamedTuple):
     """What a run ends with; the steps as in `Fitted`."""
 
-    state: train.TrainState
+    params: nnx.State
     kept_step: int
     stopped_at: int | None
 
@@ -333,36 +344,16 @@ def _paused(
     pauses: Pauses, parted: _Parted, state: train.TrainState, stretch: _Stretch, directory: Path
 ) -> _Ended | None:
     """What the run ends with at the end of this stretch, or None: it goes on to the next one."""
-    step = stretch.end
-    reweighed = pauses(step, parted.module(state, merge=False), stretch.examples)
+    step, params = stretch.end, state.params
+    reweighed = pauses(step, parted.module(params, merge=False), stretch.examples)
     keeps = reweighed is not None and pauses.keeps(step)
     if reweighed is not None and not stretch.is_last:
         if keeps:
-            _keep(directory, state, step)
+            best.keep(directory, params, step)
         stretch.go_on(reweighed)
         return None
-    kept_step, state = (step, state) if keeps else _kept(directory, state, step)
-    return _Ended(state, kept_step, stopped_at=step if reweighed is None else None)
-
-
-def _keep(directory: Path, state: train.TrainState, step: int) -> None:
-    """Keeps the state of a pause, for a run that ends with it."""
-    with checkpoints.Checkpoints(directory / _KEPT, keep=1) as kept:
-        kept.save(step, state)
-
-
-def _kept(directory: Path, state: train.TrainState, ended_at: int) -> tuple[int, train.TrainState]:
-    """Step and state of the pause that was kept last, which is what the run ends with."""
-    with checkpoints.Checkpoints(directory / _KEPT, keep=1) as kept:
-        found = kept.restore(state)
-    if found is None:
-        raise InputError(
-            f"training went wrong before its first evaluation (step {ended_at}), so there is "
-            "nothing to go back to; lower train.learning_rate, or evaluate earlier "
-            "(train.evaluate_every)"
-        )
-    records.write_json(directory / _ENDED, {"step": found[0], "stopped_at": ended_at})
-    return found
+    kept_step, params = (step, params) if keeps else best.end_with(directory, params, step)
+    return _Ended(params, kept_step, stopped_at=step if reweighed is None else None)
 
 
 def reference(params: nnx.State, settings: Settings) -> nnx.State:
@@ -379,17 +370,18 @@ def restore(module, settings: Settings, directory: Path, *, merge: bool = True):
     merge=False leaves the adapters beside the kernels.
     """
     parted = _Parted(module, settings)
-    state = parted.init_state()
-    of_pause = (directory / _ENDED).exists()
-    where = directory / _KEPT if of_pause else directory
-    with checkpoints.Checkpoints(where, keep=settings.keep) as saved:
-        step, state = saved.restore(state) or (0, state)
-    if step != settings.total_steps and not of_pause:
-        raise InputError(
-            f"{directory}: the newest checkpoint is of step {step}, not {settings.total_steps}; "
-            "rerun stage train"
-        )
-    return parted.module(state, merge=merge)
+    stored = parted.stored()
+    params = best.restored(directory, stored.params)
+    if params is None:
+        with checkpoints.Checkpoints(directory, keep=settings.keep) as saved:
+            step = saved.latest_step or 0
+            if step != settings.total_steps:
+                raise InputError(
+                    f"{directory}: the newest checkpoint is of step {step}, not "
+                    f"{settings.total_steps}; rerun stage train"
+                )
+            params = saved.restore(stored)[1].params
+    return parted.module(params, merge=merge)
 
 
 def n_parameters(module) -> int:
