@@ -59,18 +59,27 @@ def response_lengths(rows: batches.Rows, n_responses: int) -> Array:
     return sum_by_response(jnp.ones(rows.responses.shape, jnp.float32), rows.responses, n_responses)
 
 
+def of_filled(rows: batches.Rows, compute: Callable[[batches.Rows], Array]) -> Array:
+    """`compute` of each micro-batch of rows [M, R, ...], stacked; 0 for empty ones at the end.
+
+    Those cost nothing, so one compiled program serves any number of micro-batches up to M.
+    """
+
+    def micro(i: Array | int) -> batches.Rows:
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
+
+    filled = jnp.sum(jnp.any(rows.segments != 0, axis=(1, 2)))
+    one = jax.eval_shape(lambda: compute(micro(0)))
+    out = jnp.zeros((rows.tokens.shape[0], *one.shape), one.dtype)
+    return jax.lax.fori_loop(0, filled, lambda i, out: out.at[i].set(compute(micro(i))), out)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "n_responses"))
 def _packed_logprobs(graphdef, state, rows: batches.Rows, n_responses: int) -> Array:
-    """[M, R, n_responses] of rows [M, R, ...]; the last micro-batches, if empty, cost nothing."""
+    """[M, R, n_responses] of rows [M, R, ...]."""
     module = nnx.merge(graphdef, state)
-    filled = jnp.sum(jnp.any(rows.segments != 0, axis=(1, 2)))
-
-    def body(i: Array, out_MRN: Array) -> Array:
-        micro = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
-        return out_MRN.at[i].set(response_logprobs(module, micro, n_responses))
-
-    out_MRN = jnp.zeros((*rows.tokens.shape[:2], n_responses), jnp.float32)
-    return sharding.replicated(jax.lax.fori_loop(0, filled, body, out_MRN))
+    found = of_filled(rows, lambda micro: response_logprobs(module, micro, n_responses))
+    return sharding.replicated(found)
 
 
 def of_texts(

@@ -101,7 +101,7 @@ class HarnessModel(TemplateLM):
             found = logprobs.map_packed(
                 lambda rows, n: _scores(graphdef, state, rows, n),
                 encoded,
-                logprobs.packed_groups(
+                logprobs.roomy_groups(
                     encoded, row_length=batches.longest_row(encoded), micro_rows=self._micro_rows
                 ),
                 bar.advance,
@@ -221,12 +221,12 @@ def _scores(graphdef, state, rows: batches.Rows, n_responses: int) -> jax.Array:
         )  # fmt: skip
         return logprobs.sum_by_response(found, micro.responses, n_responses)
 
-    def body(carry: None, micro: batches.Rows) -> tuple[None, jax.Array]:
+    def both(micro: batches.Rows) -> jax.Array:
         hidden = logprobs.hidden(module, micro)
-        both = [of(f, hidden, micro) for f in (losses.token_logprobs, losses.token_shortfalls)]
-        return carry, jnp.stack(both, axis=-1)
+        found = [of(f, hidden, micro) for f in (losses.token_logprobs, losses.token_shortfalls)]
+        return jnp.stack(found, axis=-1)
 
-    return sharding.replicated(jax.lax.scan(body, None, rows)[1])
+    return sharding.replicated(logprobs.of_filled(rows, both))
 
 
 def paired(a: Sequence[dict], b: Sequence[dict], metric: str) -> dict[str, Any]:
