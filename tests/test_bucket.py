@@ -1,10 +1,13 @@
 """Workdirs and models in a bucket: a real storage server on loopback, the real client libraries."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,8 +18,9 @@ import children
 import pytest
 from faults import runs
 
-from trace_jax import bucket, errors, processes, remote
+from trace_jax import bucket, errors, policy, processes, records, remote
 from trace_jax.errors import InputError
+from trace_jax.judges import store
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +130,60 @@ def test_a_list_that_could_not_be_written_is_written_the_next_time(machine, monk
     machine("two")
     with bucket.opened(url) as path:
         assert files(path) == {"a.txt": "a"}
+
+
+def test_a_store_that_is_written_meanwhile_arrives_whole(machine):
+    """Every copy that another machine finds is a sound database with no fewer answers."""
+    url, text = "gs://bucket/runs/store", "x" * 3000
+    with bucket.opened(url) as path:
+        live = store.Store(path / "judgements.sqlite")
+        stop = threading.Event()
+
+        def write() -> None:
+            reader = store.Reader("judge", "model", "{}", "")
+            clause = policy.Clause("a", "", "says a")
+            for i in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+                verdict = {clause: records.ClauseVerdict("compliant", None)}
+                live.add(reader, f"{i}", text, store.Call("ok", raw=text), verdict)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        counts = [0]
+        try:
+            for i in range(5):
+                bucket.publish()
+                machine(f"other{i}")
+                with bucket.opened(url, read_only=True) as view:
+                    assert not list(view.glob("*-wal"))
+                    with contextlib.closing(sqlite3.connect(view / "judgements.sqlite")) as db:
+                        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+                        counts.append(db.execute("SELECT COUNT(*) FROM verdicts").fetchone()[0])
+        finally:
+            stop.set()
+            writer.join()
+            live.close()
+        assert counts == sorted(counts) and counts[-1] > 0
+        machine("one")
+
+
+def test_the_log_of_an_older_store_is_not_read_into_a_newer_one(machine):
+    url, reader = "gs://bucket/runs/log", store.Reader("judge", "model", "{}", "")
+    with bucket.opened(url) as path:
+        live = store.Store(path / "judgements.sqlite")
+        live.add_call(reader, store.Call("ok", input_tokens=1))
+        bucket.publish()  # and this machine is gone, with its log
+        assert (path / "judgements.sqlite-wal").stat().st_size
+    machine("two")
+    with bucket.opened(url) as elsewhere:
+        other = store.Store(elsewhere / "judgements.sqlite")
+        other.add_call(reader, store.Call("ok", input_tokens=2))
+        other.close()
+    machine("one")
+    with bucket.opened(url) as path:
+        again = store.Store(path / "judgements.sqlite")
+        assert again.spent() == store.Spent(2, 3)
+        again.close()
+    live.close()
 
 
 def test_a_look_at_a_workdir_leaves_the_weights_where_they_are(machine):

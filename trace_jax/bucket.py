@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trace_jax import locks, metrics, processes, remote
+from trace_jax import locks, metrics, processes, remote, snapshots
 from trace_jax.errors import InputError
 
 CHECKPOINTS = ".checkpoints"  # folder of the bucket that Orbax writes to
@@ -157,7 +157,11 @@ class Mirror:
         """Brings to the bucket what changed here; a number that grows when something did."""
         with remote.told(self.url), self._lock:
             here = self._scan(everything=everything)
-            gone = [n for n in self._synced if n not in here and not (self.local / n).exists()]
+            gone = [
+                n
+                for n in self._synced
+                if snapshots.is_beside(n) or (n not in here and not (self.local / n).exists())
+            ]
             changed = [n for n, token in here.items() if self._synced.get(n) != token]
             if not gone and not changed and self._listed:
                 return self._version
@@ -170,9 +174,10 @@ class Mirror:
                 self._known[name] = self._own[name] = (generation, None)
             for name in sorted(changed, key=lambda n: (n.startswith(".stages/"), n)):
                 with contextlib.suppress(FileNotFoundError):  # gone since it was seen
-                    token = remote.token(self.local / name)
-                    remote.upload(self.local / name, self.remote / name)
-                    self._synced[name] = token
+                    self._synced[name] = snapshots.token(self.local / name)
+                    with snapshots.readable(self.local / name) as file:
+                        token = remote.token(file)
+                        remote.upload(file, self.remote / name)
                     self._known[name] = self._own[name] = (generation, token)
             self._list()
             return self._version
@@ -267,9 +272,10 @@ class Mirror:
             here.unlink(missing_ok=True)
             self._synced.pop(name, None)
             return
-        if not here.exists() or remote.token(here) != token:
+        if not here.exists() or snapshots.token(here) != token:
+            snapshots.forget_log(here)
             remote.download(self.remote / name, here, int(token.partition("-")[2]))
-        self._synced[name] = remote.token(here)
+        self._synced[name] = snapshots.token(here)
 
     def _lists(self) -> dict[int, tuple[int, str]]:
         """Process -> (version, its newest list of files, as text)."""
@@ -321,8 +327,10 @@ class Mirror:
             for name in names:
                 if name.endswith(".tmp") or (at == Path() and name in (_STATE, ".lock")):
                     continue
+                if snapshots.is_beside(name):
+                    continue
                 with contextlib.suppress(FileNotFoundError):
-                    found[(at / name).as_posix()] = remote.token(Path(folder, name))
+                    found[(at / name).as_posix()] = snapshots.token(Path(folder, name))
         return found
 
 
