@@ -175,6 +175,22 @@ def test_a_judge_that_goes_away_in_the_win_rates_leaves_the_rest(evaluated, monk
     assert found["base"]["win_rate_vs_u2a"]["rate"] == 0
 
 
+@pytest.mark.parametrize("own", ["", "elsewhere.sqlite"])
+def test_all_runs_have_one_judgement_store(tmp_path, monkeypatch, own):
+    """What one method had judged is not paid for again by the next, and a budget is of all."""
+    stores, target = [], tmp_path / "compare" / "trace-seed0"
+
+    def one_run(run, stages, redo):
+        stores.append(run.store_path)
+        records.write_json(target / "eval.json", {})
+
+    monkeypatch.setattr(compare.stages, "run", one_run)
+    settings = config.base_config().to_dict()
+    settings["asking"]["store"] = own
+    compare.run_variant(settings, tmp_path, target)
+    assert stores == [Path(own) if own else tmp_path / "judgements.sqlite"]
+
+
 def test_runs_of_another_policy_are_one_line(evaluated):
     folder, variants = evaluated
     path = compare.folder(folder, variants[1], 0) / "eval.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from trace_jax import policy, records, triage
+from trace_jax import policy, records, triage, workdir
 from trace_jax.errors import InputError
 from trace_jax.sources import export
 
@@ -50,7 +50,7 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "align.enabled": False,
         "data.source": "parent",
         "data.path": str(parent),
-        "asking.store": config.asking.store or str(parent / "judgements.sqlite"),
+        "asking.store": config.asking.store or str(parent / workdir.STORE),
     }
 
 

@@ -232,7 +232,8 @@ def _evaluation(result: Row | None) -> Row | None:
         if names:
             cells = [{"name": n, "rates": [part.get(n) for part in parts.values()]} for n in names]
             tables.append({"title": title, "columns": list(parts), "rows": cells})
-    return {"rows": rows, "tables": tables, "guard": result.get("guard")}
+    failed = sum(of.get("undecided", {}).get("judge_errors", 0) for of in by_model.values())
+    return {"rows": rows, "tables": tables, "guard": result.get("guard"), "judge_errors": failed}
 
 
 def _comparison(found: Row | None) -> Row | None:

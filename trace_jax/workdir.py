@@ -15,6 +15,7 @@ from trace_jax.errors import InputError
 # What a mark has; one of a stage that began, the first two.
 _FIELDS = (("stage", str), ("inputs", dict), ("outputs", dict), ("summary", dict),
            ("seconds", int | float))  # fmt: skip
+STORE = "judgements.sqlite"  # the judgement store, unless asking.store names another
 _WHOLE_FILE = 64 * 2**20  # larger files are hashed by size, first and last MiB
 
 

@@ -1,10 +1,12 @@
 """Compliance of responses to held-out prompts: judged, guarded, with intervals.
 
 A sample row: {"id", "prompt", "split", "model", "mode": "sample" | "greedy", "sample", "response",
-"status", "compliant", "degenerate", "guarded", "clauses": {id: status}, "mean_logprob"};
-mean_logprob is under the BASE model, nats per token.
+"status", "compliant", "old_status", "old_compliant", "degenerate", "guarded", "clauses": {id:
+status}, "mean_logprob"}; mean_logprob is under the BASE model, nats per token. What a judge left
+undecided counts as not compliant, and is counted (`undecided`).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,7 +36,8 @@ def judged_rows(
     rows = []
     for p, of_prompt in zip(prompts, responses, strict=True):
         for sample, response in enumerate(of_prompt):
-            verdict, value = next(verdicts), float(next(logp))
+            verdict, old_verdict = next(verdicts), next(old_verdicts)
+            value = float(next(logp))
             rows.append(
                 {
                     "id": p["id"],
@@ -46,7 +49,8 @@ def judged_rows(
                     "response": response,
                     "status": verdict.status,
                     "compliant": verdict.compliant is True,
-                    "old_compliant": next(old_verdicts).compliant is True,
+                    "old_status": old_verdict.status,
+                    "old_compliant": old_verdict.compliant is True,
                     "clauses": {k: c.status for k, c in verdict.clauses.items()},
                     "mean_logprob": value if np.isfinite(value) else None,
                 }
@@ -95,7 +99,14 @@ def summary(rows: Sequence[Mapping], actions: Mapping[str, str]) -> dict:
         "compliance": _figure(sampled, "compliant", actions),
         "compliance_greedy": _figure(greedy, "compliant", actions),
         "compliance_old": _rate(sampled, "old_compliant"),
+        "undecided": undecided(rows),
     }
+
+
+def undecided(rows: Sequence[Mapping]) -> dict[str, int]:
+    """How often the judges of both policies failed, and how often they abstained."""
+    found = Counter(row.get(key) for row in rows for key in ("status", "old_status"))
+    return {"judge_errors": found["error"], "abstentions": found["abstain"]}
 
 
 def outcomes(rows: Sequence[Mapping], key: str) -> np.ndarray:

@@ -41,4 +41,4 @@ def run(run: context.Context) -> dict:
     )
     responses.clear(run)
     metrics.say(f"  guard: {thresholds.to_json()}")
-    return {"rows": len(found)}
+    return {"rows": len(found), **responses.told_undecided(found)}

@@ -158,7 +158,7 @@ class Context:
     @property
     def store_path(self) -> Path:
         """The judgement store."""
-        return Path(self.config.asking.store or self.workdir.path / "judgements.sqlite")
+        return Path(self.config.asking.store or self.workdir.path / workdir.STORE)
 
     def load_other(self, path: str, dtype: str):
         """Another model than the one re-aligned, on this run's mesh, and its tokenizer."""

@@ -1,11 +1,12 @@
 """Generate, judge and score a model's responses: shared by baseline and evaluate."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from trace_jax import judges, records, respond, triage, workdir
+from trace_jax import judges, metrics, records, respond, triage, workdir
 from trace_jax.evaluate import choices, compliance
 from trace_jax.stages import context
 
@@ -84,6 +85,17 @@ def _judged(
     )
 
 
+def told_undecided(rows: Sequence[dict]) -> dict[str, int]:
+    """`compliance.undecided`, with a warning where a judge failed: it counts as not compliant."""
+    found = compliance.undecided(rows)
+    if found["judge_errors"]:
+        metrics.say(
+            f"  warning: {found['judge_errors']} verdicts are missing after every try and count as "
+            "not compliant; run again with --redo to ask them again"
+        )
+    return found
+
+
 def base_logprobs(
     run: context.Context, prompts: list[dict], responses: list[list[str]]
 ) -> np.ndarray:
@@ -135,24 +147,21 @@ def chosen(run: context.Context, module, base_rows: list[dict], name: str) -> li
 
 def actions(run: context.Context, base_rows: list[dict]) -> dict[str, str]:
     """Prompt id -> triage's action on the first pair of base samples that the old policy orders."""
-    by_prompt: dict[str, list[dict]] = {}
-    for row in base_rows:
-        if row["mode"] == "sample":
-            by_prompt.setdefault(row["id"], []).append(row)
+    sampled = [row for row in base_rows if row["mode"] == "sample"]
     labels = {p["id"]: p.get("labels", {}) for p in run.prompts}
-    found = {}
-    for prompt_id, rows in by_prompt.items():
-        old = run.old_judge.judge(
-            [judges.Item(r["prompt"], r["response"], labels[prompt_id]) for r in rows]
-        )
-        ranked = [
-            (rows[i], rows[j]) if judges.order(old[i], old[j]) > 0 else (rows[j], rows[i])
-            for i in range(len(rows))
-            for j in range(i + 1, len(rows))
-            if judges.order(old[i], old[j])
-        ]
-        if ranked:
-            decided = {"compliant": True, "violating": False}
-            better, worse = (decided.get(r["status"]) for r in ranked[0])
-            found[prompt_id] = triage.action(better, worse)
+    verdicts = run.old_judge.judge(
+        [judges.Item(r["prompt"], r["response"], labels[r["id"]]) for r in sampled]
+    )
+    by_prompt: dict[str, list[tuple[dict, judges.Verdict]]] = {}
+    for row, verdict in zip(sampled, verdicts, strict=True):
+        by_prompt.setdefault(row["id"], []).append((row, verdict))
+    decided, found = {"compliant": True, "violating": False}, {}
+    for prompt_id, of_prompt in by_prompt.items():
+        for (a, old_a), (b, old_b) in itertools.combinations(of_prompt, 2):
+            preferred = judges.order(old_a, old_b)
+            if preferred:
+                better, worse = (a, b) if preferred > 0 else (b, a)
+                statuses = (decided.get(row["status"]) for row in (better, worse))
+                found[prompt_id] = triage.action(*statuses)
+                break
     return found
