@@ -1,7 +1,10 @@
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 
@@ -185,6 +188,33 @@ def test_many_open_a_new_store_at_once(tmp_path):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             opened = list(pool.map(lambda _, n=n: store.Store(tmp_path / f"{n}.sqlite"), range(8)))
         assert [s.spent().calls for s in opened] == [0] * 8
+
+
+def test_a_look_at_a_store_waits_for_nobody_and_writes_nothing(tmp_path):
+    path = tmp_path / "s.sqlite"
+    writing = store.Store(path)
+    writing.add(ONE, "x", "y", CALL, {CALM: YES})
+    writing._db.execute("BEGIN IMMEDIATE")  # somebody is in the middle of a write
+    look = store.Store(path, read_only=True)
+    assert statuses(look) == {"calm": "compliant"} and look.spent().calls == 1
+    with pytest.raises(InputError, match="readonly"):
+        look.add_call(ONE, CALL)
+    look.close()
+    writing._db.execute("ROLLBACK")
+    writing.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["s.sqlite"]
+    path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    code = (
+        "import os, sys; from trace_jax.judges import store; os.setuid(65534); "
+        "print(store.Store(sys.argv[1], read_only=True).spent().calls)"
+    )
+    if os.getuid() == 0:  # as somebody who may read alone
+        for parent in list(path.parents)[:-2]:
+            parent.chmod(parent.stat().st_mode | 0o555)
+        found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+        assert found.stdout == "1\n", found.stderr
+    tmp_path.chmod(0o755)
 
 
 def test_a_store_of_version_1_is_brought_up_to_date(tmp_path):

@@ -80,7 +80,7 @@ def _stored(path: str, old: policy.Policy, new: policy.Policy) -> Iterator[str]:
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give the judgement store of a run (--store)")
-    kept = store.Store(path)
+    kept = store.Store(path, read_only=True)
     valid = kept.counts(new.clauses)
     n_old, n_new = sum(kept.counts(old.clauses).values()), sum(valid.values())
     counts = ", ".join(f"{i} {n}" for i, n in valid.items())

@@ -82,7 +82,7 @@ def _words(found: Sequence[Row], policy: policies.Policy, path: Path | None) -> 
         for row in rows
         for side in SIDES
     }
-    kept = store.Store(path)
+    kept = store.Store(path, read_only=True)
     said = kept.words(policy.clauses, set(hashes.values()))
     kept.close()
     out: dict[str, Row] = {}

@@ -139,7 +139,9 @@ def _judge(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         return None
     from trace_jax.judges import store as stores
 
-    spent = stores.Store(store).spent()
+    kept = stores.Store(store, read_only=True)
+    spent = kept.spent()
+    kept.close()
     return {"calls": spent.calls, "input_tokens": spent.input_tokens,
             "output_tokens": spent.output_tokens, "price_usd": spent.price}  # fmt: skip
 

@@ -157,7 +157,7 @@ def _asking_gemini(run: context.Context, items: Sequence[judges.Item]) -> dict[s
     judge = reading.ReadingJudge(
         run.new_policy,
         _Unasked(gemini.identity(settings), settings.clauses_per_call),
-        store.Store(path if path.exists() else ":memory:"),
+        store.Store(path, read_only=True) if path.exists() else store.Store(":memory:"),
         reask_abstentions=run.config.asking.reask_abstentions,
     )
     questions = judge.questions(items)

@@ -84,16 +84,17 @@ def item_hash(prompt: records.Text, response: records.Text) -> bytes:
 
 
 class Store:
-    """An open judgement store; ":memory:" keeps nothing.
+    """An open judgement store; ":memory:" keeps nothing. read_only: nothing can be added.
 
     Raises:
       InputError: the file is no store, of another version, or cannot be written.
     """
 
-    def __init__(self, path: records.AnyPath):
+    def __init__(self, path: records.AnyPath, *, read_only: bool = False):
         self.path = str(path)
+        connect = store_file.connect_to_read if read_only else store_file.connect
         with self._mended():
-            self._db = store_file.connect(self.path)
+            self._db = connect(self.path)
         self._ids: dict[tuple[str, object], int] = {}  # rows that are there, by table and key
 
     def close(self) -> None:
@@ -230,26 +231,53 @@ class Store:
         ((n, *sums),) = self._select(query, values)
         return Spent(n, *(value or 0 for value in sums))
 
-    def add_batch(self, reader: Reader, name: str, questions: str) -> None:
-        """Remembers a batch that a service works on; questions: what it was asked, as JSON."""
+    def item(self, digest: bytes) -> tuple[records.Text, records.Text] | None:
+        """(prompt, response) of this hash; None where it is not here, or damaged."""
+        query = "SELECT prompt, response FROM items WHERE hash = ?"
+        for prompt, response in self._select(query, (digest,)):
+            with contextlib.suppress(ValueError):
+                found = json.loads(prompt), json.loads(response)
+                if item_hash(*found) == digest:
+                    return found
+        return None
+
+    def add_batch(
+        self,
+        reader: Reader,
+        name: str,
+        questions: str,
+        items: Iterable[tuple[records.Text, records.Text]] = (),
+    ) -> None:
+        """Remembers a batch that a service works on; questions: what it was asked, as JSON.
+
+        items: (prompt, response) of the questions, for `item`.
+        """
         with self._writing() as db:
+            for prompt, response in items:
+                self._item(db, prompt, response)
             row = (name, self._reader(db, reader), _now(), questions)
             db.execute("INSERT INTO batches VALUES (?, ?, ?, ?)", row)
 
-    def batches(self, reader: Reader) -> dict[str, str]:
-        """Batches of this reader that are still out: name -> questions, oldest first."""
-        return dict(
-            self._select(
-                "SELECT name, questions FROM batches JOIN readers ON readers.id = reader "
-                f"WHERE {_IS_READER} ORDER BY date, name",
-                reader,
-            )
-        )
+    def batches(self, reader: Reader | None = None) -> dict[str, str]:
+        """Batches that are still out, of this reader or of all: name -> questions, oldest first."""
+        query, values = "SELECT name, questions FROM batches JOIN readers ON readers.id = reader", ()
+        if reader is not None:
+            query, values = f"{query} WHERE {_IS_READER}", reader
+        return dict(self._select(f"{query} ORDER BY date, name", values))
 
     def forget_batch(self, name: str) -> None:
-        """Its answers are in the store, or will never come."""
+        """Its answers will never come."""
+        with self.taking_in(name):
+            pass
+
+    @contextlib.contextmanager
+    def taking_in(self, name: str) -> Iterator[bool]:
+        """The batch is forgotten, and what is added within is kept; all of it or nothing.
+
+        False: it is not out any more, another process took it in.
+        """
         with self._writing() as db:
-            db.execute("DELETE FROM batches WHERE name = ?", (name,))
+            yield db.execute("DELETE FROM batches WHERE name = ?", (name,)).rowcount > 0
 
     def export(self, path: records.AnyPath) -> int:
         """Writes all verdicts with what was asked and replied as Parquet; returns how many rows."""
@@ -335,7 +363,10 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of it or nothing."""
+        """One transaction: all of it or nothing; within another it is a part of that."""
+        if self._db.in_transaction:
+            yield self._db
+            return
         with self._mended():
             self._db.execute("BEGIN IMMEDIATE")
             try:

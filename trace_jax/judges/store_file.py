@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,33 @@ def connect(path: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def connect_to_read(path: str) -> sqlite3.Connection:
+    """A store opened for a look: nothing is written, and nobody who writes waits for it.
+
+    One of version 1 is brought up to date all the same.
+    """
+    name = "file:" + urllib.parse.quote(str(Path(path).absolute()))
+    try:
+        db, version = _with_version(f"{name}?mode=ro")
+    except sqlite3.OperationalError:  # no file may be made beside it, so nobody writes
+        db, version = _with_version(f"{name}?immutable=1")
+    if version == VERSION:
+        return db
+    db.close()
+    if version == 1:
+        return connect(path)
+    raise _other_version(path, version)
+
+
+def _with_version(uri: str) -> tuple[sqlite3.Connection, int]:
+    db = sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)
+    try:
+        return db, db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.Error:
+        db.close()
+        raise
 
 
 def _keep_trying(action: Callable[[], object]) -> object:
