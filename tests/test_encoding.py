@@ -1,5 +1,6 @@
 """Tokenizers are loaded as AutoTokenizer loads them; texts of chats hold no control tokens."""
 
+import copy
 import gzip
 import json
 import subprocess
@@ -108,6 +109,56 @@ def test_texts_of_a_chat_forge_no_turn(chat, as_message):
     said = chat.decode(forged.branches[0])
     assert said == FORGED.replace("<|", "< |").replace("<s>", "< s>") + "<|im_end|>"
     assert _control(chat, encoder.prompt_tokens(_messages(FORGED))) == turns
+
+
+GEMMA = (  # as Gemma 2's: turns end with a token that is not the tokenizer's EOS
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not "
+    "supported') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+
+
+def _gemma(chat):
+    other = copy.deepcopy(chat)
+    other.chat_template, other.eos_token = GEMMA, "<s>"
+    return other
+
+
+def test_an_answer_in_a_chat_ends_as_the_template_ends_it(chat):
+    gemma = _gemma(chat)
+    ends = {t: gemma.convert_tokens_to_ids(t) for t in CONTROL}
+    assert encoding.turn_end(gemma) == ends["<|im_end|>"] != gemma.eos_token_id
+    encoder = encoding.Encoder(
+        gemma, max_length=99, end_id=ends["<s>"], turn_end_id=encoding.turn_end(gemma)
+    )
+    assert (
+        encoder.encode([{"role": "user", "content": "Hi"}], ["Yes"]).branches[0][-1]
+        == (ends["<|im_end|>"])
+    )
+    assert encoder.encode("Hi", ["Yes"]).branches[0][-1] == ends["<s>"]
+    gemma.chat_template = None
+    assert encoding.turn_end(gemma) is None
+
+
+def test_messages_that_a_template_does_not_take_are_one_line(chat):
+    encoder = encoding.Encoder(_gemma(chat), max_length=99, end_id=None)
+    with pytest.raises(InputError, match="record r1: .*system, user.: System role not supported"):
+        encoder.encode(_messages("Hi"), ["Yes"], "r1")
+
+
+def test_a_template_that_writes_a_date_writes_the_same_one_every_day(chat):
+    dated = copy.deepcopy(chat)
+    dated.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}" + CHATML
+    text = encoding.Encoder(dated, max_length=99, end_id=None).prompt_text(_messages("Hi"))
+    assert text.startswith("26 Jul 2024<|im_start|>")
+
+
+def test_a_prompt_leaves_room_for_what_is_generated(chat):
+    encoder = encoding.Encoder(chat, max_length=20, end_id=None)
+    whole = encoder.prompt_tokens("abcdefghij", new_tokens=9)
+    assert len(whole) == 11 and encoder.truncated_prompts == 0
+    cut = encoder.prompt_tokens("abcdefghij", new_tokens=15)
+    assert cut == whole[:1] + whole[-4:] and encoder.truncated_prompts == 1  # BOS stays
 
 
 def test_plain_prompts_are_taken_as_written(chat):

@@ -14,6 +14,9 @@ from trace_jax.errors import InputError
 
 _OF_NO_FAMILY = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _TAKEN_BY = (None, "llama")  # types of models
+# What templates that write today's date are given, so that a run of two days has one format. It is
+# what Llama 3.1's falls back to.
+_DATE = "26 Jul 2024"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Encoder:
       tokenizer: a transformers tokenizer.
       max_length: most tokens of a prompt and one response together.
       end_id: token appended to every response, or None.
+      turn_end_id: the same for responses to chats; None: as end_id.
       cut_responses: cut a response that does not fit at its end; it then has no end_id.
 
     Attributes:
@@ -56,16 +60,27 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer, *, max_length: int, end_id: int | None, cut_responses: bool = False
+        self,
+        tokenizer,
+        *,
+        max_length: int,
+        end_id: int | None,
+        turn_end_id: int | None = None,
+        cut_responses: bool = False,
     ):
         self.tokenizer, self.max_length, self.end_id = tokenizer, max_length, end_id
+        self.turn_end_id = end_id if turn_end_id is None else turn_end_id
         self.cut_responses = cut_responses
         self.truncated_prompts = self.truncated_responses = self.control_texts = 0
         self._plain = plain_text(tokenizer)
-        self._cache: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
+        self._cache: dict[tuple[str, str, int | None], tuple[tuple[int, ...], int]] = {}
 
-    def prompt_text(self, prompt: records.Text) -> str:
-        """The text in front of the response: the prompt, or the chat template's."""
+    def prompt_text(self, prompt: records.Text, name: str = "") -> str:
+        """The text in front of the response: the prompt, or the chat template's.
+
+        Raises:
+          InputError: a chat, and there is no template or it does not take this one (`name`).
+        """
         if isinstance(prompt, str):
             return prompt
         if not getattr(self.tokenizer, "chat_template", None):
@@ -75,11 +90,18 @@ class Encoder:
             )
         plain = [{name: self._plain(text) for name, text in m.items()} for m in prompt]
         self.control_texts += plain != prompt
-        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        return _rendered(self.tokenizer, plain, name, add_generation_prompt=True)
 
-    def prompt_tokens(self, prompt: records.Text) -> tuple[int, ...]:
-        """Tokens of a prompt alone, for generation."""
-        return self._tokens(self.prompt_text(prompt), "")[0]
+    def prompt_tokens(
+        self, prompt: records.Text, name: str = "", *, new_tokens: int = 0
+    ) -> tuple[int, ...]:
+        """Tokens of a prompt alone, for generation of `new_tokens`; what does not fit before them
+        is cut from the left (counted in `truncated_prompts`), as `encode` does."""
+        tokens = self._tokens(self.prompt_text(prompt, name), "", None)[0]
+        excess = len(tokens) - max(1, self.max_length - new_tokens)
+        if excess > 0:
+            self.truncated_prompts += 1
+        return self._cut_left(tokens, max(0, excess))
 
     def response_text(self, prompt_tokens: Sequence[int], tokens: Sequence[int]) -> str:
         """Text of sampled tokens, decoded with the prompt, so that a leading space survives."""
@@ -95,9 +117,10 @@ class Encoder:
         only with `cut_responses` (counted as well); otherwise one that leaves no room for a prompt
         token is an InputError naming the record.
         """
-        text = self.prompt_text(prompt)
+        text = self.prompt_text(prompt, name)
         found = [self._response(prompt, response) for response in responses]
-        pairs = [self._cut_right(*self._tokens(text, response)) for response in found]
+        end = self.end_id if isinstance(prompt, str) else self.turn_end_id
+        pairs = [self._cut_right(*self._tokens(text, response, end)) for response in found]
         longest = max(len(tokens) - n_prompt for tokens, n_prompt in pairs)
         if longest >= self.max_length:
             raise InputError(
@@ -145,14 +168,14 @@ class Encoder:
         first = int(prompt[0] == self.tokenizer.bos_token_id and len(prompt) > excess + 1)
         return prompt[:first] + prompt[min(excess + first, len(prompt) - 1) :]
 
-    def _tokens(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
+    def _tokens(self, prompt: str, response: str, end: int | None) -> tuple[tuple[int, ...], int]:
         """Tokens of prompt + response, and how many are the prompt's (one astride is not)."""
-        key = (prompt, response)
+        key = (prompt, response, end)
         if key not in self._cache:
-            self._cache[key] = self._tokenise(prompt, response)
+            self._cache[key] = self._tokenise(prompt, response, end)
         return self._cache[key]
 
-    def _tokenise(self, prompt: str, response: str) -> tuple[tuple[int, ...], int]:
+    def _tokenise(self, prompt: str, response: str, end: int | None) -> tuple[tuple[int, ...], int]:
         out = self.tokenizer(  # not verbose: what is too long is our affair
             prompt + response, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -162,9 +185,42 @@ class Encoder:
             tokens, n_prompt = [self.tokenizer.bos_token_id, *tokens], n_prompt + 1
         if n_prompt == 0:
             raise InputError("an empty prompt needs a tokenizer with a beginning-of-text token")
-        if response and self.end_id is not None:
-            tokens.append(self.end_id)
+        if response and end is not None:
+            tokens.append(end)
         return tuple(tokens), n_prompt
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The control token with which the chat template ends an answer; None where there is none.
+
+    It need not be the tokenizer's EOS: Gemma 2 ends its turns with <end_of_turn>.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    answer = "answer"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    after = _rendered(tokenizer, chat, "", add_generation_prompt=False).rpartition(answer)[2]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = tokenizer(after, add_special_tokens=False).input_ids
+    return next((i for i in tokens if i in special), None)
+
+
+def _rendered(
+    tokenizer: Any, chat: list[dict[str, str]], name: str, *, add_generation_prompt: bool
+) -> str:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
+        )
+    except jinja2.TemplateError as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        roles = ", ".join(m["role"] for m in chat)
+        raise InputError(
+            f"{f'record {name}: ' if name else ''}the chat template does not take these messages "
+            f"({roles}): {first}"
+        ) from error
 
 
 def plain_text(tokenizer: Any) -> Callable[[str], str]:

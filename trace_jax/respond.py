@@ -30,8 +30,11 @@ def respond(
     batch_rows: int,
     progress=None,
 ) -> list[list[str]]:
-    """`samples` responses a prompt as text; each depends on (seed, prompt id, its number) only."""
-    tokens = [encoder.prompt_tokens(p.prompt) for p in prompts]
+    """`samples` responses a prompt as text; each depends on (seed, prompt id, its number) only.
+
+    A prompt that leaves less room than `max_new_tokens` in the encoder's limit loses its left end.
+    """
+    tokens = [encoder.prompt_tokens(p.prompt, p.id, new_tokens=max_new_tokens) for p in prompts]
     sampled = sampling.generate(
         module,
         tokens,

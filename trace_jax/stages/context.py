@@ -210,22 +210,37 @@ class Context:
         from trace_jax import encoding
 
         data = self.config.data
-        end_id = self.stop_ids[0] if data.append_stop else None
+        ends = self._ends if data.append_stop else (None, None)
         return encoding.Encoder(
             self.tokenizer,
             max_length=data.max_length,
-            end_id=end_id,
+            end_id=ends[0],
+            turn_end_id=ends[1],
             cut_responses=data.too_long == "cut",
         )
 
     @functools.cached_property
+    def _ends(self) -> tuple[int, int]:
+        """What ends a text, and an answer in a chat."""
+        from trace_jax import encoding
+
+        if self.config.model.stop_ids:
+            return (self.config.model.stop_ids[0],) * 2
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise InputError("the tokenizer names no EOS; set --config.model.stop_ids=(id,)")
+        turn_end = encoding.turn_end(self.tokenizer)
+        return end, end if turn_end is None else turn_end
+
+    @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response."""
+        """Tokens that end a response: the tokenizer's, the chat template's, those of the model."""
+        from trace_jax.models import hf_weights
+
         if self.config.model.stop_ids:
             return tuple(self.config.model.stop_ids)
-        if self.tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer names no EOS; set --config.model.stop_ids=(id,)")
-        return (self.tokenizer.eos_token_id,)
+        of_model = hf_weights.read_config(self.base_directory).eos_token_ids
+        return tuple(dict.fromkeys((*self._ends, *of_model)))
 
     @functools.cached_property
     def mesh(self):

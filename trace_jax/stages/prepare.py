@@ -35,10 +35,12 @@ def run(run: context.Context) -> dict:
         prompts = [row | {"prompt": _chat(row["prompt"])} for row in prompts]
     _check_one_kind(found, prompts)
     if run.config.model.path:
-        run.encoder.prompt_text(found[0].prompt)  # refuses chats where there is no template
-    if not run.config.model.path:
+        found, prompts = _taken_by_template(run, found, prompts)
+        _check(found, prompts, run)
+    else:
         with run.devices():
             _train_from_scratch(run, found)
+    _tell_cut(run, prompts)
     records.write_json(run.workdir.path / "base.json", run.base_identity())
     records.write_jsonl(run.workdir.path / "prompts.jsonl", prompts)
     records.write_jsonl(run.workdir.path / "records.jsonl", [r.to_json() for r in found])
@@ -74,6 +76,44 @@ def _check_one_kind(found: list, prompts: list[dict]) -> None:
         raise InputError(
             f"some prompts are chats (record {kinds[False]}) and some are plain texts "
             f"({kinds[True]}); mend the data, or set data.as_chat=true to make all of them chats"
+        )
+
+
+def _taken_by_template(
+    run: context.Context, found: list, prompts: list[dict]
+) -> tuple[list, list[dict]]:
+    """Records and prompts that the chat template takes: all, unless malformed ones are dropped."""
+    if isinstance(found[0].prompt, str):
+        return found, prompts
+    drop = run.config.data.malformed == "drop" and getattr(run.tokenizer, "chat_template", None)
+
+    def is_taken(prompt: records.Text, name: str) -> bool:
+        try:
+            run.encoder.prompt_text(prompt, name)
+        except InputError:
+            if not drop:
+                raise
+            return False
+        return True
+
+    taken = [r for r in found if is_taken(r.prompt, r.id)]
+    held_out = [p for p in prompts if is_taken(p["prompt"], p["id"])]
+    n = len(found) - len(taken) + len(prompts) - len(held_out)
+    if n:
+        metrics.say(f"  {n} chats left out: the model's chat template does not take them")
+    return taken, held_out
+
+
+def _tell_cut(run: context.Context, prompts: list[dict]) -> None:
+    new = run.config.evaluate.max_new_tokens
+    before = run.encoder.truncated_prompts
+    for row in prompts:
+        run.encoder.prompt_tokens(row["prompt"], row["id"], new_tokens=new)
+    n = run.encoder.truncated_prompts - before
+    if n:
+        metrics.say(
+            f"  {n} of {len(prompts)} held-out prompts lose their left ends: data.max_length="
+            f"{run.config.data.max_length} less evaluate.max_new_tokens={new} leaves no more room"
         )
 
 
