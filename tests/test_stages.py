@@ -9,7 +9,7 @@ import gemini_client
 import pytest
 
 from trace_jax import config as config_lib
-from trace_jax import launch, records, respond, stages, workdir
+from trace_jax import launch, metrics, records, respond, stages, train, workdir
 from trace_jax.errors import InputError
 from trace_jax.stages import correct, prepare, responses
 
@@ -49,6 +49,54 @@ def test_an_interrupted_baseline_generates_nothing_again(run, straight, config, 
     assert not (run / ".responses").exists()
     for name in ("baseline.jsonl", "guard.json", "perplexity.json"):
         assert (run / name).read_bytes() == (straight[0] / name).read_bytes()
+
+
+LESS_MEMORY = (
+    "--config.train.micro_rows=1", "--config.train.layer_rows=1", "--config.impact.micro_rows=2",
+    "--config.evaluate.batch_rows=8", "--config.evaluate.micro_rows=1",
+    "--config.model.head_chunk=16", "--config.model.remat=dots",
+)  # fmt: skip
+
+
+def test_after_a_lack_of_memory_the_same_command_goes_on_with_fewer_rows(
+    run, straight, config, monkeypatch, capfd
+):
+    """What only memory and time depend on is not what a stage was made from."""
+    _forget(run, "train")
+    step, calls = train.train_step, []
+
+    def fails(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 3:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", fails)
+    assert _main(config, run, "train", "--config.train.save_every=1") == 2
+    assert "out of memory; take fewer rows at once" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert _main(config, run, ",".join(stages.NAMES[:7]), *LESS_MEMORY) == 0
+    told = capfd.readouterr().err
+    assert told.count("done before, skipped") == 6
+    found, before = (metrics.read_metrics(d / "metrics.jsonl") for d in (run, straight[0]))
+    for now, then in zip(found, before, strict=True):
+        assert now["loss/preference"] == pytest.approx(then["loss/preference"], rel=1e-4)
+    assert [row["step"] for row in found] == [row["step"] for row in before]
+
+
+def test_a_corrected_mistake_is_no_change_of_what_was_made(tmp_path):
+    """A stage that failed before it wrote anything is begun anew with other inputs."""
+    prepare_stage, of_run = stages.STAGES[0], SimpleNamespace(workdir=workdir.Workdir(tmp_path))
+
+    def what_to_do() -> str:
+        wanted = {"data.path": "good.jsonl"}
+        return stages._what_to_do(prepare_stage, of_run, wanted, redo=False)
+
+    of_run.workdir.start("prepare", {"data.path": "bad.jsonl"})
+    assert what_to_do() == "run"
+    (tmp_path / "records.jsonl").write_text("")
+    with pytest.raises(InputError, match="begun with other inputs .data.path"):
+        what_to_do()
 
 
 @pytest.mark.fault

@@ -9,16 +9,14 @@ from trace_jax.errors import InputError
 # What runs that were made before a key was there did: their stages stay done.
 BEFORE = {
     "align.balance_steps": False,
+    "correct.gemini_thinking_tokens": 0,
     "impact.reliability_examples": 0,
     "impact.strength": 1.0,
-    "model.attention_block": -1,  # which was whole rows: another rounding, not another result
     "model.scratch.training.balance_steps": False,
     "train.balance_steps": False,
     "train.keep_best": False,
-    "train.layer_rows": 0,
     "train.patience": 0,
     "train.perplexity_limit": 1.1,
-    "train.skip_steps": 0,
 }
 
 
@@ -259,6 +257,7 @@ def _correct() -> ml_collections.ConfigDict:
     c.local_dtype = "bfloat16"  # float32 | bfloat16
     c.instruct = True  # local: told the new policy; False: given the prompt alone
     c.gemini_model = "gemini-2.5-flash"  # asked as section `asking` says, out of the same budget
+    c.gemini_thinking_tokens = 0  # of its own, beside max_new_tokens; -1: as the model likes
     c.tries = 64  # most samples a prompt; gemini: 4 are plenty
     c.samples_per_round = 8  # samples of every open prompt between two judgements
     c.pick = "first"  # of a round's compliant samples: first | best (highest P(compliant))

@@ -65,6 +65,12 @@ STAGES = (
                          "evaluate", "export"), ("report.html",), on_host=True),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+# Last parts of keys that change memory and time, and results by their rounding alone: what is done
+# stays done, and what was begun goes on, whatever they are.
+_COST_ALONE = frozenset((
+    "micro_rows", "batch_rows", "layer_rows", "head_chunk", "remat", "attention_block",
+    "save_every", "keep", "skip_steps",
+))  # fmt: skip
 
 
 def chosen(names: str | None) -> tuple[Stage, ...]:
@@ -84,6 +90,7 @@ def inputs(stage: Stage, run: context.Context) -> dict[str, object]:
         key: value
         for key, value in run.flat_config.items()
         if any(key == prefix or key.startswith(prefix + ".") for prefix in stage.keys)
+        and not _is_cost(key)
     }
     found |= run.content_hashes(stage.name)
     for name in stage.upstream:
@@ -150,28 +157,36 @@ def _what_to_do(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
     for mark in (finished, started):
         if mark is not None:
             then = {key: value for key, value in config_lib.BEFORE.items() if key in wanted}
-            mark["inputs"] = then | mark["inputs"]
+            told = {key: value for key, value in mark["inputs"].items() if not _is_cost(key)}
+            mark["inputs"] = then | told
     if finished is not None:
         if redo and (finished["inputs"] != wanted or run.workdir.touched(stage.name)):
             return "redo"
-        if redo and finished["summary"].get("judge_errors"):
-            return "redo"  # what the judge could not answer is asked again
+        if redo and any(finished["summary"].get(k) for k in ("judge_errors", "failed_prompts")):
+            return "redo"  # what judge or writer could not answer is asked again
         if redo and run.config.asking.reask_abstentions and finished["summary"].get("abstentions"):
             return "redo"
         if finished["inputs"] != wanted:
             raise _changed(stage, run, finished["inputs"], wanted)
         _check_untouched(stage.name, run)
         return "skip"
-    if started is not None and started["inputs"] != wanted:
+    left = any((run.workdir.path / name).exists() for name in stage.artefacts)
+    if started is not None and started["inputs"] != wanted and left:
         if not redo:
-            raise _changed(stage, run, started["inputs"], wanted)
+            raise _changed(stage, run, started["inputs"], wanted, "begun with")
         return "redo"
     return "run"
 
 
-def _changed(stage: Stage, run: context.Context, old: dict, new: dict) -> InputError:
+def _is_cost(key: str) -> bool:
+    return key.rpartition(".")[2] in _COST_ALONE
+
+
+def _changed(
+    stage: Stage, run: context.Context, old: dict, new: dict, how: str = "made from"
+) -> InputError:
     return InputError(
-        f"{run.workdir.path}: stage {stage.name} was made from other inputs "
+        f"{run.workdir.path}: stage {stage.name} was {how} other inputs "
         f"({workdir.difference(old, new)}); use another --workdir, or --redo to do this stage and "
         "what depends on it again"
     )
