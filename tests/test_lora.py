@@ -123,3 +123,14 @@ def test_bad_options_are_refused(base, options, message):
 def test_adapters_are_not_stacked_on_adapters(base):
     with pytest.raises(ValueError, match="lora.merge"):
         lora.add(trained(base), rank=2, alpha=4.0, targets="all", seed=0)
+
+
+def test_merging_takes_the_memory_of_a_few_layers_not_of_all():
+    layers, rows, columns, rank = 32, 64, 256, 4
+    shapes = [
+        jax.ShapeDtypeStruct((layers, rows, columns), jnp.bfloat16),
+        jax.ShapeDtypeStruct((layers, rows, rank), jnp.float32),
+        jax.ShapeDtypeStruct((layers, rank, columns), jnp.float32),
+    ]
+    compiled = jax.jit(lora._folded).lower(*shapes, 2.0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * rows * columns * 4

@@ -159,7 +159,31 @@ def test_examples_without_a_coefficient_are_kept_where_weights_may_come_back():
     options = dict(corrections={}, weights=weights, alpha_kl=0.0, punish="correction")
     made = [methods.examples("trace", RECORDS, **options, with_zeros=z) for z in (False, True)]
     assert [e.action for e in made[0]] == ["PUNISH"]
-    assert [e.action for e in made[1]] == ["INVERT", "PUNISH", "RETAIN"]
+    assert [e.action for e in made[1]] == ["INVERT", "PUNISH"]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_what_the_conflicts_weigh_together_is_the_same_without_those_of_weight_0(n):
+    """A step draws as many conflicts from few as from all: else KL would weigh less beside them."""
+    actions = ["INVERT"] * 5 + ["RETAIN"] * 2
+    items = [dataclasses.replace(t, record=dataclasses.replace(t.record, id=f"{i}"))
+             for i, t in enumerate(map(triaged, actions))]  # fmt: skip
+    weights = {(f"{i}", "INVERT"): 5 / n if i < n else 0.0 for i in range(5)}
+    options = dict(corrections={}, weights=weights, alpha_kl=0.5, retain_pairs=True, alpha_nll=0.1)
+    few, whole = (methods.examples("trace", items, with_zeros=z, **options) for z in (False, True))
+    assert len(whole) - len(few) == 5 - n
+    for name in ("pref", "nll"):
+        mean = [
+            sum(getattr(e, name) for e in of) / sum(not e.kl for e in of) for of in (few, whole)
+        ]
+        assert mean[0] == pytest.approx(mean[1])
+    assert [e.kl for e in few if e.kl] == [0.5, 0.5]
+
+
+def test_without_kl_no_record_is_there_for_it():
+    options = dict(corrections={}, weights=None, alpha_kl=0.0, with_zeros=True)
+    (pair,) = methods.examples("trace", [triaged("RETAIN")], retain_pairs=True, **options)
+    assert pair.y1 == "yl" and methods.examples("trace", [triaged("RETAIN")], **options) == []
 
 
 @pytest.mark.parametrize("name", methods.PRESETS)

@@ -151,7 +151,7 @@ class Checkpoints:
                 f"{self.directory}: the checkpoint does not say how far the data was read (an "
                 "earlier version wrote it); train anew with --redo"
             )
-        wanted = {"state": jax.tree.map(_abstract, state)}
+        wanted = {"state": shapes(state)}
         loaded = self._checkpointer.load_checkpointables(latest.step, wanted)
         if data is not None:
             data.set_state(about["data"])
@@ -168,8 +168,12 @@ class Checkpoints:
             )
 
 
-def _abstract(x):
-    return x if x is ... else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def shapes(state: State) -> State:
+    """The state as shapes with shardings, which hold no memory; what is `...` stays."""
+    return jax.tree.map(
+        lambda x: x if x is ... else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        state,
+    )
 
 
 def _shapes(state: State) -> dict[str, list[int] | None]:

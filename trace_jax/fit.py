@@ -195,6 +195,7 @@ def fit(
         records.write_json(directory / BEGAN, {"step": start, "time": time.time()})
         stretch = _Stretch(source, kept, pauses, total, start)
         if start:
+            state = checkpoints.shapes(state)  # and it is gone: there is no room for two
             _, state = saved.restore(state, stretch.data)
         with (
             metrics.MetricsWriter(metrics_path, resume_after=start) as writer,

@@ -120,7 +120,9 @@ def examples(
     """Examples of `method`, in record order; UNRESOLVED records give none but for dpo and sft.
 
     A record with masses (soft triage) gives examples of every action that has one, times the mass
-    unless with_masses is off. Examples without a coefficient are left out unless with_zeros is on.
+    unless with_masses is off. Conflicts of weight 0 are left out unless with_zeros is on; a step,
+    which draws as many of those left, then counts each by as much less, so that the loss is the
+    same in expectation.
 
     corrections: record id -> y_c. weights: (record id, action) -> impact weight; None means 1.
     punish: "correction" is (y_c, y_w) where a correction exists and dual NPO elsewhere; "dual_npo"
@@ -150,7 +152,12 @@ def examples(
             out += [_times(e, mass) for e in found] if with_masses else found
     if with_zeros:
         return out
-    return [e for e in out if e.pref or e.npo0 or e.npo1 or e.kl or e.nll]
+    kept = [e for e in out if e.pref or e.npo0 or e.npo1 or e.kl or e.nll]
+    if not use_weights or method == "u2a" or len(kept) == len(out):  # u2a selects what it unlearns
+        return kept
+    n_kl = sum(bool(e.kl) for e in kept)
+    share = (len(kept) - n_kl) / (len(out) - n_kl)
+    return [e if e.kl else _times(e, share) for e in kept]
 
 
 def _masses(method: str, item: records.TriagedRecord) -> dict[str, float]:
@@ -214,7 +221,7 @@ def _of_record(
             return pair(corrections[record.id], y_w, weight)
         case _, "PUNISH":
             return [example(y_w, y_l, npo0=weight, npo1=weight)]
-    return [example(y_w, kl=alpha_kl)]
+    return [example(y_w, kl=alpha_kl)] if alpha_kl else []
 
 
 def _with_retained_pair(
@@ -235,7 +242,7 @@ def _unlearned(
     if action in CONFLICTS:
         loss = {"npo0": omega} if inner == "npo" else {"nll": -omega}
         return [Example(record.id, action, record.prompt, record.chosen, **loss)]
-    if inner != "graddiff":
+    if inner != "graddiff" or not alpha_kl:
         return []
     return [Example(record.id, action, record.prompt, record.chosen, kl=alpha_kl)]
 

@@ -58,12 +58,22 @@ def merge(module: decoder.Decoder) -> decoder.Decoder:
     merged = _copy(module)
     for linear in _linears(merged):
         if linear.lora_a is not None:
-            update = jnp.matmul(linear.lora_a[...], linear.lora_b[...]) * linear.lora_scale
-            kernel = linear.kernel[...]
-            linear.kernel[...] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+            kernel, factors = linear.kernel[...], (linear.lora_a[...], linear.lora_b[...])
+            folded = jax.jit(_folded, out_shardings=kernel.sharding)
+            linear.kernel[...] = folded(kernel, *factors, linear.lora_scale)
         linear.lora_a, linear.lora_b = nnx.data(None), nnx.data(None)
         linear.lora_scale = 0.0
     return merged
+
+
+def _folded(kernel_NIO: jax.Array, a_NIr: jax.Array, b_NrO: jax.Array, scale: float) -> jax.Array:
+    """W + scale A B, layer by layer: all at once would take the kernels in float32, three times."""
+
+    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
+        kernel, a, b = layer
+        return (kernel.astype(jnp.float32) + jnp.matmul(a, b) * scale).astype(kernel.dtype)
+
+    return jax.lax.map(one, (kernel_NIO, a_NIr, b_NrO))
 
 
 def disabled(trainable: nnx.State) -> nnx.State:

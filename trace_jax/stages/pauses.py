@@ -98,8 +98,8 @@ class Pauses:
         weights = {(i, action): w for i, action, w in row["weights"]}
         run = self._run
         fresh = run.examples(run.config.train.method, weights, with_zeros=True)
-        by_key = {(e.record_id, e.action, bool(e.kl)): e for e in fresh}
-        return [by_key[e.record_id, e.action, bool(e.kl)] for e in examples]
+        by_key = {(e.record_id, e.action, e.y1 is None): e for e in fresh}
+        return [by_key[e.record_id, e.action, e.y1 is None] for e in examples]
 
     def _weights(self, step: int, module: nnx.Module, examples) -> dict:
         run = self._run
