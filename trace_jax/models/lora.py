@@ -58,22 +58,26 @@ def merge(module: decoder.Decoder) -> decoder.Decoder:
     merged = _copy(module)
     for linear in _linears(merged):
         if linear.lora_a is not None:
-            kernel, factors = linear.kernel[...], (linear.lora_a[...], linear.lora_b[...])
-            folded = jax.jit(_folded, out_shardings=kernel.sharding)
-            linear.kernel[...] = folded(kernel, *factors, linear.lora_scale)
+            before, kernels = linear.kernel[...], jnp.copy(linear.kernel[...])
+            fold = jax.jit(_fold, donate_argnums=0, out_shardings=kernels.sharding)
+            for n in range(len(before)):
+                factors = (linear.lora_a[...][n], linear.lora_b[...][n])
+                kernels = fold(kernels, before[n], *factors, linear.lora_scale, n)
+            linear.kernel[...] = kernels
         linear.lora_a, linear.lora_b = nnx.data(None), nnx.data(None)
         linear.lora_scale = 0.0
     return merged
 
 
-def _folded(kernel_NIO: jax.Array, a_NIr: jax.Array, b_NrO: jax.Array, scale: float) -> jax.Array:
-    """W + scale A B, layer by layer: all at once would take the kernels in float32, three times."""
+def _fold(
+    kernels_NIO: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, n: int
+) -> jax.Array:
+    """W + scale A B in layer n; all layers at once would take the kernels in float32, three times.
 
-    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
-        kernel, a, b = layer
-        return (kernel.astype(jnp.float32) + jnp.matmul(a, b) * scale).astype(kernel.dtype)
-
-    return jax.lax.map(one, (kernel_NIO, a_NIr, b_NrO))
+    The donated kernels are written in place, so the layer's own comes beside them.
+    """
+    folded = (kernel.astype(jnp.float32) + jnp.matmul(a, b) * scale).astype(kernel.dtype)
+    return jax.lax.dynamic_update_index_in_dim(kernels_NIO, folded, n, 0)
 
 
 def disabled(trainable: nnx.State) -> nnx.State:
