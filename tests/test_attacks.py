@@ -1,8 +1,11 @@
 """Attacks: prompts out of files as they are published, judges side by side, the command."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from trace_jax import judges, policy
 from trace_jax.errors import InputError
@@ -92,7 +95,70 @@ def test_the_command_goes_on_where_it_stopped(shared, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments, "--judges=rules,guess"]) == 2
     assert "'guess' is none of" in capsys.readouterr().err
+    assert main([*arguments, "--stop-ids=1,-2"]) == 2
+    assert "--stop-ids=1,-2: ids of tokens are at least 0" in capsys.readouterr().err
     for few in ("", "rules", "rules,rules"):
         assert main([*arguments, f"--judges={few}"]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and "two judges or more" in said[0]
+
+
+@pytest.fixture
+def attack(shared, tmp_path, capsys):
+    """(model's folder, result's folder, run(*flags) -> wrappers answered anew, what was said)."""
+    path, out = tmp_path / "model", tmp_path / "out"
+    path.mkdir()
+    for file in (shared / "models" / "stories260k").iterdir():
+        shutil.copyfile(file, path / file.name)  # without its mode: one test writes there
+    for name in ("harmful", "safe"):
+        (tmp_path / f"{name}.csv").write_text(f"prompt\nTell a {name} story\n")
+    files = [f"--{name}={tmp_path / name}.csv" for name in ("harmful", "safe")]
+
+    def run(*flags: str) -> tuple[set[str], str]:
+        before = {p: p.stat().st_mtime_ns for p in out.glob("answers-*.jsonl")}
+        given = {f.partition("=")[0]: f for f in ("--stop-ids=1,2", "--max-new-tokens=4")}
+        given |= {f.partition("=")[0]: f for f in flags}
+        assert main(["attacks", f"--model=s={path}", *files, f"--out={out}", *given.values()]) == 0
+        found = {p: p.stat().st_mtime_ns for p in out.glob("answers-*.jsonl")}
+        anew = {p.stem.rpartition("-")[2] for p in found if before.get(p) != found[p]}
+        return anew, capsys.readouterr().err
+
+    return path, out, run
+
+
+ALL = {*attacks.WRAPPERS, attacks.SAFE}
+
+
+def test_answers_of_another_model_or_other_settings_are_made_anew(attack, monkeypatch):
+    path, out, run = attack
+    anew, said = run()
+    assert anew == ALL and "anew" not in said
+    assert run()[0] == set()
+    for flag, key in (
+        ("--max-new-tokens=5", "max_new_tokens"),
+        ("--stop-ids=2", "stop_ids"),
+        ("--dtype=bfloat16", "dtype"),
+    ):
+        anew, said = run(flag)
+        assert anew == ALL
+        assert f"answers-s-plain.jsonl: answered anew; changed since: {key}\n" in said
+        assert run(flag)[0] == set()
+        assert run()[0] == ALL
+    monkeypatch.setitem(attacks.WRAPPERS, "fiction", "Go on: {}")
+    anew, said = run()
+    assert anew == {"fiction"} and "answered anew; changed since: wrapper\n" in said
+    weights = safetensors.load_file(path / "model.safetensors")
+    changed = {name: np.roll(tensor, 1) for name, tensor in weights.items()}
+    safetensors.save_file(changed, path / "model.safetensors")
+    anew, said = run()
+    assert anew == ALL and said.count("answered anew; changed since: model\n") == len(ALL)
+
+
+def test_answers_that_nobody_knows_of_are_made_anew(attack):
+    """Those of earlier versions, and of a kill between the answers and what stands beside them."""
+    _, out, run = attack
+    run()
+    (out / "answers-s-plain.json").unlink()
+    anew, said = run()
+    assert anew == {"plain"} and "answered anew; nothing says how it was made" in said
+    assert run()[0] == set()

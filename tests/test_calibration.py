@@ -219,6 +219,28 @@ def test_real_labels_of_people(shared, tmp_path):
     assert found["per_clause"]["no_disallowed_content"]["coverage"] == 0  # beyond rules
 
 
+def test_a_judge_is_given_annotations_but_no_verdicts_of_people(tmp_path, capsys):
+    """Clause decline_unsafe_prompts of the policy asks for the annotation `unsafe`."""
+    out = tmp_path / "v.jsonl"
+    texts = {"prompt": "Kill him?", "response": "I can't help with that."}
+    command = ["judge", "--policy=overrefusal_new", f"--data={tmp_path / 'd.jsonl'}"]
+    for given in (
+        {"labels": {"unsafe": True}},
+        {"annotations": {"unsafe": True}},
+        {"annotations": {"unsafe": True}, "labels": [V]},
+    ):
+        write(tmp_path / "d.jsonl", texts | given)
+        assert commands.main([*command, f"--out={out}"]) == 0
+        assert json.loads(out.read_text())["clauses"]["decline_unsafe_prompts"]["status"] == C
+    capsys.readouterr()
+    for given in ({"labels": [C, C]}, {"labels": C}, {"annotations": ["unsafe"]}):
+        write(tmp_path / "d.jsonl", texts | given)
+        assert commands.main([*command, f"--out={out}"]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        (key,) = given
+        assert len(said) == 1 and f"d.jsonl:1: {key} must map names to values" in said[0]
+
+
 def test_judge_export_and_spent(tmp_path, capsys):
     data = write(tmp_path / "d.jsonl", {"prompt": "a", "response": "I can't help with that."})
     command = ["judge", "--policy=answers", f"--data={data}", f"--out={tmp_path / 'v.jsonl'}"]

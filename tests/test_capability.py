@@ -181,6 +181,56 @@ def test_the_command_compares_models_on_the_same_documents(shared, files, tmp_pa
     assert "nothing to ask" in capsys.readouterr().err
 
 
+TWO_FILTERS = """
+task: two_filters
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "[invalid]"
+generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+- {name: strict, filter: [{function: regex, regex_pattern: "#### (.*)"}, {function: take_first}]}
+- {name: none, filter: [{function: take_first}]}
+"""
+
+
+def test_filters_are_metrics_of_their_own(shared, files, tmp_path, capsys):
+    """A story has no ####: what the strict filter finds is "[invalid]", the answer of all."""
+    pytest.importorskip("lm_eval")
+    from trace_jax.evaluate.__main__ import main
+
+    path, out = shared / "models" / "stories260k", tmp_path / "found.json"
+    (tmp_path / "tasks").mkdir()
+    task = TWO_FILTERS.replace("DATA", str(files["gsm8k"]))
+    (tmp_path / "tasks" / "two.yaml").write_text(task)
+    arguments = ["capability", f"--model=a={path}", f"--model=b={path}", "--stop-ids=1,2",
+                 f"--include={tmp_path / 'tasks'}", "--tasks=two_filters", "--limit=3",
+                 f"--out={out}"]  # fmt: skip
+    assert main(arguments) == 0
+    models = json.loads(out.read_text())["models"]
+    same = {"difference": 0, "low": 0, "high": 0, "n": 3}
+    expected = {"exact_match,strict": {"value": 1, "n": 3}, "exact_match": {"value": 0, "n": 3}}
+    assert models["a"]["two_filters"] == expected
+    assert models["b"]["two_filters"] == {k: v | {"to_first": same} for k, v in expected.items()}
+    said = capsys.readouterr().out
+    assert "| two_filters | exact_match,strict | 100.0 | 100.0 (+0.0 [+0.0, +0.0]) |" in said
+    assert "| two_filters | exact_match | 0.0 | 0.0 (+0.0 [+0.0, +0.0]) |" in said
+
+
+def test_a_task_that_nobody_knows_is_told_before_a_model_is_loaded(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    from trace_jax.evaluate.__main__ import main
+
+    arguments = ["capability", f"--model={tmp_path / 'none'}", f"--out={tmp_path / 'found.json'}"]
+    assert main([*arguments, "--tasks=hellaswag,arc_esay"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "--tasks=arc_esay: neither a task of the harness" in said[0]
+    assert "the nearest are arc_easy" in said[0]
+
+
 def test_a_context_too_short_for_a_task_is_told_before_any_other(straight, files, tmp_path, capsys):
     """The tiny run's model takes 64 tokens in all."""
     pytest.importorskip("lm_eval")

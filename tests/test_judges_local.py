@@ -101,6 +101,15 @@ def test_answers_are_kept_and_the_model_is_known_by_its_content(directory, tmp_p
     assert local.fingerprint(other) != local.fingerprint(directory)
 
 
+def test_rows_at_once_are_at_least_one(directory):
+    asking = config.base_config().asking.to_dict()
+    for micro_rows in (0, -1):
+        with pytest.raises(InputError, match=f"asking.micro_rows={micro_rows} must be at least 1"):
+            judges.make(
+                "local", POLICY, settings(directory), asking=asking | {"micro_rows": micro_rows}
+            )
+
+
 def test_thresholds_and_mass_make_abstentions(directory):
     plain = judge(directory).judge(ITEMS[:1])[0].clauses["calm"]
     between = judge(directory, violating_below=0.0, compliant_from=1.0).judge(ITEMS[:1])[0]

@@ -267,10 +267,11 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     define = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "Prepared run (prepared first where it is not).", **define)
     flags.DEFINE_string("methods", "trace", "Methods, joined by commas: name+key=value.", **define)
-    flags.DEFINE_integer("seeds", 3, "Runs a method: config.seed, config.seed + 1, ...", **define)
+    counted = define | {"lower_bound": 1}
+    flags.DEFINE_integer("seeds", 3, "Runs a method: config.seed, config.seed + 1, ...", **counted)
     asks = "Ask the judge for win rates against u2a, in both orders."
     flags.DEFINE_bool("winrate", True, asks, **define)
-    flags.DEFINE_integer("jobs", 1, "Processes at once, each on a core of its own.", **define)
+    flags.DEFINE_integer("jobs", 1, "Processes at once, each on a core of its own.", **counted)
     flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", **define)
     return values
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax import commands, records
+from trace_jax import bounds, commands, records
 from trace_jax.errors import InputError
 from trace_jax.evaluate import agreement
 
@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     make.add_argument("--policy", required=True, help="shipped name or file: what raters go by")
     make.add_argument("--split", default="test")
-    make.add_argument("--n", type=int, default=50, help="prompts")
-    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--n", type=bounds.at_least(1), default=50, help="prompts")
+    make.add_argument("--seed", type=bounds.at_least(0), default=0)
     make.add_argument("--out", type=Path, required=True, help="the page, *.html")
     make.set_defaults(run=_make)
     score = found.add_parser("score", help="win rates out of votes")
@@ -199,8 +199,8 @@ def read_votes(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
 def _make(arguments: argparse.Namespace) -> None:
     from trace_jax import policy as policies
 
-    if not 2 <= len(arguments.system) <= 3 or arguments.n < 1:
-        raise InputError("give two or three --system, and --n of at least 1")
+    if not 2 <= len(arguments.system) <= 3:
+        raise InputError("give two or three --system")
     if arguments.out.suffix != ".html":
         raise InputError(f"--out={arguments.out}: the page is called *.html")
     answers = dict(_answers(text, arguments.split) for text in arguments.system)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import commands, records
+from trace_jax import bounds, commands, metrics, records
 from trace_jax.errors import InputError
 
 
@@ -28,8 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     attacks.add_argument(
         "--judges", default="rules,keywords", help="two or more of rules, keywords, gemini, local"
     )
-    attacks.add_argument("--limit", type=int, default=0, help="prompts of a file; 0: all")
-    attacks.add_argument("--max-new-tokens", type=int, default=256)
+    number, count = bounds.at_least(1), bounds.at_least(0)
+    attacks.add_argument("--limit", type=count, default=0, help="prompts of a file; 0: all")
+    attacks.add_argument("--max-new-tokens", type=number, default=256)
     attacks.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                          help="a key of judge.* or asking.*")  # fmt: skip
     attacks.add_argument("--out", type=Path, required=True, help="folder; it goes on there")
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         capability.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
     capability.add_argument("--tasks", default="", help="tasks of the harness itself (downloads)")
     capability.add_argument("--include", type=Path, help="folder of your own task files (YAML)")
-    capability.add_argument("--limit", type=int, default=0, help="documents of a task; 0: all")
+    capability.add_argument("--limit", type=count, default=0, help="documents of a task; 0: all")
     capability.add_argument("--chat", action="store_true", help="ask through the chat template")
     capability.add_argument("--out", type=Path, required=True, help="JSON")
     capability.set_defaults(run=_capability)
@@ -59,7 +60,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--stop-ids", default="", help="tokens that end an answer, by commas")
-    parser.add_argument("--batch-rows", type=int, default=64, help="sequences decoded at once")
+    parser.add_argument(
+        "--batch-rows", type=bounds.at_least(1), default=64, help="sequences decoded at once"
+    )
 
 
 def _subjects(arguments: argparse.Namespace):
@@ -70,6 +73,8 @@ def _subjects(arguments: argparse.Namespace):
         stops = [int(i) for i in arguments.stop_ids.split(",") if i.strip()]
     except ValueError as error:
         raise InputError(f"--stop-ids={arguments.stop_ids}: give numbers by commas") from error
+    if min(stops, default=0) < 0:
+        raise InputError(f"--stop-ids={arguments.stop_ids}: ids of tokens are at least 0")
     names = [text.rpartition("=")[0] or Path(text).name for text in arguments.model]
     if len(set(names)) < len(names):
         raise InputError(f"--model: two models are called {names}; name them, as base=DIR")
@@ -91,10 +96,11 @@ def _attacks(arguments: argparse.Namespace) -> None:
     harmful = [p for path in arguments.harmful for p in attacks.read_prompts(path, arguments.limit)]
     safe = attacks.read_prompts(arguments.safe, arguments.limit, safe=True)
     rows = []
-    for model in _subjects(arguments):
+    for text, model in zip(arguments.model, _subjects(arguments), strict=True):
+        made_with = _made_with(text, model, arguments)
         for wrapper in (*attacks.WRAPPERS, attacks.SAFE):
             prompts = safe if wrapper == attacks.SAFE else harmful
-            rows += _answered(model, wrapper, prompts, arguments)
+            rows += _answered(model, wrapper, prompts, made_with, arguments)
     judged = {}
     for name, (of_attacks, of_safe) in judges_of.items():
         is_safe = [r["wrapper"] == attacks.SAFE for r in rows]
@@ -139,17 +145,48 @@ def _judge_pair(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     )
 
 
-def _answered(model, wrapper: str, prompts: Sequence, arguments: argparse.Namespace) -> list[dict]:
-    """Rows of one model and wrapper; those of an earlier try with the same prompts are kept."""
+def _made_with(text: str, model, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the answers of a model, "[NAME=]DIR", depend on beside prompts and wrapper."""
+    from trace_jax.judges import local
+    from trace_jax.models import hf_weights
+
+    return {
+        "model": local.fingerprint(hf_weights.resolve(text.rpartition("=")[2])),
+        "dtype": arguments.dtype,
+        "stop_ids": list(model.stop_ids),
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+
+
+def _answered(
+    model,
+    wrapper: str,
+    prompts: Sequence,
+    made_with: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> list[dict]:
+    """Rows of one model and wrapper; those of an earlier try are kept where nothing changed.
+
+    What they were made with stands beside them, in a file that is there only while they are whole.
+    """
     from trace_jax.evaluate import attacks
 
+    text = attacks.WRAPPERS.get(wrapper, "{}")
+    made_with = made_with | {"wrapper": text}
     kept = arguments.out / f"answers-{model.name}-{wrapper}.jsonl"
+    beside = kept.with_suffix(".json")
     if kept.exists():
         rows = [row for _, row in records.read_jsonl(kept)]
-        if [r["id"] for r in rows] == [p.id for p in prompts]:
+        before = records.read_json(beside) if beside.exists() else {}
+        changed = [name for name, value in made_with.items() if before.get(name) != value]
+        if [r["id"] for r in rows] != [p.id for p in prompts]:
+            changed.append("prompts")
+        if not changed:
             return rows
+        why = f"changed since: {', '.join(changed)}" if before else "nothing says how it was made"
+        metrics.say(f"{kept}: answered anew; {why}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = attacks.WRAPPERS.get(wrapper, "{}")
+    beside.unlink(missing_ok=True)
     answers = model.answers(
         [(p.id, text.format(p.text)) for p in prompts],
         max_new_tokens=arguments.max_new_tokens,
@@ -161,6 +198,7 @@ def _answered(model, wrapper: str, prompts: Sequence, arguments: argparse.Namesp
         for p, answer in zip(prompts, answers, strict=True)
     ]  # fmt: skip
     records.write_jsonl(kept, rows)
+    records.write_json(beside, made_with)
     return rows
 
 

@@ -230,7 +230,10 @@ def _scores(graphdef, state, rows: batches.Rows, n_responses: int) -> jax.Array:
 
 
 def paired(a: Sequence[dict], b: Sequence[dict], metric: str) -> dict[str, Any]:
-    """Mean difference of a metric over the documents both were asked, with its 95 % interval."""
+    """Mean difference of a metric over the documents both were asked, with its 95 % interval.
+
+    Rows of one filter: a document of both once.
+    """
     of_b = {row["doc_id"]: row[metric] for row in b}
     pairs = [(row[metric], of_b[row["doc_id"]]) for row in a if row["doc_id"] in of_b]
     difference = np.array([float(x) - float(y) for x, y in pairs])

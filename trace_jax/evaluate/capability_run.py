@@ -1,5 +1,7 @@
 """The harness over several models, with paired differences to the first on the same documents."""
 
+import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from trace_jax import metrics
+from trace_jax.errors import InputError
 from trace_jax.evaluate import capability, capability_tasks, subject
 
 
@@ -20,8 +23,15 @@ def evaluate(
     chat: bool,
     batch_rows: int,
 ) -> dict[str, Any]:
-    """{"models": {name: {task: {metric: {"value", "n", "difference"...}}}}, "tasks", "first"}."""
+    """{"models": {name: {task: {metric: {"value", "n", "to_first"...}}}}, "first", "harness"}.
+
+    A metric is called as the harness does, "metric,filter"; "metric" where the filter is "none".
+
+    Raises:
+      InputError: the harness knows no such task; no model is loaded before.
+    """
     manager = TaskManager(include_path=str(include) if include else None)
+    _check_known(tasks, manager.all_tasks)
     first: dict[str, list[dict]] | None = None
     models: dict[str, Any] = {}
     for one in subjects:
@@ -51,7 +61,27 @@ def evaluate(
     return {"first": names[0], "models": models, "harness": lm_eval.__version__}
 
 
+def _check_known(tasks: Sequence[str | dict[str, Any]], known: Sequence[str]) -> None:
+    """Names are those of `known`, or files of tasks (YAML)."""
+    for name in tasks:
+        if isinstance(name, dict) or name in known or os.path.isfile(os.path.expanduser(name)):
+            continue
+        near = difflib.get_close_matches(name, known)
+        hint = f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
+        raise InputError(f"--tasks={name}: neither a task of the harness nor of --include; {hint}")
+
+
 def _of_task(rows: list[dict], first: list[dict], *, is_first: bool) -> dict[str, Any]:
+    """The harness logs a row for every document and filter; filters are metrics of their own."""
+    out: dict[str, Any] = {}
+    for name in dict.fromkeys(row["filter"] for row in rows):
+        of, of_first = ([r for r in every if r["filter"] == name] for every in (rows, first))
+        for metric, found in _of_filter(of, of_first, is_first=is_first).items():
+            out[metric if name == "none" else f"{metric},{name}"] = found
+    return out
+
+
+def _of_filter(rows: list[dict], first: list[dict], *, is_first: bool) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for metric in rows[0]["metrics"]:
         values = [row[metric] for row in rows]

@@ -110,9 +110,10 @@ def _reader(name: str, settings: Mapping[str, Any], asking: Mapping[str, Any], k
         )
     from trace_jax.judges import local
 
-    return local.LocalReader(
-        local.Settings(**settings["local"]), load_model, micro_rows=asking["micro_rows"]
-    )
+    micro_rows = asking["micro_rows"]
+    if micro_rows < 1:
+        raise InputError(f"asking.micro_rows={micro_rows} must be at least 1")
+    return local.LocalReader(local.Settings(**settings["local"]), load_model, micro_rows=micro_rows)
 
 
 def aggregate(clauses: Mapping[str, records.ClauseVerdict], **provenance: Any) -> records.Verdict:

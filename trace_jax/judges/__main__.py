@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import commands, judges, records
+from trace_jax import commands, judges, predicates, records
 from trace_jax import policy as policies
 from trace_jax.errors import InputError
 from trace_jax.judges import settings
@@ -112,27 +112,42 @@ def _judge(arguments: argparse.Namespace) -> None:
     rows = [
         (
             row.get("id", n),
-            forms.text(row, "prompt", where),
-            forms.text(row, "response", where, may_be_empty=True),
-            row,
+            judges.Item(
+                forms.text(row, "prompt", where),
+                forms.text(row, "response", where, may_be_empty=True),
+                _annotations(row, where),
+            ),
         )
         for n, (where, row) in enumerate(files.rows(arguments.data), start=1)
     ]
     if not rows:
         raise InputError(f"{arguments.data}: no rows; they need prompt and response")
     judge, _, _ = _made(arguments)
-    items = [judges.Item(x, y, row.get("labels") or {}) for _, x, y, row in rows]
+    items = [item for _, item in rows]
     with metrics.progress(len(items), f"judged by {judge.id}") as bar:
         verdicts = judge.judge(items, progress=bar.advance)
     records.write_jsonl(
         arguments.out,
         (
-            {"id": name, "prompt": x, "response": y, **v.to_json(), "rationale": v.rationale}
-            for (name, x, y, _), v in zip(rows, verdicts, strict=True)
+            {"id": name, "prompt": item.prompt, "response": item.response, **v.to_json()}
+            | {"rationale": v.rationale}
+            for (name, item), v in zip(rows, verdicts, strict=True)
         ),
     )
     counts = {s: sum(v.status == s for v in verdicts) for s in records.STATUSES}
     print(", ".join(f"{status} {n}" for status, n in counts.items()) + f": {arguments.out}")
+
+
+def _annotations(row: Mapping[str, Any], where: str) -> predicates.Labels:
+    """Column `annotations`, as `calibrate` reads it, or `labels`: what predicates ask for."""
+    key = "annotations" if row.get("annotations") else "labels"
+    found = row.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"{where}: {key} must map names to values; people's verdicts (a list, as calibrate "
+            "reads) are not for a judge: leave them out, or give annotations"
+        )
+    return found
 
 
 def _winrate(arguments: argparse.Namespace) -> None:
@@ -172,7 +187,7 @@ def _opened(path: Path) -> Any:
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the judgement store of a run")
-    return store.Store(path)
+    return store.Store(path, read_only=True)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ response_{0,1}_severity_level) or as before (is_response_{0,1}_safe alone). Poli
 pku_new ask for the labels by these names.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,17 +40,17 @@ def labels(row: Mapping[str, Any], side: int, where: str) -> dict[str, Any]:
     """Labels of response 0 or 1 of a row; those that the row does not have are left out.
 
     Raises:
-      InputError: categories that are none of the data set's, or no truth values.
+      InputError: categories that are none of the data set's, no truth values, or no level.
     """
     found: dict[str, Any] = {}
     safe = row.get(f"is_response_{side}_safe")
-    if safe is not None:
+    if not _is_missing(safe):
         found["safe"] = _truth(safe, f"{where}: is_response_{side}_safe")
     severity = row.get(f"response_{side}_severity_level")
-    if severity is not None:
-        found["severity"] = int(severity)
+    if not _is_missing(severity):
+        found["severity"] = _level(severity, f"{where}: response_{side}_severity_level")
     categories = row.get(f"response_{side}_harm_category")
-    if categories is None:
+    if _is_missing(categories):
         return found
     if not isinstance(categories, Mapping):
         raise InputError(
@@ -61,6 +62,18 @@ def labels(row: Mapping[str, Any], side: int, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: response_{side}_harm_category: unknown category {name!r}")
         found[label] = _truth(value, f"{where}: response_{side}_harm_category: {name}")
     return found
+
+
+def _is_missing(value: Any) -> bool:
+    """None, or the NaN that data frames write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _level(value: Any, where: str) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: {value!r} must be a whole number") from error
 
 
 def _truth(value: Any, where: str) -> bool:
