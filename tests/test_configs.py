@@ -10,6 +10,7 @@ from trace_jax import compare, launch, policy, study, validation
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
 from trace_jax.evaluate import __main__ as evaluate
+from trace_jax.models import lora
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -44,7 +45,17 @@ def test_an_experiment_builds_and_validates(path, tmp_path):
         ("train.warmup_steps", 10**6, "must be below"),
         ("train.beta", 0.0, "greater than 0"),
         ("model.attention_block", -2, "a number of queries"),
-        ("train.layer_rows", -1, "a number of rows"),
+        ("train.layer_rows", -1, "at least 0"),
+        ("model.head_chunk", -3, "at least 0"),
+        ("data.row_length", -5, "at least 0"),
+        ("data.row_length", 150, "no room for a pair of data.max_length=96 .*row_length=192"),
+        ("impact.micro_rows", 0, "greater than 0"),
+        ("evaluate.micro_rows", 0, "greater than 0"),
+        ("evaluate.temperature", -1.0, "at least 0"),
+        ("correct.samples_per_round", 0, "greater than 0"),
+        ("train.alpha_kl", -1.0, "at least 0"),
+        ("train.alpha_nll", float("nan"), "at least 0"),
+        ("train.b2", 1.0, "below 1"),
         ("impact.path", "vjp", "one of jvp"),
         ("impact.strength", 1.5, "a share"),
         ("evaluate.splits", ("train",), "one of test"),
@@ -55,6 +66,21 @@ def test_a_value_out_of_range_is_one_clear_line(key, value, said):
     c = config_lib.with_overrides(_config(ROOT / "configs" / "quickstart.py"), {key: value})
     with pytest.raises(InputError, match=said):
         validation.validate(c)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("rank", 0, "greater than 0"), ("targets", "q_proj,v_proj", "q is PEFT's q_proj")],
+)
+def test_bad_adapters_are_found_before_anything_is_paid_for(key, value, said):
+    changes = {"train.adapters": "lora", f"train.lora.{key}": value}
+    c = config_lib.with_overrides(_config(ROOT / "configs" / "quickstart.py"), changes)
+    with pytest.raises(InputError, match=said):
+        validation.validate(c)
+
+
+def test_targets_of_adapters_are_those_that_the_model_has():
+    assert validation.LORA_TARGETS == lora.TARGETS
 
 
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("evaluation", "methods", "replication"))]

@@ -190,6 +190,19 @@ class Encoder:
         return tuple(tokens), n_prompt
 
 
+def ends(tokenizer: Any) -> tuple[int, int]:
+    """Tokens that end a text, and an answer in a chat.
+
+    Raises:
+      InputError: the tokenizer names no EOS.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError("the tokenizer names no EOS; set --config.model.stop_ids=(id,)")
+    of_turn = turn_end(tokenizer)
+    return end, end if of_turn is None else of_turn
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The control token with which the chat template ends an answer; None where there is none.
 

@@ -1,5 +1,6 @@
 """The checks of a config, before anything is spent."""
 
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from trace_jax.sources import files, forms
 FROM_FILE = ("file", "jsonl")  # two names of one source
 SOURCES = (*FROM_FILE, "synth", "self_sampled", "parent")
 ADAPTERS = ("none", "lora")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+_COUNTS = (
+    "data.max_length", "impact.gold_size", "impact.micro_rows", "correct.tries",
+    "correct.samples_per_round", "evaluate.samples", "evaluate.batch_rows", "evaluate.micro_rows",
+    "asking.micro_rows",
+)  # fmt: skip
 
 
 def validate(config: ml_collections.ConfigDict, *, planning: bool = False) -> None:
@@ -44,8 +53,9 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _validate_mesh(config.mesh)
     _one_of("train.method", config.train.method, methods.METHODS)
     _one_of("train.punish", config.train.punish, ("correction", "dual_npo"))
-    if config.train.layer_rows < 0:
-        raise InputError(f"train.layer_rows={config.train.layer_rows} is a number of rows; 0: all")
+    for key in ("train.layer_rows", "model.head_chunk", "data.row_length"):
+        if _section(config, key) < 0:
+            raise InputError(f"{key}={_section(config, key)} must be at least 0")
     _one_of("train.alpha_scale", config.train.alpha_scale, ("one", "per_conflict"))
     if not config.evaluate.splits:
         raise InputError("evaluate.splits is empty; use test, validation or test,validation")
@@ -78,8 +88,12 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     _validate_triage(config.triage)
     for name in ("align", "train", "model.scratch.training"):
         _validate_training(name, _section(config, name))
-    for key in ("data.max_length", "impact.gold_size", "correct.tries", "evaluate.samples"):
+    for key in _COUNTS:
         _positive(key, _section(config, key))
+    for key in ("evaluate.temperature", "correct.temperature", "train.alpha_kl", "train.alpha_nll"):
+        if not 0 <= _section(config, key) < math.inf:
+            raise InputError(f"{key}={_section(config, key)} must be at least 0")
+    _validate_rows(config.data)
     for key in ("correct.max_new_tokens", "evaluate.max_new_tokens"):
         if not 0 < _section(config, key) < config.data.max_length - 1:
             raise InputError(
@@ -96,6 +110,16 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     if config.data.source in FROM_FILE and not files.exists(config.data.path):
         raise InputError(f"data.path={config.data.path}: no such file")
     _validate_model(config)
+
+
+def _validate_rows(c: ml_collections.ConfigDict) -> None:
+    """A pair takes its prompt once and both responses, each of up to max_length with the prompt."""
+    if c.row_length and c.row_length < 2 * c.max_length - 2:
+        raise InputError(
+            f"data.row_length={c.row_length} has no room for a pair of data.max_length="
+            f"{c.max_length} a side; give --config.data.row_length={2 * c.max_length}, or 0: as "
+            "steps cost least"
+        )
 
 
 def _validate_pauses(config: ml_collections.ConfigDict) -> None:
@@ -199,6 +223,20 @@ def _validate_training(name: str, c: ml_collections.ConfigDict) -> None:
         _positive(f"{name}.{key}", c[key])
     for key in ("learning_rate", "beta", "tau", "clip_norm"):
         _positive(f"{name}.{key}", c[key])
+    for key in ("b1", "b2"):
+        if not 0 <= c[key] < 1:
+            raise InputError(f"{name}.{key}={c[key]} must be at least 0 and below 1")
+    for key in ("weight_decay", "drift", "warmup_steps"):
+        if not c[key] >= 0:
+            raise InputError(f"{name}.{key}={c[key]} must be at least 0")
+    if c.adapters == "lora":
+        _positive(f"{name}.lora.rank", c.lora.rank)
+        targets = [target.strip() for target in c.lora.targets.split(",")]
+        if targets != ["all"] and not set(targets) <= set(LORA_TARGETS):
+            raise InputError(
+                f'{name}.lora.targets={c.lora.targets!r}: give "all" or names out of '
+                f"{','.join(LORA_TARGETS)} joined by commas (q is PEFT's q_proj)"
+            )
     if c.warmup_steps >= c.total_steps:
         raise InputError(
             f"{name}.warmup_steps={c.warmup_steps} must be below {name}.total_steps={c.total_steps}"

@@ -226,11 +226,7 @@ class Context:
 
         if self.config.model.stop_ids:
             return (self.config.model.stop_ids[0],) * 2
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise InputError("the tokenizer names no EOS; set --config.model.stop_ids=(id,)")
-        turn_end = encoding.turn_end(self.tokenizer)
-        return end, end if turn_end is None else turn_end
+        return encoding.ends(self.tokenizer)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

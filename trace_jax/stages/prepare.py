@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trace_jax import config as config_lib
 from trace_jax import (
     generations,
     metrics,
@@ -119,6 +120,11 @@ def _tell_cut(run: context.Context, prompts: list[dict]) -> None:
 
 def _from_file(run: context.Context) -> tuple[list, list[dict]]:
     data = run.config.data
+    if run.config.policy.new == config_lib.base_config().policy.new:
+        metrics.say(
+            f"  warning: policy.new={run.config.policy.new} is the default, a policy about made-up "
+            "texts; for your data give --config.policy.old and --config.policy.new"
+        )
     reading = sources.Reading.of(data, run.config.seed)
     found, counts = sources.read_records(data.path, reading)
     metrics.say(f"  {data.path}: {counts}")
