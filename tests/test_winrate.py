@@ -150,4 +150,4 @@ def test_what_is_missing_is_one_line(runs, tmp_path, capsys):
     assert commands.main([*command, f"--b={tmp_path / 'none'}"]) == 2
     assert "run stage evaluate first" in capsys.readouterr().err
     assert commands.main([*command, f"--b={runs / 'two'}", "--split=validation"]) == 2
-    assert "no held-out prompt in common" in capsys.readouterr().err
+    assert "has no greedy answers of trained to validation prompts" in capsys.readouterr().err

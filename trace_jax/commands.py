@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trace_jax import errors
 from trace_jax.errors import InputError
@@ -30,3 +30,15 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         print(f"error: {told}", file=sys.stderr)
         return errors.exit_code(error)
     return 0
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A `type` of argparse: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        found = int(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{found} must be at least {least}")
+        return found
+
+    return number

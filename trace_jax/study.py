@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax import bounds, commands, records
+from trace_jax import commands, records
 from trace_jax.errors import InputError
 from trace_jax.evaluate import agreement
 
@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     make.add_argument("--policy", required=True, help="shipped name or file: what raters go by")
     make.add_argument("--split", default="test")
-    make.add_argument("--n", type=bounds.at_least(1), default=50, help="prompts")
-    make.add_argument("--seed", type=bounds.at_least(0), default=0)
+    make.add_argument("--n", type=commands.at_least(1), default=50, help="prompts")
+    make.add_argument("--seed", type=commands.at_least(0), default=0)
     make.add_argument("--out", type=Path, required=True, help="the page, *.html")
     make.set_defaults(run=_make)
     score = found.add_parser("score", help="win rates out of votes")
@@ -241,6 +241,8 @@ def _answers(text: str, split: str) -> tuple[str, dict[str, dict]]:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    if not arguments.key.is_file():
+        raise InputError(f"{arguments.key}: no such file; give the key that `make` wrote")
     key = records.read_json(arguments.key)
     if not isinstance(key, dict) or not {"study", "items"} <= key.keys():
         raise InputError(f"{arguments.key}: not the key of a study")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import bounds, commands, metrics, records
+from trace_jax import commands, metrics, records
 from trace_jax.errors import InputError
 
 
@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     attacks.add_argument(
         "--judges", default="rules,keywords", help="two or more of rules, keywords, gemini, local"
     )
-    number, count = bounds.at_least(1), bounds.at_least(0)
+    number, count = commands.at_least(1), commands.at_least(0)
     attacks.add_argument("--limit", type=count, default=0, help="prompts of a file; 0: all")
     attacks.add_argument("--max-new-tokens", type=number, default=256)
     attacks.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
@@ -61,7 +61,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--stop-ids", default="", help="tokens that end an answer, by commas")
     parser.add_argument(
-        "--batch-rows", type=bounds.at_least(1), default=64, help="sequences decoded at once"
+        "--batch-rows", type=commands.at_least(1), default=64, help="sequences decoded at once"
     )
 
 

@@ -37,9 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_judge(winrate)
     winrate.add_argument("--a", type=Path, required=True, help="a run's workdir: its win rate")
     winrate.add_argument("--b", type=Path, required=True, help="the run it is compared with")
-    winrate.add_argument("--model-a", default="trained", help="trained, ref or base")
-    winrate.add_argument("--model-b", default="trained", help="trained, ref or base")
-    winrate.add_argument("--split", default="test")
+    for side in ("a", "b"):
+        winrate.add_argument(
+            f"--model-{side}", default="trained", choices=("trained", "ref", "base")
+        )
+    winrate.add_argument("--split", default="test", choices=("test", "validation"))
     winrate.add_argument("--out", type=Path, required=True, help="JSON")
     winrate.set_defaults(run=_winrate)
     export = found.add_parser("export", help="all stored verdicts as Parquet")
@@ -179,7 +181,10 @@ def _greedy(workdir: Path, model: str, split: str) -> dict[str, dict[str, Any]]:
         raise InputError(f"{path}: not there; run stage evaluate first")
     rows = (row for _, row in records.read_jsonl(path))
     wanted = {"model": model, "split": split, "mode": "greedy"}
-    return {row["id"]: row for row in rows if all(row[k] == v for k, v in wanted.items())}
+    found = {row["id"]: row for row in rows if all(row[k] == v for k, v in wanted.items())}
+    if not found:
+        raise InputError(f"{path}: has no greedy answers of {model} to {split} prompts")
+    return found
 
 
 def _opened(path: Path) -> Any:

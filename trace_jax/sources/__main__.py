@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import bounds, commands, judges, records, sources
+from trace_jax import commands, judges, records, sources
 from trace_jax.errors import InputError
 from trace_jax.sources import forms
 
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading(inspect)
     inspect.add_argument("--model", help="folder or hub id whose tokenizer and template to use")
     inspect.add_argument("--tokenizer", type=Path, help="the same from a tokenizer.json alone")
-    number, count = bounds.at_least(1), bounds.at_least(0)
+    number, count = commands.at_least(1), commands.at_least(0)
     inspect.add_argument("--max-length", type=number, default=512, help="as data.max_length")
     inspect.add_argument("--show", type=count, default=2, help="records to show in tokens")
     inspect.add_argument("--as-chat", action="store_true", help="as data.as_chat")
@@ -52,7 +52,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--malformed", choices=("error", "drop"), default="error")
     parser.add_argument(
-        "--first", type=bounds.at_least(0), default=0, help="read no more than the first N; 0: all"
+        "--first", type=commands.at_least(0), default=0, help="read the first N at most; 0: all"
     )
 
 

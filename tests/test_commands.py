@@ -4,13 +4,13 @@ import argparse
 
 import pytest
 
-from trace_jax import bounds, compare, study
+from trace_jax import commands, compare, study
 from trace_jax.evaluate import __main__ as evaluate
 from trace_jax.sources import __main__ as sources
 
 
 def test_whole_numbers_from_the_least_on():
-    number = bounds.at_least(1)
+    number = commands.at_least(1)
     assert [number(text) for text in ("1", " 7 ")] == [1, 7]
     for text in ("0", "-3"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} must be at least 1"):
