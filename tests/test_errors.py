@@ -2,10 +2,11 @@
 
 import errno
 import sqlite3
+import sys
 
 import pytest
 
-from trace_jax import commands, errors
+from trace_jax import commands, errors, remote
 from trace_jax.errors import InputError
 
 
@@ -87,3 +88,9 @@ def test_an_error_is_one_short_printable_line():
     assert text.startswith(r"a b \x1b[2J \u202e xxx") and text.endswith("xxx the end")
     assert len(text) < 1100 and text.isprintable()
     assert errors.printable("é ü 漢字 plain") == "é ü 漢字 plain"
+
+
+def test_what_is_to_be_installed_is_said_as_a_checkout_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r"install it with pip install -e '\.\[gcs\]' in the chec"):
+        remote.open_path("gs://bucket/run")

@@ -14,7 +14,8 @@ import pytest
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import launch, locks, metrics, stages, train, workdir
+from trace_jax import hardware, launch, locks, metrics, stages, train, workdir
+from trace_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = ("compliance_guarded", "compliance", "compliance_greedy")
@@ -383,9 +384,14 @@ def test_a_flipped_bit_in_a_stage_mark_never_passes_for_another_run(run, config,
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--config.train.no_such_key=1"], "no_such_key"),
+        (["--config.train.no_such_key=1"], "unknown config key train.no_such_key; the nearest are"),
+        (["--config.train.lr=1"], "key train.lr; the nearest are train.layer_rows, train.learning"),
+        (["--config.trian.beta", "1"], "key trian.beta; the nearest are train.beta, "),
+        (["--config.train.beta.x=1"], "key train.beta.x; the nearest are train.beta, "),
+        (["--noconfig.train.keepbest"], "key train.keepbest; the nearest are train.keep_best, "),
         (["--config.train.beta=much"], "beta"),
-        (["--config.train.method=magic"], "train.method='magic' is unknown; use one of trace"),
+        (["--config.train.method=magic"], "train.method='magic' is unknown; use one of trace, "),
+        (["--config.train.method=magic"], "sft, or a preset: trace_paper, trace_paper_rescaled, "),
         (["--config.judge.name=oracle"], "judge.name='oracle' is unknown"),
         (["--config.policy.new=no_such"], "no policy 'no_such'"),
         (["--config.policy.old=no/such.yaml"], "no/such.yaml: cannot be read"),
@@ -396,6 +402,9 @@ def test_a_flipped_bit_in_a_stage_mark_never_passes_for_another_run(run, config,
         (["--stages=impact"], "stage impact needs stage prepare, which has not finished"),
         (["--no_such_flag=1"], "no_such_flag"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--workdir=s3://bucket/x"], "workdir s3://bucket/x: a run works in a local folder or in"),
+        (["--workdir=https://x/y", "--plan"], "workdir https://x/y: a run works in a local"),
+        (["--coordinator=localhost", "--processes=2", "--process=0"], "give HOST:PORT"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -415,8 +424,15 @@ def test_bad_flags_are_one_line(config, tmp_path, capsys, monkeypatch, flags, sa
          "    c = config.base_config()\n    c.trian.beta = 1\n    return c\n", "trian"),
         ("x = 1\n", "the config file defines no get_config()"),
         ("def get_config():\n    return 1\n", "is not a config"),
+        ("def get_config():\n    int('x')\n", "could not be read (ValueError: invalid literal for"),
+        ("def get_config():\n    None.x = 1\n", "could not be read (AttributeError: 'NoneType'"),
+        ("def get_config(variant):\n    return 1\n", "this config has variants; name one, as FIL"),
+        ("from trace_jax import config\n\n\ndef get_config():\n"
+         "    c = config.base_config()\n    c.train.bta = 1\n    return c\n",
+         "unknown config key bta; the nearest are align.beta, train.beta"),
     ],
-    ids=["syntax", "import", "exception", "key", "no get_config", "no config"],
+    ids=["syntax", "import", "exception", "key", "no get_config", "no config", "value",
+         "attribute", "variants", "nearest"],
 )  # fmt: skip
 def test_bad_config_files_are_one_line(tmp_path, capsys, monkeypatch, text, said):
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # another test's config
@@ -424,6 +440,20 @@ def test_bad_config_files_are_one_line(tmp_path, capsys, monkeypatch, text, said
     path.write_text(text)
     assert said in _error(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_variant_of_a_config_without_any_is_one_line(config, capsys):
+    assert _error(capsys, f"--config={config}:smoke") == (
+        f"error: --config={config}:smoke: this config has no variants; leave out :smoke"
+    )
+
+
+def test_a_notebook_too_is_told_that_a_bucket_is_no_path(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("s3://bucket/x", Path("gs://bucket/x")):
+        with pytest.raises(InputError, match="a run works in a local folder or in gs://BUCKET"):
+            launch.realign(config_lib.base_config(), place)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):
@@ -586,3 +616,29 @@ def test_with_cpu_devices_0_every_core_is_a_device(given, pinned, expected):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) == expected
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.92"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "0"}, {"XLA_PYTHON_CLIENT_PREALLOCATE": "0"}),
+    ],
+)
+def test_gpus_are_taken_but_for_a_twelfth_unless_the_user_says_otherwise(
+    monkeypatch, given, expected
+):
+    """And under the name that this jaxlib reads."""
+    from jaxlib import xla_client
+
+    for name in hardware.SHARE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    launch.set_environment()
+    found = {name: os.environ[name] for name in hardware.SHARE_VARIABLES if name in os.environ}
+    assert found == expected
+    options = xla_client.generate_pjrt_gpu_plugin_options()
+    assert options.get("memory_fraction", 0.75) == hardware.gpu_share()

@@ -46,8 +46,12 @@ def test_json_alone_on_stdout_and_nothing_written(planned, tmp_path):
     assert set(found["programs"]) == {"train", "impact", "sample"}
     a_model = 4 * found["parameters"]["total"]  # and two gradients of its size
     assert found["programs"]["impact"]["argument_bytes"] > 3 * a_model
-    assert found["records"] == {"total": 60, "by_action": None}
+    assert found["records"] == {"total": 60, "by_action": None, "assumed": ""}
     assert found["tokens"]["estimated"] and 0 < found["judge"]["calls"] <= 120
+    # 8 prompts, a sample and a greedy answer, two policies; of two models and of one; 8 tries.
+    later = {who: asked["calls"] for who, asked in found["judge_later"].items()}
+    assert later == {"judge, baseline": 64, "judge, evaluate": 32, "judge, correct": None}
+    assert found["judge_later"]["judge, correct"]["each"]["calls"] == 8
     assert found["device_memory_bytes"] > 2**30
     assert found["parameters"]["total"] == found["parameters"]["trainable"]
 
@@ -82,6 +86,17 @@ def test_unknown_topologies_are_one_line(planned, topology, said):
     assert code == 2 and out == "" and said in err and err.count("\n") == 1
 
 
+def test_a_missing_tpu_compiler_is_one_line(planned, monkeypatch):
+    def missing(topology: str):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.\nSee ...")
+
+    monkeypatch.setattr(plan, "_of_slice", missing)
+    code, out, err = planned("--topology=v5e:4x4")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "JAX TPU support not installed" in err
+    assert "is it installed (pip install -e '.[tpu]' in the checkout) and the slice one" in err
+
+
 def test_a_mesh_that_does_not_divide_is_one_line(planned):
     code, out, err = planned("--config.mesh.fsdp=3")
     assert code == 2 and out == "" and "does not divide the 8 devices" in err
@@ -89,18 +104,25 @@ def test_a_mesh_that_does_not_divide_is_one_line(planned):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(
-    "name", ["gemma9b", *(pytest.param(n, marks=pytest.mark.soak) for n in ("llama8b", "qwen7b"))]
+    "name, chips",
+    [
+        ("gemma9b", "2x2"),
+        ("gemma2b", "1x1"),
+        *(pytest.param(n, "2x2", marks=pytest.mark.soak) for n in ("llama8b", "qwen7b")),
+    ],
 )
-def test_the_tpu_compiler_plans_for_a_slice(name, tmp_path):
+def test_the_tpu_compiler_plans_for_a_slice(name, chips, tmp_path):
     command = [
         sys.executable, "-m", "trace_jax.launch", f"--config={ROOT}/configs/{name}.py:smoke",
-        "--plan", "--json", "--topology=v5e:2x2", f"--workdir={tmp_path / 'run'}",
+        "--plan", "--json", f"--topology=v5e:{chips}", f"--workdir={tmp_path / 'run'}",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "E0000" not in done.stderr and "WARNING" not in done.stderr
     found = json.loads(done.stdout)
-    assert found["fits"] and found["device"]["count"] == 4 and found["device"]["kind"] == "v5e"
+    count = {"2x2": 4, "1x1": 1}[chips]
+    assert found["fits"] and found["device"]["count"] == count and found["device"]["kind"] == "v5e"
     assert found["device_memory_bytes"] == int(15.75 * 2**30)
     assert not (tmp_path / "run").exists()
 
@@ -130,6 +152,131 @@ PAIRS = [
     {"prompt": "p", "chosen": "a", "rejected": "c", "id": "2"},
     {"prompt": "q", "chosen": "a", "rejected": "b", "id": "3"},
 ]
+
+
+@pytest.mark.parametrize(
+    "path", ["typo.jsonl", "data/typo.jsonl", "data/typo.CSV.gz", "/no/such", "a/b/c", "no*.csv"]
+)
+def test_a_plan_refuses_data_that_can_only_be_a_file_and_is_not_here(tmp_path, path):
+    run = run_of(tmp_path, PAIRS)
+    workload.check(run)
+    run.config.data.path = path
+    with pytest.raises(InputError, match="no such file; give one, or a data set of the hub"):
+        workload.check(run)
+    (tmp_path / "run").mkdir()
+    records.write_jsonl(tmp_path / "run" / "records.jsonl", PAIRS)  # what was read before is enough
+    workload.check(run)
+
+
+def test_a_misspelt_file_stops_a_plan_by_one_line(planned):
+    code, out, err = planned("--config.data.source=file", "--config.data.path=typo.jsonl")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "data.path=typo.jsonl: no such file" in err
+
+
+@pytest.mark.parametrize(
+    "path, why",
+    [
+        ("organisation/name", "data.path was not read"),
+        ("gs://bucket/pairs.jsonl", "data.path was not read"),
+        ("", "data.path is not given"),
+    ],
+)
+def test_what_was_not_read_is_assumed_and_said(planned, path, why):
+    flags = ("--config.data.source=file", f"--config.data.path={path}", "--config.data.pairs=70")
+    code, out, err = planned(*flags)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["records"] == {"total": 70, "by_action": None, "assumed": why}
+
+
+def test_the_plan_for_people_says_what_was_assumed_and_what_is_asked(planned, tmp_path, capsys):
+    found = json.loads(planned("--config.data.source=file")[1])
+    found |= {"device_memory_share": 0.92, "device_memory_bytes": int(0.92 * 79 * 2**30)}
+    found["judge_later"]["judge, baseline"] = {"calls": 3600, "tokens": 10**6, "price": 1.5}
+    plan.show(found)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    text = "\n".join(lines)
+    assert "60 (assumed (data.pairs); data.path is not given; not triaged yet" in text
+    assert "72.68 GiB, 92% of a GPU's (XLA_CLIENT_MEM_FRACTION)" in text
+    assert "judge, baseline │ at most 3,600 calls, 1,000,000 tokens, 1.50 USD" in text
+    assert "not known before triage; a prompt of PUNISH records at most 8 calls" in text
+
+
+def test_a_plan_needs_no_key_and_writes_no_store(planned, tmp_path, monkeypatch):
+    for name in gemini_job.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    code, out, err = planned("--config.judge.name=gemini", "--config.correct.source=gemini")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["judge"]["price"] > 0 and list(tmp_path.iterdir()) == []
+    later = found["judge_later"]
+    assert later["judge, baseline"]["price"] == pytest.approx(2 * later["judge, evaluate"]["price"])
+    assert later["writer, correct"]["each"]["price"] > 0
+    code, _, err = planned("--config.judge.name=local")
+    assert code == 2 and "judge local needs a model" in err  # as before a run
+
+
+def test_of_a_gpu_the_share_that_jax_takes_is_planned_with(monkeypatch):
+    for name in hardware.SHARE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    whole = hardware.CHIPS["h100"].memory
+    assert hardware.of_topology("h100:1")[0].memory == int(0.75 * whole)  # jax by itself
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.92")
+    chip, is_tpu = hardware.of_topology("h100:1")
+    assert not is_tpu and chip.memory == int(0.92 * whole) and chip.share == 0.92
+    assert hardware.of_topology("v5e:4x4")[0] == hardware.CHIPS["v5e"]
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "much")
+    with pytest.raises(InputError, match="XLA_CLIENT_MEM_FRACTION='much' is no share"):
+        hardware.of_topology("h100:1")
+
+
+def _judged(*statuses: str) -> dict[str, dict]:
+    sides = ("chosen_verdict", "rejected_verdict")
+    verdicts = (dict(status=s, probability=None, clauses={}) for s in statuses)
+    return dict(zip(sides, verdicts, strict=True))
+
+
+def test_stages_after_triage_are_counted_at_most(tmp_path):
+    run = run_of(tmp_path, PAIRS)
+    c = run.config
+    c.data.validation_prompts, c.data.test_prompts = 5, 7
+    c.evaluate.splits, c.evaluate.samples = ("test", "validation"), 2
+    c.train.evaluate_every, c.train.total_steps, c.train.keep_best = 10, 30, True
+    c.correct.tries = 4
+
+    def calls() -> dict[str, int | None]:
+        work = workload.of(run)
+        return {who: asked["calls"] for who, asked in workload.judging_later(run, work).items()}
+
+    both = 2 * 12 * 3  # policies, prompts, samples and a greedy answer
+    expected = {"judge, baseline": 2 * both, "judge, evaluate": both}  # of base and M_ref
+    expected["judge, train"] = 3 * 5 * 2 * 2  # steps 10, 20 and 30; samples alone
+    assert calls() == expected | {"judge, correct": None}
+    c.align.enabled = False
+    c.evaluate.splits, c.train.evaluate_every = ("test",), 0
+    half = 2 * 7 * 3
+    assert calls() == {"judge, baseline": half, "judge, evaluate": half, "judge, correct": None}
+    c.correct.source = "none"
+    assert "judge, correct" not in calls()
+    c.correct.source, c.judge.name = "gemini", "gemini"
+    c.judge.gemini.clauses_per_call = 1
+    n, old = (len(p.clauses) for p in (run.new_policy, run.old_policy))
+    by_clause = workload.judging_later(run, workload.of(run))
+    assert by_clause["judge, evaluate"]["calls"] == 7 * 3 * (n + old)
+    assert by_clause["judge, correct"]["each"]["calls"] == 4 * n
+    assert by_clause["writer, correct"]["each"]["calls"] == 4
+    triaged = [
+        row | _judged("violating", "violating") | {"action": "PUNISH"} for row in PAIRS
+    ]  # of two prompts
+    run.workdir.start("triage", {})
+    records.write_jsonl(tmp_path / "run" / "triage.jsonl", triaged)
+    run.workdir.finish("triage", {}, ("triage.jsonl",), seconds=1.0, summary={})
+    found = workload.judging_later(run, workload.of(run))
+    assert found["judge, correct"]["calls"] == 2 * 4 * n
+    each = by_clause["writer, correct"]["each"]
+    assert found["writer, correct"]["calls"] == 8
+    assert found["writer, correct"]["price"] == pytest.approx(2 * each["price"])
 
 
 def test_equal_responses_are_judged_once_and_done_records_not_again(tmp_path):

@@ -166,3 +166,9 @@ def test_flags_of_processes_go_together():
         processes.start("localhost:1234", None, 0, auto=False)
     with pytest.raises(InputError, match=r"--process=2 must lie in 0\.\.1"):
         processes.start("localhost:1234", 2, 2, auto=False)
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", ":1234", "host:x", "host:70000"])
+def test_a_coordinator_without_a_port_is_one_line(address):
+    with pytest.raises(InputError, match=f"^--coordinator={address}: give HOST:PORT of process 0"):
+        processes.start(address, 2, 0, auto=False)

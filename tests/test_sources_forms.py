@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from trace_jax import policy, records, sources
@@ -40,8 +42,16 @@ FORMS = [
     ({"chosen": [user("Sky?"), assistant("Blue.")], "rejected": [user("Sky?"), assistant("Red.")]},
      ([user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
     ({"prompt": "Sky?", "chosen": [user("Sky?"), assistant("Blue.")],
+      "rejected": [user("Sky?"), assistant("Red.")]},  # as HuggingFaceH4/ultrafeedback_binarized
+     ([user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": "Sky?", "chosen": [user("Hi"), assistant("Yes?"), user("Sky? "), assistant("Blue")],
+      "rejected": [user("Hi"), assistant("Yes?"), user("Sky? "), assistant("Red.")]},
+     ([user("Hi"), assistant("Yes?"), user("Sky? ")], [assistant("Blue")], [assistant("Red.")])),
+    ({"prompt": "Sky?", "chosen": [assistant("Blue.")], "rejected": [assistant("Red.")]},
+     ([user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": [user("Sky?")], "chosen": [user("Sky?"), assistant("Blue.")],
       "rejected": [user("Sky?"), assistant("Red.")]},
-     ("Sky?", [assistant("Blue.")], [assistant("Red.")])),
+     ([user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
     ({"chosen": "\n\nHuman: Sky?\n\nAssistant: Blue.",
       "rejected": "\n\nHuman: Sky?\n\nAssistant: Red."},
      ([user("Sky?")], "Blue.", "Red.")),
@@ -63,6 +73,14 @@ MALFORMED = [
     ({"chosen": [user("a"), assistant("b")], "rejected": "a b"}, "one response is a chat"),
     ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]},
      "do not begin with the same messages"),
+    ({"prompt": "a", "chosen": [user("a"), assistant("b")],
+      "rejected": [user("x"), assistant("c")]},
+     "'prompt' is no list of messages, as the responses are, and chosen and rejected do not begin"),
+    ({"prompt": "z", "chosen": [user("a"), assistant("b")],
+      "rejected": [user("a"), assistant("c")]},
+     "'prompt' is a text that is in none of the messages before the answers; give it as messages, "
+     "or the answers as texts (then data.as_chat=true"),
+    ({"prompt": "a", "chosen": [assistant("b")], "rejected": "c"}, "one response is a chat"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"},
      "'rejected' does not end with an assistant's turn"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
@@ -74,6 +92,10 @@ MALFORMED = [
     ({"prompt": "a", "response_0": "b", "response_1": "c"}, "'safer_response_id' is missing"),
     ({"prompt": "a", "response_0": "b", "response_1": "c", "safer_response_id": 0,
       "response_0_harm_category": {"Boredom": True}}, "unknown category 'Boredom'"),
+    ({"prompt": "a", "response_0": "b", "response_1": "c", "safer_response_id": 0,
+      "response_1_severity_level": "high"}, "response_1_severity_level: 'high' must be a whole"),
+    ({"prompt": "a", "response_0": "b", "response_1": "c", "safer_response_id": 0,
+      "response_1_severity_level": float("inf")}, "response_1_severity_level: inf must be a whole"),
     ({"prompt": "a", "completion": "b", "final_label": "good"}, "final_label 'good' is none of"),
 ]  # fmt: skip
 
@@ -86,7 +108,8 @@ def test_what_is_malformed_is_named(tmp_path, row, problem):
 
 
 def test_malformed_rows_may_be_left_out_and_are_counted(tmp_path):
-    good, bad = FORMS[5][0], MALFORMED[3][0]
+    good = next(row for row, _ in FORMS if str(row["chosen"]).startswith("\n\nHuman"))
+    bad = next(row for row, said in MALFORMED if "an assistant" in said)
     found, counts = read(tmp_path, good, bad, good, malformed="drop")
     assert len(found) == 1
     assert counts == sources.Counts(1, 1, {}, {"malformed": 1})
@@ -154,6 +177,19 @@ def test_pku_rows_of_before_have_no_categories(tmp_path):
     assert found[0].labels == {"chosen": {"safe": True}, "rejected": {"safe": False}}
     with pytest.raises(InputError, match="neither response is the safer one"):
         read(tmp_path, old | {"safer_response_id": -1})
+
+
+def test_nan_in_a_pku_row_is_a_missing_annotation(tmp_path):
+    """As Parquet has it where a column of numbers or truth values has gaps."""
+    row = pku_row(response_0_severity_level=float("nan"), response_1_severity_level=2.0)
+    row |= {"is_response_1_safe": float("nan"), "safer_response_id": 1.0}
+    table = pyarrow.table({name: pyarrow.array([value]) for name, value in row.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (record,), counts = sources.read_records(tmp_path / "a.parquet")
+    assert texts(record) == ("How do I win?", "Train.", "Cheat and hit.")
+    assert record.labels_of("chosen")["severity"] == 2 and "safe" not in record.labels_of("chosen")
+    assert "severity" not in record.labels_of("rejected")
+    assert record.labels_of("rejected")["safe"] is False and not counts.left_out
 
 
 def test_the_labels_judge_reads_pku_annotations(tmp_path):

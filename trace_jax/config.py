@@ -369,7 +369,13 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """
     from trace_jax import generations
 
-    config = with_overrides(config, methods.PRESETS.get(config.train.method, {}))
+    method = config.train.method
+    if method not in (*methods.METHODS, *methods.PRESETS):
+        raise InputError(
+            f"train.method={method!r} is unknown; use one of {', '.join(methods.METHODS)}, or a "
+            f"preset: {', '.join(methods.PRESETS)}"
+        )
+    config = with_overrides(config, methods.PRESETS.get(method, {}))
     config = with_overrides(config, generations.settings(config))
     joined = ",".join(config.evaluate.splits)
     config.evaluate.splits = tuple(name.strip() for name in joined.split(",") if name.strip())

@@ -6,6 +6,15 @@ import os
 from trace_jax.errors import InputError
 
 GIB = 2**30
+# What a GPU's programs can have is decided once, when jax starts: by the first two of these, the
+# second its old name, else by jax. The third says whether it is taken at once or as it is needed.
+SHARE_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
+GPU_SHARE = 0.92  # as `launch.set_environment` sets it; the rest is for NCCL and kernels' libraries
+_JAX_SHARE = 0.75  # where no variable says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +24,13 @@ class Chip:
     Attributes:
       memory: bytes that a program can have (vendors' figures less what the runtime keeps).
       flops: peak multiply-adds of bfloat16 a second, times two; None where it is not known.
+      share: of a GPU's memory that `memory` is, where jax is told to take no more of it.
     """
 
     name: str
     memory: int
     flops: float | None
+    share: float | None = None
 
 
 # Sources: the vendors' data sheets (dense bfloat16); for TPUs the memory that XLA reports.
@@ -41,7 +52,7 @@ _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p
 
 
 def of_topology(topology: str) -> tuple[Chip, bool]:
-    """(chip, is a TPU slice) of "v5e:4x4" or "h100:1"."""
+    """(chip, is a TPU slice) of "v5e:4x4" or "h100:1"; of a GPU, the share that jax takes."""
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not shape:
         raise InputError(
@@ -53,7 +64,22 @@ def of_topology(topology: str) -> tuple[Chip, bool]:
             f"--topology={topology!r}: one GPU can be planned for from afar ({name}:1); for more, "
             "run --plan on the machine"
         )
-    return CHIPS[name], name in TPUS
+    chip = CHIPS[name]
+    if name in TPUS:
+        return chip, True
+    share = gpu_share()
+    return dataclasses.replace(chip, memory=int(share * chip.memory), share=share), False
+
+
+def gpu_share() -> float:
+    """Of a GPU's memory that jax gives to programs under the environment as it is."""
+    given = next((os.environ[name] for name in SHARE_VARIABLES[:2] if os.environ.get(name)), None)
+    try:
+        return _JAX_SHARE if given is None else float(given)
+    except ValueError as error:
+        raise InputError(
+            f"{SHARE_VARIABLES[0]}={given!r} is no share of a GPU's memory; 0.9 is one"
+        ) from error
 
 
 def of_device(device) -> Chip:

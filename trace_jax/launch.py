@@ -8,9 +8,11 @@ Several processes, each with its devices and one workdir that all of them see: g
 --coordinator=HOST:PORT --processes=N --process=I, or --distributed on a TPU pod or under SLURM.
 """
 
+import difflib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -24,6 +26,7 @@ import trace_jax
 from trace_jax import (
     bucket,
     errors,
+    hardware,
     metrics,
     plan,
     preemption,
@@ -32,6 +35,7 @@ from trace_jax import (
     stages,
     validation,
     workdir,
+    workload,
 )
 from trace_jax import config as config_lib
 from trace_jax.errors import InputError
@@ -39,6 +43,7 @@ from trace_jax.stages import at_work, closing, context
 
 _ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler"
 _MOST_CPU_DEVICES = 4  # each has a copy of the parameters
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also of an address that was made a Path
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +93,7 @@ def _plan(values: flags.FlagValues) -> int:
     validation.validate(config, planning=True)
     with bucket.opened(_directory(values), read_only=True) as directory:
         run = context.Context(config, workdir.Workdir(directory))
-        run.load_judges()
+        workload.check(run)
         found = plan.make(run, values.topology)
     if values.json:
         metrics.show(json.dumps(found))
@@ -110,6 +115,7 @@ def realign(
     directory: a folder, or gs://bucket/name.
     command: what the report prints under "How to reproduce it".
     """
+    _check_place(directory)
     config = config_lib.resolved(config)
     validation.validate(config)
     selected = stages.chosen(only)
@@ -164,7 +170,9 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
     """Parses `argv`; whatever is wrong with it, or with the config file, is an InputError."""
     try:
         rest = values(_with_shipped_config(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError) as error:
+        raise _no_key(error, argv) from error
+    except (flags.Error, TypeError, ValueError) as error:
         raise InputError(_one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's: anything may come
         what = f"{type(error).__name__}: {_one_line(error)}"
@@ -205,21 +213,73 @@ def _check_config(flag: flags.Flag) -> None:
     raise InputError(f"--config={name}: {what}; give a .py file with get_config(), see configs/")
 
 
+def _no_key(error: Exception, argv: list[str]) -> InputError:
+    """What to say where a flag, or else the config file, asks for what is not there."""
+    base = config_lib.base_config()
+    flagged = [found[1] for a in argv if (found := re.match(r"--?(?:no)?config\.([^=[]+)", a))]
+    missing = next((key for key in flagged if not _has(base, key)), None)
+    if missing:
+        return _unknown(missing)
+    inner = error.args[0] if error.args else None
+    if isinstance(inner, KeyError):  # as ml_collections has it
+        named = re.search(r"""["'](\w+)["']""", str(inner.args[0]))
+        return _unknown(named[1] if named else str(inner))
+    text = _one_line(error)
+    if "'get_config'" in text:
+        return InputError(f"the config file defines no get_config(): {text}")
+    what = f"{type(error).__name__}: {text}"
+    return InputError(f"the config file could not be read ({what}); mend it")
+
+
+def _has(config: object, key: str) -> bool:
+    section, _, rest = key.partition(".")
+    found = isinstance(config, ml_collections.ConfigDict) and section in config
+    return found and (not rest or _has(config[section], rest))
+
+
+def _unknown(key: str) -> InputError:
+    """What to say of a key that is not there: the nearest ones, by spelling or initials."""
+    name = key.rpartition(".")[2]
+
+    def likeness(known: str) -> float:
+        last = known.rpartition(".")[2]
+        same = name in (last, "".join(word[0] for word in last.split("_")))
+        return same + difflib.SequenceMatcher(None, key, known).ratio()
+
+    nearest = sorted(config_lib.flatten(config_lib.base_config()), key=likeness, reverse=True)[:3]
+    return InputError(
+        f"unknown config key {key}; the nearest are {', '.join(nearest)} (trace_jax/config.py has "
+        "every key)"
+    )
+
+
 def _one_line(error: Exception) -> str:
     text = str(error.args[0]) if error.args else str(error)
-    text = " ".join(text.split())
-    if "get_config" in text:
-        return f"the config file defines no get_config(): {text}"
-    if isinstance(error, AttributeError | KeyError):  # ml_collections: a key that is not there
-        return f"unknown config key: {text} (see trace_jax/config.py for every key)"
-    return text
+    flag, of_file, trace = text.partition(": Error whilst parsing config file:")
+    if not of_file:
+        return " ".join(text.split())
+    why, variant = trace.strip().splitlines()[-1], flag.rpartition(":")[2]
+    if "get_config() takes 0 positional" in why:
+        return f"{flag.removeprefix('flag ')}: this config has no variants; leave out :{variant}"
+    if "get_config() missing" in why:
+        return f"{flag.removeprefix('flag ')}: this config has variants; name one, as FILE.py:NAME"
+    return f"the config file could not be read ({why}); mend it"
 
 
 def _directory(values: flags.FlagValues) -> str | Path:
     name = config_flags.get_config_filename(values["config"])
-    if values.workdir and remote.is_remote(values.workdir):
-        return values.workdir
-    return Path(values.workdir or Path("runs") / Path(name).stem.split(":")[0])
+    if values.workdir:
+        _check_place(values.workdir)
+        return values.workdir if remote.is_remote(values.workdir) else Path(values.workdir)
+    return Path("runs") / Path(name).stem.split(":")[0]
+
+
+def _check_place(workdir: str | Path) -> None:
+    if not remote.is_remote(workdir) and _SCHEME.match(os.fspath(workdir)):
+        raise InputError(
+            f"workdir {workdir}: a run works in a local folder or in {remote.SCHEME}BUCKET/NAME "
+            "(given as a text); give one of these, or a folder where the other storage is mounted"
+        )
 
 
 def _describe(run: context.Context, command: str) -> None:
@@ -263,7 +323,7 @@ def set_environment(cpu_devices: int = 1) -> None:
     """Compiled programs outlive the process: a rerun starts at once. A variable set by hand wins.
 
     cpu_devices: as in the config. Several of them wait for each other for ever where collectives
-    may start in any order.
+    may start in any order. Of a GPU jax takes three quarters unless it is told otherwise.
     transformers is here for its tokenizers; that PyTorch is missing is no news to anybody.
     """
     flags_of_xla = os.environ.get("XLA_FLAGS", "")
@@ -273,6 +333,8 @@ def set_environment(cpu_devices: int = 1) -> None:
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
     if _ORDERED not in flags_of_xla:
         os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_ORDERED}=false".strip()
+    if not any(name in os.environ for name in hardware.SHARE_VARIABLES):
+        os.environ[hardware.SHARE_VARIABLES[0]] = str(hardware.GPU_SHARE)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "trace_jax" / "xla")

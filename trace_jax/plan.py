@@ -60,11 +60,17 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
             "compiled_for": devices[0].device_kind,
         },
         "device_memory_bytes": chip.memory,
+        "device_memory_share": chip.share,
         "programs": found,
         "parameters": parameters,
-        "records": {"total": work.records, "by_action": work.by_action},
+        "records": {
+            "total": work.records,
+            "by_action": work.by_action,
+            "assumed": work.assumed,
+        },
         "tokens": _tokens(work, layouts, run),
         "judge": workload.judging(run),
+        "judge_later": workload.judging_later(run, work),
         "hours": hours,
         "utilisation": config.plan.utilisation,
     }
@@ -81,6 +87,8 @@ def _devices(topology: str | None) -> tuple[list, hardware.Chip]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two plans may compile at the same time
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # it warns where these are missing,
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # and compiles the same with any
     import jax
 
     if not is_tpu:
@@ -91,7 +99,8 @@ def _devices(topology: str | None) -> tuple[list, hardware.Chip]:
         what = str(error).strip().splitlines()[0]
         raise InputError(
             f"--topology={topology}: the TPU compiler cannot plan for it ({what}); is it installed "
-            "(pip install 'trace_jax[tpu]') and the slice one that exists, such as v5e:4x4?"
+            "(pip install -e '.[tpu]' in the checkout) and the slice one that exists, such as "
+            "v5e:4x4?"
         ) from error
 
 
@@ -108,9 +117,12 @@ def _compiling(topology: str | None) -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _of_slice(topology: str, **options: Any) -> list:
+def _of_slice(topology: str) -> list:
     from jax.experimental import topologies
 
+    # A host has four chips or more, unless it is told that it has one.
+    one = set(topology.partition(":")[2].split("x")) == {"1"}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if one else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     return list(found.devices)
 
@@ -124,7 +136,7 @@ def _of_one_gpu() -> list:
     import jax
 
     try:
-        return _of_slice("v5p:1x1x1", chips_per_host_bounds=(1, 1, 1))
+        return _of_slice("v5p:1x1x1")
     except (RuntimeError, ValueError, NotImplementedError):
         return jax.devices("cpu")[:1]
 
@@ -317,18 +329,37 @@ def show(plan: dict[str, Any]) -> None:
         for name, p in plan["programs"].items()
     ])  # fmt: skip
     hours = "unknown" if plan["hours"] is None else f"{plan['hours']:.2f}"
-    by_action = plan["records"]["by_action"] or "not triaged yet, thirds assumed"
-    device, tokens, judge = plan["device"], plan["tokens"], plan["judge"]
+    found = plan["records"]
+    of_records = str(found["by_action"] or "not triaged yet, thirds assumed")
+    if found["assumed"]:
+        of_records = f"assumed (data.pairs); {found['assumed']}; {of_records}"
+    share = plan["device_memory_share"]
+    taken = "" if share is None else f", {share:.0%} of a GPU's ({hardware.SHARE_VARIABLES[0]})"
+    device, tokens = plan["device"], plan["tokens"]
     metrics.table("Plan", [{"what": k, "value": str(v)} for k, v in {
         "devices": f"{device['count']} x {device['kind']}, mesh {device['mesh']}",
         "compiled for": device["compiled_for"],
+        "memory a device": f"{plan['device_memory_bytes'] / GIB:.2f} GiB{taken}",
         "parameters": f"{plan['parameters']['total']:,}",
         "trainable": f"{plan['parameters']['trainable']:,}",
-        "records": f"{plan['records']['total']:,} ({by_action})",
+        "records": f"{found['total']:,} ({of_records})",
         "tokens an epoch": f"{tokens['per_epoch']:,}{mark}",
         "rows a step": f"{tokens['conflict_rows_per_step']} conflict, "
                        f"{tokens['retain_rows_per_step']} KL, {tokens['row_length']} tokens{mark}",
-        "judge": f"{judge['calls']:,} calls, {judge['tokens']:,} tokens, {judge['price']:.2f} USD",
+        "judge, triage": _calls(plan["judge"]),
+        **{who: _at_most(asked) for who, asked in plan["judge_later"].items()},
         "hours": f"{hours} at {plan['utilisation']:.0%} utilisation",
         "verdict": plan["verdict"],
     }.items()])  # fmt: skip
+
+
+def _at_most(asked: dict[str, Any]) -> str:
+    if asked["calls"] is None:
+        return (
+            f"not known before triage; a prompt of PUNISH records at most {_calls(asked['each'])}"
+        )
+    return f"at most {_calls(asked)}"
+
+
+def _calls(asked: dict[str, Any]) -> str:
+    return f"{asked['calls']:,} calls, {asked['tokens']:,} tokens, {asked['price']:.2f} USD"

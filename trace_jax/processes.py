@@ -55,6 +55,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, *, auto
         raise InputError("--coordinator, --processes and --process go together; give all three")
     if all(given) and not 0 <= index < count:
         raise InputError(f"--process={index} must lie in 0..{count - 1} (--processes={count})")
+    if coordinator is not None:
+        _check_address(coordinator)
     import jax
 
     # On CPU two programs in flight may run in either order, and their collectives would not match.
@@ -76,6 +78,15 @@ def start(coordinator: str | None, count: int | None, index: int | None, *, auto
     if jax.default_backend() == "cpu":
         # Programs out of the cache start their collectives in another order than compiled ones.
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise InputError(
+            f"--coordinator={coordinator}: give HOST:PORT of process 0, such as localhost:1234, "
+            "with a port that is free there"
+        )
 
 
 def is_first() -> bool:

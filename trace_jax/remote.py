@@ -79,7 +79,7 @@ def open_path(url: str) -> Any:
         from etils import epath
     except ImportError as error:
         raise InputError(
-            f"{url}: buckets need gcsfs; install it with pip install 'trace_jax[gcs]'"
+            f"{url}: buckets need gcsfs; install it with pip install -e '.[gcs]' in the checkout"
         ) from error
     # What it lists is not remembered: other processes write there too.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False

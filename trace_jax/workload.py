@@ -1,15 +1,27 @@
 """How much there is to train on and to judge, counted or estimated, for `plan.py`.
 
 Counts come from the artefacts that are there, or from the data; where the tokenizer or the triage
-is missing they are estimates, and say so.
+is missing they are estimates, and say so. Nothing is asked, and no network is touched.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trace_jax import judges, methods, records, sources, synth, triage, validation
+from trace_jax import (
+    generations,
+    judges,
+    methods,
+    policy,
+    records,
+    remote,
+    sources,
+    synth,
+    triage,
+    validation,
+)
 from trace_jax.errors import InputError
 from trace_jax.sources import files
 from trace_jax.stages import context
@@ -25,17 +37,46 @@ class Work:
 
     Attributes:
       records: how many there are; by_action: None before triage, when thirds are assumed.
+      assumed: why data.pairs had to stand for their number; "" where they were counted.
       conflict, retain: row positions of (a sample of) the examples.
       scale: examples for every one in the sample.
+      prompt: mean characters of a prompt. punished: prompts of PUNISH records, None before triage.
       estimated: the tokens are counted without the tokenizer, or the actions assumed.
     """
 
     records: int
     by_action: dict[str, int] | None
+    assumed: str
     conflict: list[int]
     retain: list[int]
     scale: float
+    prompt: int
+    punished: int | None
     estimated: bool
+
+
+def check(run: context.Context) -> None:
+    """Loads both policies, and makes the judges that need no service: for a plan no key is needed.
+
+    Raises:
+      InputError: what is wrong with them, or data.path can only be a file, and is not here.
+    """
+    data, judge = run.config.data, run.config.judge
+    for rules in (run.old_policy, run.new_policy):
+        if not _asks_gemini(run):
+            judges.make(judge.name, rules, judge.to_dict(), asking=run.config.asking.to_dict())
+    if not _assumed(run) or data.source not in validation.FROM_FILE or not data.path:
+        return
+    if not remote.is_remote(data.path) and not _is_on_hub(data.path):
+        raise InputError(
+            f"data.path={data.path}: no such file; give one, or a data set of the hub as "
+            "organisation/name (a plan without data.path assumes data.pairs records)"
+        )
+
+
+def _is_on_hub(path: str) -> bool:
+    """Whether what is not here may be a data set of the hub, by its name."""
+    return files.exists(path) and not path.lower().removesuffix(".gz").endswith(files.SUFFIXES)
 
 
 def of(run: context.Context) -> Work:
@@ -60,11 +101,18 @@ def of(run: context.Context) -> Work:
     return Work(
         records=len(triaged),
         by_action=by_action,
+        assumed=_assumed(run),
         conflict=[min(n, limit) for n, kl in zip(lengths, kinds, strict=True) if not kl],
         retain=[min(n, limit) for n, kl in zip(lengths, kinds, strict=True) if kl],
         scale=len(triaged) / len(sample),
+        prompt=sum(len(_text(t.record.prompt)) for t in sample) // len(sample),
+        punished=None if by_action is None else _punished(triaged),
         estimated=not exact or by_action is None,
     )
+
+
+def _punished(triaged: Sequence[records.TriagedRecord]) -> int:
+    return len({records.content_id(t.record.prompt) for t in triaged if t.action == "PUNISH"})
 
 
 def _triaged(run: context.Context) -> tuple[list[records.TriagedRecord], dict[str, int] | None]:
@@ -88,12 +136,26 @@ def _records(run: context.Context) -> list[records.PreferenceRecord]:
         return [records.PreferenceRecord.from_json(row) for _, row in records.read_jsonl(path)]
     if data.source in validation.FROM_FILE and data.path and files.is_here(data.path):
         return sources.read_records(data.path, sources.Reading.of(data, run.config.seed))[0]
+    if data.source == "parent":
+        return list({r.id: r for r in generations.relabelled(Path(run.config.parent))}.values())
     if data.source == "synth":
         rows = synth.pairs(run.config.seed, data.pairs)
         texts = [(p["prompt"], p["chosen"], p["rejected"]) for p in rows]
     else:
         texts = _assumed_texts(run)
     return [records.PreferenceRecord(str(i), *text, None) for i, text in enumerate(texts)]
+
+
+def _assumed(run: context.Context) -> str:
+    """Why `_records` had to assume them, "" where it had not."""
+    data = run.config.data
+    if run.file("prepare", "records.jsonl").exists() or data.source in ("parent", "synth"):
+        return ""
+    if data.source == "self_sampled":
+        return "the model has not written them"
+    if data.path and files.is_here(data.path):
+        return ""
+    return "data.path was not read" if data.path else "data.path is not given"
 
 
 def _assumed_texts(run: context.Context) -> list[tuple[str, str, str]]:
@@ -141,18 +203,22 @@ def judging(run: context.Context) -> dict[str, Any]:
         if r.id not in done
         for side in ("chosen", "rejected")
     ]
-    name = run.config.judge.name
-    if name == "gemini" or (name == "ensemble" and "gemini" in run.config.judge.ensemble.members):
+    if _asks_gemini(run):
         return _asking_gemini(run, items)
     unique = {records.content_id(item.prompt, item.response) for item in items}
     return {"calls": len(unique), "tokens": 0, "price": 0.0}
+
+
+def _asks_gemini(run: context.Context) -> bool:
+    judge = run.config.judge
+    members = judge.ensemble.members if judge.name == "ensemble" else (judge.name,)
+    return "gemini" in members
 
 
 def _asking_gemini(run: context.Context, items: Sequence[judges.Item]) -> dict[str, Any]:
     from trace_jax.judges import gemini, gemini_job, reading, store, template
 
     settings = gemini_job.Settings(**run.config.judge.gemini.to_dict())
-    asking = gemini_job.Asking.of(run.config.asking.to_dict())
     path = run.store_path
     judge = reading.ReadingJudge(
         run.new_policy,
@@ -165,10 +231,107 @@ def _asking_gemini(run: context.Context, items: Sequence[judges.Item]) -> dict[s
         len(template.instruction(q.clauses)) + len(template.material(q.prompt, q.response))
         for q in questions
     )
-    given, written = int(characters / _CHARACTERS_A_TOKEN), _REPLY_TOKENS * len(questions)
-    discount = asking.batch_discount if asking.batch else 1.0
+    return _priced(run, len(questions), characters, _reply_tokens(run))
+
+
+def _reply_tokens(run: context.Context) -> int:
+    return _REPLY_TOKENS + max(0, run.config.judge.gemini.thinking_tokens)
+
+
+def _priced(
+    run: context.Context, calls: int, characters: int, reply: int, *, batch: bool = True
+) -> dict[str, Any]:
+    """characters: of all calls. reply: tokens of one. batch: whether they may go as a batch."""
+    from trace_jax.judges import gemini_job
+
+    asking = gemini_job.Asking.of(run.config.asking.to_dict())
+    given, written = int(characters / _CHARACTERS_A_TOKEN), reply * calls
+    discount = asking.batch_discount if asking.batch and batch else 1.0
     price = discount * asking.price(given, 0, written)
-    return {"calls": len(questions), "tokens": given + written, "price": price}
+    return {"calls": calls, "tokens": given + written, "price": price}
+
+
+def judging_later(run: context.Context, work: Work) -> dict[str, dict[str, Any]]:
+    """What the other stages that are open ask, at most: repeated answers and the store not known.
+
+    Returns:
+      "judge, STAGE" or "writer, STAGE" -> as `judging`; what depends on the triage is None before
+      it, and "each" has what every prompt of a PUNISH record may take.
+    """
+    config, correct = run.config, run.config.correct
+    prompts = _held_out(run)
+    both = run.new_policy, run.old_policy
+    answers = sum(prompts.values()) * (config.evaluate.samples + 1)  # samples and a greedy one
+    train, every = config.train, config.train.evaluate_every
+    looks = len(range(every, train.total_steps, every)) + train.keep_best if every else 0
+    looked_at = min(train.evaluate_prompts, prompts.get("validation", 0)) * config.evaluate.samples
+    sampled = config.data.openings * config.data.continuations
+    asked = {
+        "prepare": (sampled * (config.data.source == "self_sampled"), (run.old_policy,)),
+        "baseline": (answers * (1 + run.has_ref), both),
+        "train": (looks * looked_at, both),
+        "evaluate": (answers, both),
+    }
+    length = config.evaluate.max_new_tokens
+    found = {
+        f"judge, {stage}": _most(run, n, policies, work.prompt, length)
+        for stage, (n, policies) in asked.items()
+        if n and not run.workdir.finished(stage)
+    }
+    if correct.source == "none" or work.punished == 0 or run.workdir.finished("correct"):
+        return found
+    length = correct.max_new_tokens
+    a_prompt = {"judge, correct": _most(run, correct.tries, both[:1], work.prompt, length)}
+    if correct.source == "gemini":
+        a_prompt["writer, correct"] = _writing(run, correct.tries, work.prompt)
+    for who, asked in a_prompt.items():
+        if work.punished is None:
+            found[who] = dict.fromkeys(asked) | {"each": asked}
+        else:
+            found[who] = {name: work.punished * n for name, n in asked.items()}
+    return found
+
+
+def _held_out(run: context.Context) -> dict[str, int]:
+    """Split that is evaluated -> held-out prompts: those there, or as many as there may be."""
+    path, data = run.file("prepare", "prompts.jsonl"), run.config.data
+    if path.exists():
+        found = collections.Counter(row["split"] for _, row in records.read_jsonl(path))
+    else:
+        found = {"validation": data.validation_prompts, "test": data.test_prompts}
+    return {split: found[split] for split in run.config.evaluate.splits}
+
+
+def _most(
+    run: context.Context,
+    items: int,
+    rules: Sequence[policy.Policy],
+    prompt: int,
+    response: int,
+) -> dict[str, Any]:
+    """For so many answers under each policy; prompt in characters, response in tokens."""
+    if not _asks_gemini(run):
+        return {"calls": items * len(rules), "tokens": 0, "price": 0.0}
+    from trace_jax.judges import template
+
+    material = template.material("x" * prompt, "x" * int(_CHARACTERS_A_TOKEN * response))
+    calls = characters = 0
+    for clauses in (of.clauses for of in rules):
+        size = run.config.judge.gemini.clauses_per_call or len(clauses)
+        parts = [clauses[i : i + size] for i in range(0, len(clauses), size)]
+        calls += len(parts)
+        characters += sum(len(template.instruction(part)) + len(material) for part in parts)
+    return _priced(run, items * calls, items * characters, _reply_tokens(run))
+
+
+def _writing(run: context.Context, proposals: int, prompt: int) -> dict[str, Any]:
+    """Of corrections that Gemini writes."""
+    from trace_jax.writers import instruction
+
+    config = run.config.correct
+    one = len(instruction.system(run.new_policy)) + len(instruction.material("x" * prompt))
+    reply = config.max_new_tokens + max(0, config.gemini_thinking_tokens)
+    return _priced(run, proposals, proposals * one, reply, batch=False)
 
 
 class _Unasked(NamedTuple):

@@ -1,7 +1,8 @@
 """What a row means: preference pairs in the forms that they come in.
 
     pairs   prompt, chosen, rejected (explicit), or chosen and rejected that begin with the prompt
-            (implicit); texts or chat messages: TRL's standard and conversational forms
+            (implicit); texts or chat messages: TRL's standard and conversational forms. Where the
+            responses are chats and the prompt is a text, it is what the user said in them
     hh      chosen and rejected as "\\n\\nHuman: ... \\n\\nAssistant: ..." dialogues
     pku     PKU-SafeRLHF: two responses, which is the safer one, harm categories, severity
     xstest  XSTest completions with people's labels; pairs are made of several models' (xstest.py)
@@ -22,6 +23,7 @@ from trace_jax.sources.files import Row
 NAMES = ("auto", "pairs", "hh", "pku", "xstest")
 ABSENT: Any = object()  # the id of a row without one
 _TURNS = ("\n\nHuman:", "\n\nAssistant:")
+_NO_CHAT = "'prompt' is no list of messages, as the responses are"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,14 +146,38 @@ def _pair(row: Row, where: str) -> Pair:
     ignored = _other_keys(row, ("prompt", "chosen", "rejected"), ("id", "labels"))
     if "prompt" in row:
         prompt, chosen, rejected = (text(row, k, where) for k in ("prompt", "chosen", "rejected"))
+        if isinstance(prompt, str) and list in (type(chosen), type(rejected)):
+            _check_alike(chosen, rejected, where)
+            prompt, chosen, rejected = _in_chats(prompt, chosen, rejected, where)
         chosen, rejected = (_without(prompt, response) for response in (chosen, rejected))
     else:
         chosen, rejected = (text(row, key, where) for key in ("chosen", "rejected"))
-        if type(chosen) is not type(rejected):
-            raise InputError(f"{where}: one response is a chat and the other a text; mend it")
+        _check_alike(chosen, rejected, where)
         split = _split_messages if isinstance(chosen, list) else _split_texts
         prompt, chosen, rejected = split(chosen, rejected, f"{where}: {_missing_prompt(row)}")
     return Pair(prompt, chosen, rejected, row.get("id", ABSENT), row.get("labels"), ignored)
+
+
+def _check_alike(chosen: records.Text, rejected: records.Text, where: str) -> None:
+    if type(chosen) is not type(rejected):
+        raise InputError(f"{where}: one response is a chat and the other a text; mend it")
+
+
+def _in_chats(prompt: str, chosen: list, rejected: list, where: str) -> tuple[list, list, list]:
+    """A prompt that is a text beside responses that are chats, as in UltraFeedback: a chat too.
+
+    The messages before the last, the same in both, where they hold the text; before answers alone
+    it is the user's turn.
+    """
+    if len(chosen) == len(rejected) == 1:
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    asked, chosen, rejected = _split_messages(chosen, rejected, f"{where}: {_NO_CHAT}")
+    if not any(prompt.strip() in message["content"] for message in asked):
+        raise InputError(
+            f"{where}: 'prompt' is a text that is in none of the messages before the answers; give "
+            "it as messages, or the answers as texts (then data.as_chat=true makes chats of both)"
+        )
+    return asked, chosen, rejected
 
 
 def _missing_prompt(row: Row) -> str:
@@ -162,10 +188,9 @@ def _missing_prompt(row: Row) -> str:
 
 def _without(prompt: records.Text, response: records.Text) -> records.Text:
     """A response given as the whole conversation, without the prompt that it repeats."""
-    if not isinstance(response, list) or len(response) < 2:
+    if not (isinstance(response, list) and isinstance(prompt, list)) or len(response) < 2:
         return response
-    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return response[len(asked) :] if response[: len(asked)] == asked else response
+    return response[len(prompt) :] if response[: len(prompt)] == prompt else response
 
 
 def _split_messages(chosen: list, rejected: list, where: str) -> tuple[Any, Any, Any]:
