@@ -4,7 +4,8 @@
 # make docs         the documentation as a site, build/site/index.html
 # make audit        known vulnerabilities of the pinned dependencies (needs the network)
 # make bench        every benchmark that this machine can run (BENCH_ARGS=--quick: the headlines)
-# make clean        remove .venv, runs/ and caches
+# make clean        remove .venv, what was built, and caches
+# make clean-runs   remove runs/, with its models and judgement stores, after asking
 
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
@@ -19,7 +20,7 @@ FIND_PYTHON = for candidate in python3.11 python3.12 python3.13 python3; do \
 	echo "trace_jax needs Python 3.11 or newer: install it, or activate a virtual environment that has it" >&2; \
 	exit 1
 
-.PHONY: install quickstart test soak docs audit bench clean
+.PHONY: install quickstart test soak docs audit bench clean clean-runs
 
 install: $(INSTALLED)
 
@@ -53,8 +54,14 @@ bench: $(INSTALLED)
 	$(PYTHON) -m bench.pages
 
 clean:
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	find trace_jax tests configs bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-runs:
+	@if [ ! -d runs ]; then echo 'there is no runs/'; exit 0; fi; \
+	du -sh runs/* 2>/dev/null; \
+	printf 'delete all of runs/, with its models and paid judgements? [y/N] '; \
+	read answer; if [ "$$answer" = y ]; then rm -rf runs; else echo 'nothing was deleted'; fi
 
 $(INSTALLED): setup.py constraints.txt | $(PYTHON)
 	@echo 'installing trace_jax into $(VENV) (about 1.3 GB the first time)'

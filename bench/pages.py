@@ -1,6 +1,7 @@
 """Tables that scripts write into pages, between `<!-- NAME: python -m bench.pages -->` and its end.
 
 python -m bench.pages [--price v5e=0.6 ...]     writes all of them, from the committed result files
+                                                and trace_jax/config.py
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from bench import (
     against_gold,
+    config_keys,
     frontier,
     generations,
     headlines,
@@ -42,6 +44,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/speed.md": {"headlines": headlines.table, "plans": plans.table},
     "docs/replication.md": {"methods": realign.beside_the_paper},
+    "docs/config.md": {"keys": config_keys.tables},
 }
 
 

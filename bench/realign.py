@@ -50,9 +50,9 @@ AS_CONFIGURED = "trace"  # its point is the config's
 RESULTS = Path("docs/results")
 # Rows and columns that a README has no room for; docs/results.md has them.
 NOT_IN_SHORT = (
-    "trace_full_weights", "trace_no_nll", "trace_no_retain_pairs", "trace_dual_npo",
-    "trace_shuffled", "dpo_gold_uncorrected", "dpo_gold_nll", "trace@beta", "dpo_gold@beta",
-    "u2a_ga", "u2a_graddiff", "unchanged, guarded", "old policy", "ties", "win rate, guarded",
+    "trace_no_nll", "trace_no_retain_pairs", "trace_dual_npo", "dpo_gold_uncorrected",
+    "dpo_gold_nll", "trace@beta", "dpo_gold@beta", "u2a_ga", "u2a_graddiff",
+    "unchanged, guarded", "old policy", "ties", "win rate, guarded",
 )  # fmt: skip
 # What the paper reports (Llama-3.1-8B, percent), the method and the figure of ours beside it.
 PAPER = (
@@ -163,33 +163,43 @@ def in_short() -> str:
     """The methods of the paper on every benchmark."""
     return "\n\n".join(
         f"**{found['name']}** (commit {found['commit']}, {len(found['seeds'])} seeds"
-        f"{_way(found)})\n\n" + comparison_tables.table(found, NOT_IN_SHORT)
+        f"{_older(found, '; ')})\n\n" + comparison_tables.table(found, NOT_IN_SHORT)
         for found in committed()
     )
 
 
-def _way(found: dict) -> str:
-    """How it differs from what is measured today."""
+def _older(found: dict, before: str = "") -> str:
+    """How it was measured otherwise than today, after `before`; "" where it was not."""
     if found["operating_points"]["trace"].get("train.keep_best"):
         return ""
-    return "; ends of runs instead of their best evaluations, and an earlier default of trace"
+    return (
+        f"{before}measured at the ends of runs, not at their best evaluations, with an earlier "
+        "default of trace"
+    )
 
 
 def answers() -> str:
-    """The statements of the paper, each with its answer on every benchmark; no raw ones."""
-    read = committed()
-    of = {
-        found["name"]: {
-            claim if figure == "guarded" else f"{claim} ({figure})": f"{difference}: **{answer}**"
-            for claim, figure, difference, answer in comparison_tables.statements(found)
-            if figure != "raw"
-        }
-        for found in read
-    }
+    """The statements of the paper on rows of a README, with the answer of every benchmark."""
+    of = {found["name"]: _answers(found) for found in committed()}
     claims = list(dict.fromkeys(claim for found in of.values() for claim in found))
-    lines = [f"| | {' | '.join(of)} |", "|---" * (len(of) + 1) + "|"]
-    lines += [f"| {c} | {' | '.join(found.get(c, '-') for found in of.values())} |" for c in claims]
+    lines = [f"| | A - B | {' | '.join(of)} |", "|---" * (len(of) + 2) + "|"]
+    for claim, compared in claims:
+        cells = [found.get((claim, compared), "-") for found in of.values()]
+        lines.append(f"| {claim} | {compared} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _answers(found: dict) -> dict[tuple[str, str], str]:
+    """(claim, what is compared) -> difference and answer."""
+    told = zip(found["statements"], comparison_tables.statements(found), strict=True)
+    return {
+        (
+            claim if figure == "guarded" else f"{claim} ({figure})",
+            comparison_tables.sides(row),
+        ): f"{difference}: **{answer}**"
+        for row, (claim, figure, difference, answer) in told
+        if figure != "raw" and not {row["a"], row["b"]} & set(NOT_IN_SHORT)
+    }
 
 
 def _in_order(found: dict) -> dict:
@@ -210,6 +220,10 @@ def beside_the_paper() -> str:
         cells = [found["methods"].get(method, {}).get(figure) for found in read]
         ours = ["-" if cell is None else percent(cell) for cell in cells]
         lines.append(f"| {what} | {theirs} | {' | '.join(ours)} |")
+    for found in read:
+        if older := _older(found):
+            where = "here and in the tables of the ablation and the gap below"
+            lines += ["", f"{found['name']}, {where}: {older}."]
     return "\n".join([*lines, ""])
 
 
@@ -223,7 +237,7 @@ def section(found: dict) -> str:
     actions = ", ".join(f"{k} {n}" for k, n in found["summary"]["triage"]["actions"].items())
     versions = found.get("versions", found)  # of earlier results they were beside the rest
     provenance = (
-        f"`docs/results/{found['name']}.json`{_way(found)}; commit {found['commit']}, "
+        f"`docs/results/{found['name']}.json`{_older(found, '; ')}; commit {found['commit']}, "
         f"jax {versions['jax']}, {found['machine']}, CPU only; "
         f"triage: {actions}; unchanged clauses: {', '.join(found['unchanged_clauses'])}."
     )

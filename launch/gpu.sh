@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One job on the GPUs of this machine: installs into .venv if need be, and starts again what was interrupted.
+# One job on the GPUs of this machine: installs what .venv lacks, and starts again what was interrupted.
 #
 #   launch/gpu.sh [--dry-run]
 #
-# Variables, from the environment or edited here:
+# Needs an NVIDIA driver. Variables, from the environment or edited here:
 : "${CONFIG:=configs/llama8b.py:lora}"
 : "${WORKDIR:=runs/llama8b}"
 : "${FLAGS:=}"          # more flags, as in --config.policy.new=policy.yaml
@@ -18,7 +18,7 @@ case "${1:-}" in
   "") ;;
   --dry-run) DRY_RUN=true ;;
   *)
-    sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'
+    sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'
     exit 2
     ;;
 esac
@@ -30,10 +30,21 @@ run() {
   $DRY_RUN || "$@"
 }
 
+# Asked in a process that ends, since jax keeps a GPU's memory for as long as it lives.
+sees_gpu() {
+  .venv/bin/python -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null
+}
+
 if [ -n "$GPUS" ]; then export CUDA_VISIBLE_DEVICES="$GPUS"; fi
-if [ ! -x .venv/bin/python ]; then
-  run python3 -m venv .venv
+if [ ! -x .venv/bin/python ]; then run python3 -m venv .venv; fi
+# A .venv that `make quickstart` made has the JAX for CPUs alone.
+if [ ! -x .venv/bin/python ] || ! sees_gpu; then
   run .venv/bin/pip install -q -c constraints.txt -e '.[cuda]'
+  if ! $DRY_RUN && ! sees_gpu; then
+    echo "the JAX in .venv sees no GPU, and a run would start on the CPU: check that nvidia-smi lists one, that GPUS=$GPUS names \
+one of them, and that JAX_PLATFORMS is not set to cpu" >&2
+    exit 2
+  fi
 fi
 read -r -a flags <<<"$FLAGS"
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do

@@ -6,7 +6,8 @@
 #   launch/tpu_pod.sh stop    [--dry-run]   the job saves its step and ends; the slice stays
 #   launch/tpu_pod.sh delete  [--dry-run]   the slice, after asking
 #
-# Needs gcloud, logged in. Variables, from the environment or edited here:
+# Needs gcloud, logged in. What goes to the slice is the last commit of this checkout (git archive HEAD): data, policies and
+# changes that are not committed stay behind, so name them as gs://. Variables, from the environment or edited here:
 : "${PROJECT:=$(gcloud config get-value project 2>/dev/null)}"
 : "${ZONE:=us-west4-a}"
 : "${NAME:=trace-jax}"
@@ -16,7 +17,7 @@
 : "${SPOT:=false}"                             # true: cheaper, may be taken away at any time, with its disk: WORKDIR on gs://
 : "${CONFIG:=configs/gemma9b.py:lora}"
 : "${WORKDIR:=/var/tmp/trace_jax/run}"         # several hosts, or SPOT: gs://BUCKET/run, which the TPU's service account may write
-: "${FLAGS:=}"                                 # more flags, as in --config.policy.new=policy.yaml
+: "${FLAGS:=}"                                 # more flags, as in --config.policy.new=gs://BUCKET/policy.yaml
 : "${OVERLAP:=false}"                          # true: full fine-tuning gathers parameters while it computes, for more memory (docs/running.md)
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # passed on from this shell where they are set, over stdin, in no command line
 : "${ATTEMPTS:=20}"                            # of a slice with the job on it, the first included
@@ -38,14 +39,16 @@ refuse() {
   exit 2
 }
 
-[ $# -ge 1 ] || usage
-ACTION=$1
+ACTION=${1:-}
 DRY_RUN=false
+case "$ACTION" in run | fetch | stop | delete) ;; *) usage ;; esac
 case "${2:-}" in
   "") ;;
   --dry-run) DRY_RUN=true ;;
   *) usage ;;
 esac
+$DRY_RUN || command -v gcloud >/dev/null || refuse "gcloud is not installed here: https://cloud.google.com/sdk/docs/install"
+[ -n "$PROJECT" ] || refuse "PROJECT is empty: PROJECT=ID launch/tpu_pod.sh $ACTION, or gcloud config set project ID"
 case "$WORKDIR" in
   gs://* | /*) ;;
   *) refuse "WORKDIR=$WORKDIR would lie in the checkout, which every start replaces: give a path from / on, or gs://BUCKET/run" ;;
@@ -64,6 +67,45 @@ run() {
 
 cloud() { # KIND VERB ARGUMENT...
   run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet
+}
+
+# --- before anything is made, and paid for ---
+
+read -r -a GIVEN <<<"$FLAGS"
+
+# Says what of this checkout stays here, and refuses a run that names a file which the slice would not have.
+check_sent() {
+  local changed count word path
+  if ! git rev-parse --quiet --verify HEAD >/dev/null 2>&1; then
+    say "the last commit is what goes to the slice, and here is none: start from a git clone"
+    $DRY_RUN || exit 2
+    return 0
+  fi
+  changed=$(git status --porcelain | cut -c4-)
+  if [ -n "$changed" ]; then
+    count=$(wc -l <<<"$changed")
+    say "warning: not committed, so not on the slice as here ($count): $(head -n 10 <<<"$changed" | paste -sd ' ')$( ((count <= 10)) || echo ' ...')"
+  fi
+  for word in --config="${CONFIG%%:*}" "${GIVEN[@]}"; do
+    path=${word#*=}
+    case "$word" in --config=* | --config.policy.*=* | --config.*path=* | --config.triage.overrides=*) ;; *) continue ;; esac
+    case "$path" in gs://* | /*) continue ;; esac # those from / on are the slice's own
+    if [ -e "$path" ] && ! git cat-file -e "HEAD:./$path" 2>/dev/null; then
+      refuse "$word is not committed, so the slice would not have it: commit it, or copy it to a bucket and give gs://BUCKET/$(basename "$path")"
+    fi
+  done
+}
+
+# Asks the program whether it would take the config, where it is installed here.
+check_config() {
+  local python said
+  case " $FLAGS" in *" --config.parent="*) return 0 ;; esac # which is where the slice is
+  for python in .venv/bin/python python3; do
+    if "$python" -c 'import trace_jax.launch' 2>/dev/null; then
+      said=$(PYTHONPATH=. "$python" launch/check_config.py --config="$CONFIG" "${GIVEN[@]}" 2>/dev/null) || [ $? -ne 2 ] || refuse "$said"
+      return 0
+    fi
+  done
 }
 
 # --- the slice ---
@@ -211,14 +253,12 @@ secrets() {
 
 # Sets COMMAND, and the NAME of it that tells this job from others on the slice.
 describe_job() {
-  local flags
-  read -r -a flags <<<"$FLAGS"
   COMMAND=()
   if [ "$OVERLAP" = true ]; then
     COMMAND=(env LIBTPU_INIT_ARGS="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
 --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true")
   fi
-  COMMAND+=(.venv/bin/python -m trace_jax.launch --config="$CONFIG" --workdir="$WORKDIR" --distributed "${flags[@]}")
+  COMMAND+=(.venv/bin/python -m trace_jax.launch --config="$CONFIG" --workdir="$WORKDIR" --distributed "${GIVEN[@]}")
   JOB_NAME=$(printf '%s\n' "${COMMAND[@]}" | cksum | cut -d' ' -f1)
 }
 
@@ -318,10 +358,16 @@ fetch() {
 
 # --- all of it ---
 
+STARTED=false # whether any attempt has a job at work
+
 # One slice with the job on it, from wherever the last try left them. Returns the job's exit code, or 75 to try again.
 attempt() {
   create || return 75
   count_workers || return 75
+  if ((WORKERS > 1)) && [ "${WORKDIR#gs://}" = "$WORKDIR" ]; then
+    refuse "$NAME has $WORKERS workers, each with a disk of its own, and WORKDIR=$WORKDIR: give WORKDIR=gs://BUCKET/run (the slice stays, \
+and costs, until launch/tpu_pod.sh delete)"
+  fi
   copy launch/tpu_worker.sh "$NAME:tpu_worker.sh" --worker=all || return 75
   JOB=none
   $DRY_RUN || look
@@ -337,11 +383,14 @@ attempt() {
       start || return 75
       ;;
   esac
+  STARTED=true
   $DRY_RUN || stay
 }
 
 main() {
   local try code
+  check_sent
+  check_config
   describe_job
   trap 'say "the job on $NAME, if it was started, goes on: the same command follows it again, launch/tpu_pod.sh stop ends it"; exit 130' INT TERM
   trap leave_others EXIT
@@ -359,7 +408,11 @@ main() {
         return "$code"
         ;;
     esac
-    say "attempt $try of $ATTEMPTS ended with $code; the job goes on from its last checkpoint"
+    if $STARTED; then
+      say "attempt $try of $ATTEMPTS ended with $code; the job goes on from its last checkpoint"
+    else
+      say "attempt $try of $ATTEMPTS ended with $code, see above; no job was started yet"
+    fi
     $DRY_RUN || sleep "$WAIT"
   done
   return 1

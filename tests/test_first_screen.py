@@ -25,8 +25,8 @@ MODELS = {"base": "base", "M_ref": "ref", "re-aligned": None}
 CONFIG = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
 # What it says of the program, and who checks that.
 CLAIMS = {
-    "INVERT it, PUNISH both sides, RETAIN it": "test_triage.py",
-    "gradient\nalignment with a global objective weighs each conflict": "test_impact.py",
+    "INVERT (swap chosen and rejected), PUNISH (both violate it) or RETAIN": "test_triage.py",
+    "weighted by how well its gradient\naligns with a global objective": "test_impact.py",
     "one jitted train step minimises": "test_train.py"
     "::test_steps_equal_an_independent_implementation",
     "a model in Hugging Face layout": "test_launch.py"
@@ -36,7 +36,7 @@ CLAIMS = {
     "with any key of": "test_launch.py::test_bad_flags_are_one_line",
     "A finished stage is skipped": "test_launch.py"
     "::test_a_second_run_skips_everything_and_changes_no_file",
-    "an interrupted one goes on": "test_launch.py::test_a_killed_training_goes_on_to_the_same_end",
+    "an interrupted one resumes": "test_launch.py::test_a_killed_training_goes_on_to_the_same_end",
     "is refused with the difference shown": "test_launch.py"
     "::test_a_changed_config_is_refused_with_the_difference",
     "`--redo` does it again, with what depends on it": "test_launch.py"

@@ -12,10 +12,12 @@ import pytest
 from bench import scaling
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+SMOKE = {"PROJECT": "p", "CONFIG": "configs/gemma9b.py:smoke"}  # which needs no data
+Done = subprocess.CompletedProcess
 SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh", "gke.sh", "gpu.sh", "slurm.sbatch")
 
 
-def _run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+def _run(script: str, *arguments: str, **variables: str) -> Done:
     return subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
         capture_output=True, text=True, cwd=LAUNCH.parent, env=os.environ | variables,
@@ -36,24 +38,24 @@ def test_shellcheck_has_nothing_to_say(script):
 def test_a_dry_run_of_a_pod_starts_the_program_and_shows_no_secret():
     secret = "very-secret-key"
     own = {"PROJECT": "p", "NAME": "mine", "QUEUED": "true", "SPOT": "true", "WORKDIR": "/mnt/r"}
-    own |= {"CONFIG": "configs/llama8b.py:full", "GEMINI_API_KEY": secret}
+    own |= {"CONFIG": "configs/llama8b.py:smoke", "GEMINI_API_KEY": secret}
     done = _run("tpu_pod.sh", "run", "--dry-run", **own)
     assert done.returncode == 0, done.stderr
     said = done.stdout.replace("\\ ", " ")
     assert "queued-resources create mine-queue" in said and "--spot" in said
     assert (
-        "trace_jax.launch --config=configs/llama8b.py:full --workdir=/mnt/r --distributed" in said
+        "trace_jax.launch --config=configs/llama8b.py:smoke --workdir=/mnt/r --distributed" in said
     )
     assert "mine:/mnt/r runs/mine" in said and secret not in done.stdout + done.stderr
 
 
 def test_a_pod_that_overlaps_has_the_flags_that_were_measured():
-    job = shlex.split(_run("tpu_pod.sh", "run", "--dry-run", PROJECT="p", OVERLAP="true").stdout)
+    job = shlex.split(_run("tpu_pod.sh", "run", "--dry-run", **SMOKE, OVERLAP="true").stdout)
     (command,) = (word for word in job if "trace_jax.launch" in word)
     (variable,) = (word for word in shlex.split(command) if word.startswith("LIBTPU_INIT_ARGS="))
     flags = [f"--{name}={value}" for name, value in scaling.OVERLAP.items()]
     assert variable.partition("=")[2].split() == flags
-    assert "LIBTPU" not in _run("tpu_pod.sh", "run", "--dry-run", PROJECT="p").stdout
+    assert "LIBTPU" not in _run("tpu_pod.sh", "run", "--dry-run", **SMOKE).stdout
 
 
 def test_dry_runs_elsewhere():
@@ -64,23 +66,87 @@ def test_dry_runs_elsewhere():
     )
     done = _run("gpu.sh", "--dry-run", CONFIG="configs/qwen7b.py:lora")
     assert done.returncode == 0 and "--config=configs/qwen7b.py:lora" in done.stdout
-    for script in ("tpu_pod.sh", "gke.sh", "gpu.sh"):
-        assert _run(script, "--help", PROJECT="p").returncode == 2
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh", "gpu.sh", "slurm.sbatch"])
+def test_an_unknown_argument_starts_nothing_and_shows_the_usage(script):
+    done = _run(script, "--help", PROJECT="")
+    assert done.returncode == 2 and f"launch/{script}" in done.stdout and "+ " not in done.stdout
+
+
+class Machine:
+    """A checkout with a .venv whose programs write down what they are asked."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.told = folder, folder / "told"
+        shutil.copytree(LAUNCH, folder / "launch")
+        self.told.touch()
+
+    def has(self, *, sees: int = 0, code: int = 0) -> None:
+        """A .venv that sees a GPU once pip was called `sees` times; the program ends with code."""
+        programs = self.folder / ".venv" / "bin"
+        _write(programs / "pip", f'echo "pip $*" >>{self.told}')
+        _write(
+            programs / "python",
+            f'if [ "$1" = -c ]; then [ "$(grep -c ^pip {self.told})" -ge {sees} ]; exit; fi',
+            f'echo "start $*" >>{self.told}',
+            f"exit {code}",
+        )
+
+    def run(self, *arguments: str, **variables: str) -> tuple[Done, list[str]]:
+        """The script's end, and what pip and the program were asked."""
+        done = subprocess.run(
+            ["bash", str(self.folder / "launch" / "gpu.sh"), *arguments],
+            capture_output=True, text=True,
+            env=os.environ | {"ATTEMPTS": "3"} | variables,
+        )  # fmt: skip
+        return done, self.told.read_text().splitlines()
+
+
+def _write(program: Path, *lines: str) -> None:
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    program.chmod(0o755)
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    return Machine(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("code", "starts", "ends"), [(0, 1, 0), (75, 3, 1), (2, 1, 2), (130, 1, 130)]
 )
-def test_what_was_interrupted_is_started_again(tmp_path, code, starts, ends):
-    """With a program in place of python that counts its starts and ends as told."""
-    shutil.copytree(LAUNCH, tmp_path / "launch")
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\necho start >> {tmp_path}/starts\nexit {code}\n")
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(tmp_path / "launch" / "gpu.sh")],
-        capture_output=True, env=os.environ | {"ATTEMPTS": "3"},
-    )  # fmt: skip
-    assert done.returncode == ends
-    assert (tmp_path / "starts").read_text().count("start") == starts
+def test_what_was_interrupted_is_started_again(machine, code, starts, ends):
+    machine.has(code=code)
+    done, told = machine.run()
+    assert done.returncode == ends and [line.split()[0] for line in told] == ["start"] * starts
+
+
+def test_a_venv_for_cpus_gets_the_extra_for_gpus(machine):
+    machine.has(sees=1)
+    done, told = machine.run()
+    assert done.returncode == 0 and told[0] == "pip install -q -c constraints.txt -e .[cuda]"
+    assert [line.split()[0] for line in told] == ["pip", "start"]
+
+
+def test_without_a_venv_one_is_made(machine):
+    machine.has(sees=1)
+    (machine.folder / ".venv").rename(machine.folder / "made")
+    _write(machine.folder / "path" / "python3", f'mv {machine.folder}/made "$3"')
+    done, told = machine.run(PATH=f"{machine.folder}/path:{os.environ['PATH']}")
+    assert done.returncode == 0 and [line.split()[0] for line in told] == ["pip", "start"]
+
+
+def test_without_a_gpu_nothing_starts_on_the_cpu(machine):
+    machine.has(sees=99)
+    done, told = machine.run(GPUS="7")
+    assert done.returncode == 2 and [line.split()[0] for line in told] == ["pip"]
+    assert "sees no GPU" in done.stderr and "GPUS=7" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_says_that_it_would_install(machine):
+    machine.has(sees=99)
+    done, told = machine.run("--dry-run")
+    assert (done.returncode, told) == (0, []) and "-e .\\[cuda\\]" in done.stdout

@@ -1,6 +1,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -131,6 +132,37 @@ def test_the_licence_is_apache_2():
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert _setup_arguments()["license"] == "Apache-2.0"
+
+
+@pytest.fixture
+def built(tmp_path) -> Path:
+    """A checkout in which things were built and run."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    for name in ("trace_jax", "tests", "configs", "bench", "build", ".venv", "runs/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "judgements.sqlite").write_text("paid for")
+    return tmp_path
+
+
+def _make(target: str, where: Path, said: str = "") -> str:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    done = subprocess.run(["make", target], cwd=where, input=said, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_cleaning_leaves_runs_alone(built):
+    _make("clean", built)
+    assert not (built / ".venv").exists() and not (built / "build").exists()
+    assert (built / "runs" / "mine" / "judgements.sqlite").exists()
+
+
+@pytest.mark.parametrize(("said", "stays"), [("y\n", False), ("n\n", True), ("\n", True)])
+def test_runs_are_deleted_after_a_question(built, said, stays):
+    told = _make("clean-runs", built, said)
+    assert "runs/mine" in told and "paid judgements? [y/N]" in told
+    assert (built / "runs").exists() is stays
 
 
 def test_ci_can_be_run():

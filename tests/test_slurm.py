@@ -42,3 +42,10 @@ def test_a_job_goes_back_only_so_often(tmp_path):
     done, calls = _run(tmp_path, 137, **own | {"SLURM_RESTART_COUNT": "3"})
     assert (done.returncode, calls) == (137, "requeue 7\n")  # of the call before
     assert "RESTARTS" in done.stderr
+
+
+def test_each_process_gets_the_cores_that_were_asked_for(tmp_path):
+    """srun takes them from no sbatch since Slurm 22.05."""
+    assert "+ srun --kill-on-bad-exit=1 --cpus-per-task=8 " in _run(tmp_path, 0)[0].stdout
+    done, _ = _run(tmp_path, 0, SLURM_CPUS_PER_TASK="12")
+    assert " --cpus-per-task=12 " in done.stdout

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FAKES = Path(__file__).with_name("fakes")
 SECRET = "very secret"
+COMMIT = ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m first")
 
 
 class Cloud:
@@ -23,6 +24,8 @@ class Cloud:
     def __init__(self, folder: Path, hosts: int):
         self.folder, self.checkout = folder / "cloud", folder / "checkout"
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        for command in COMMIT:
+            subprocess.run(["git", *command.split()], cwd=self.checkout, check=True)
         self.groups = []
         (self.folder / "path").mkdir(parents=True)
         shutil.copy(FAKES / "python3.11", self.folder / "path")
@@ -48,6 +51,7 @@ class Cloud:
         own = {
             "PROJECT": "p", "NAME": "mine", "CLOUD": str(self.folder), "WAIT": "0.1",
             "ATTEMPTS": "4", "WORKDIR": str(self.workdir), "GEMINI_API_KEY": SECRET, "HF_TOKEN": "",
+            "CONFIG": "configs/gemma9b.py:smoke",  # which needs no data
             "PATH": f"{FAKES}:{os.environ['PATH']}",
         }  # fmt: skip
         process = subprocess.Popen(
@@ -101,14 +105,14 @@ def cloud(tmp_path, hosts) -> Iterator[Cloud]:
 @pytest.mark.parametrize("hosts", [2])
 def test_from_nothing_to_results_on_two_workers(cloud):
     cloud.write(job='echo "key is $GEMINI_API_KEY, token ${HF_TOKEN-unset}" >"$HOME/seen"; echo hi')
-    code, said = cloud.run(FLAGS="--config.seed=3")
+    code, said = cloud.run(FLAGS="--config.seed=3", WORKDIR="gs://bucket/run")
     assert code == 0, said
     assert "[0] hi" in said and "[1] hi" in said and SECRET not in said
     for index in (0, 1):
         assert (cloud.worker(index) / "seen").read_text() == f"key is {SECRET}, token unset\n"
         assert "--distributed --config.seed=3" in (cloud.worker(index) / "starts").read_text()
     assert not any(SECRET in line for line in cloud.calls())
-    assert (cloud.checkout / "runs" / "mine" / "run" / "report.html").read_text() == "results"
+    assert cloud.calls("storage rsync --recursive gs://bucket/run runs/mine")
 
 
 def test_a_stopped_slice_is_started_and_keeps_its_disk(cloud):
@@ -116,6 +120,7 @@ def test_a_stopped_slice_is_started_and_keeps_its_disk(cloud):
     (cloud.worker() / "kept").touch()
     assert cloud.run()[0] == 0
     assert cloud.calls("tpu-vm start") and (cloud.worker() / "kept").exists()
+    assert (cloud.checkout / "runs" / "mine" / "run" / "report.html").read_text() == "results"
     assert not cloud.calls("tpu-vm delete") and not cloud.calls("tpu-vm create")
 
 
@@ -206,6 +211,7 @@ def test_what_fails_on_the_way_is_tried_again(cloud, call):
     cloud.write(turns=f"{call} => exit 1\n")
     code, said = cloud.run()
     assert code == 0 and "attempt 1 of 4 ended with 75" in said and cloud.starts() == 1
+    assert "no job was started yet" in said and "goes on from its last checkpoint" not in said
 
 
 def test_a_broken_connection_leaves_the_job_alone(cloud):
@@ -238,7 +244,8 @@ def test_the_exit_code_of_the_job_decides(cloud, code, starts, ends):
     cloud.write(job=f'[ -f "$HOME/again" ] || {{ touch "$HOME/again"; exit {code}; }}')
     found, said = cloud.run()
     assert found == ends and cloud.starts() == starts
-    assert (f"attempt 1 of 4 ended with {code}" in said) == (ends == 0)
+    again = f"attempt 1 of 4 ended with {code}; the job goes on from its last checkpoint"
+    assert (again in said) == (ends == 0)
 
 
 def test_a_slice_taken_away_under_the_job(cloud):
@@ -269,7 +276,7 @@ def test_the_same_command_follows_a_running_job_again(cloud):
     os.killpg(first.pid, signal.SIGTERM)  # its gcloud as well, as Ctrl-C does
     ((_, said),) = children.said_by([first])
     assert first.returncode == 130 and "goes on" in said
-    code, said = cloud.run(CONFIG="configs/other.py")
+    code, said = cloud.run(CONFIG="configs/llama8b.py:smoke")
     assert code == 2 and "runs another job" in said
     second = cloud.start()
     cloud.until(lambda: len(cloud.calls("tpu_worker.sh follow")) == 2)
@@ -289,13 +296,13 @@ def test_a_job_on_some_workers_only_is_stopped_first(cloud):
         "worker=1 .*sh start => exit 1\nworker=1 .*sh start => exit 1\n",
         job='[ -f "$HOME/../go" ] && exit 0; trap "exit 75" TERM; while true; do sleep 0.1; done',
     )
-    first = cloud.start()
+    first = cloud.start(WORKDIR="gs://bucket/run")
     cloud.write(main=first.pid)
     children.said_by([first])
     assert first.returncode == 130  # while the second worker was to be started
     cloud.until(lambda: cloud.starts(0) == 1)
     cloud.write(go="")
-    code, said = cloud.run()
+    code, said = cloud.run(WORKDIR="gs://bucket/run")
     assert code == 0 and "only some workers have the job" in said, said
     assert cloud.starts(1) == 1 and cloud.starts(0) == 2
 
@@ -312,3 +319,82 @@ def test_a_job_is_told_to_stop(cloud):
 def test_a_workdir_in_the_checkout_is_refused(cloud):
     code, said = cloud.run(WORKDIR="runs/mine")
     assert code == 2 and "WORKDIR=runs/mine would lie in the checkout" in said and not cloud.calls()
+
+
+@pytest.mark.parametrize("hosts", [2])
+def test_several_workers_on_disks_of_their_own_are_refused(cloud):
+    code, said = cloud.run()
+    assert (
+        code == 2
+        and f"mine has 2 workers, each with a disk of its own, and WORKDIR={cloud.workdir}" in said
+    )
+    assert cloud.calls("create") and not cloud.calls("scp")
+
+
+def test_without_a_project_nothing_is_asked(cloud):
+    cloud.write(turns="config get-value project => exit 0\n")
+    code, said = cloud.run(PROJECT="")
+    assert code == 2 and "PROJECT is empty" in said and "attempt" not in said
+    assert cloud.calls() == ["config get-value project"]
+
+
+def test_the_project_of_gcloud_is_taken(cloud):
+    cloud.write(turns="config get-value project => echo theirs; exit 0\n")
+    assert cloud.run(PROJECT="")[0] == 0 and cloud.calls("tpu-vm create", "--project=theirs")
+
+
+def test_what_is_not_committed_is_told(cloud):
+    (cloud.checkout / "notes").touch()
+    with open(cloud.checkout / "launch" / "gpu.sh", "a") as script:
+        script.write("\n")
+    code, said = cloud.run()
+    assert code == 0 and said.count("warning: ") == 1
+    assert "warning: not committed, so not on the slice as here (2): launch/gpu.sh notes\n" in said
+
+
+def test_a_clean_checkout_is_no_news(cloud):
+    assert "warning" not in cloud.run()[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said_of_it"),
+    [
+        ({"FLAGS": "--config.policy.new=here.yaml"}, "--config.policy.new=here.yaml is not"),
+        ({"FLAGS": "--config.data.path=here.yaml"}, "--config.data.path=here.yaml is not"),
+        ({"CONFIG": "here.yaml:full"}, "--config=here.yaml is not"),
+    ],
+)
+def test_a_file_that_the_slice_would_not_have_is_refused(cloud, given, said_of_it):
+    (cloud.checkout / "here.yaml").touch()
+    code, said = cloud.run(**given)
+    assert code == 2 and f"{said_of_it} committed" in said and not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("given", "said_of_it"),
+    [
+        ({"CONFIG": "configs/gemma9b.py:lora"}, "data.path is empty"),
+        ({"CONFIG": "configs/gemma9b.py:loar"}, "variant 'loar' is unknown"),
+        ({"FLAGS": "--config.train.beta=0"}, "train.beta=0.0 must be greater than 0"),
+        (
+            {"CONFIG": "configs/gemma9b.py:lora", "FLAGS": "--config.data.path=gs://b/pairs.jsonl"},
+            "policy.old is synth_old",
+        ),
+    ],
+)
+def test_what_the_program_would_refuse_is_refused_before_anything_is_made(cloud, given, said_of_it):
+    code, said = cloud.run(**given)
+    assert code == 2 and said_of_it in said and not cloud.calls()
+
+
+def test_data_and_policies_in_a_bucket_are_taken(cloud):
+    named = {"data.path": "pairs.jsonl", "policy.old": "old.yaml", "policy.new": "new.yaml"}
+    flags = " ".join(f"--config.{key}=gs://bucket/{name}" for key, name in named.items())
+    assert cloud.run(CONFIG="configs/gemma9b.py:lora", FLAGS=flags)[0] == 0
+    assert cloud.starts() == 1
+
+
+def test_without_a_commit_nothing_is_made(cloud):
+    shutil.rmtree(cloud.checkout / ".git")
+    code, said = cloud.run()
+    assert code == 2 and "start from a git clone" in said and not cloud.calls()

@@ -91,8 +91,21 @@ def _p(p: float) -> str:
 def _statements(found: Mapping[str, Any]) -> list[str]:
     if not found["statements"]:
         return []
-    lines = ["", "| statement of the paper | figure | difference | answer |", "|---|---|---|---|"]
-    return lines + [f"| {' | '.join(row)} |" for row in statements(found)]
+    lines = [
+        "",
+        "Above 0, or above the points that a statement names, A - B speaks for it.",
+        "",
+        "| statement of the paper | A - B | figure | difference | answer |",
+        "|---|---|---|---|---|",
+    ]
+    for row, (claim, *others) in zip(found["statements"], statements(found), strict=True):
+        lines.append(f"| {' | '.join((claim, sides(row), *others))} |")
+    return lines
+
+
+def sides(statement: Mapping[str, Any]) -> str:
+    """Which rows its difference is of, as in "trace - u2a"."""
+    return f"{statement['a']} - {statement['b']}"
 
 
 def statements(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
