@@ -15,7 +15,6 @@ import ml_collections
 from trace_jax import config
 
 SOURCE = Path("trace_jax/config.py")
-ABOVE = ("retain_pairs", "alpha_nll")  # what is said of these stands above them
 # Sections that begin with the same keys: the first is shown in full, the others refer to it.
 TRAINING = ("train", "align", "model.scratch.training")
 
@@ -75,16 +74,13 @@ def comments(source: str) -> dict[str, str]:
 
     def read(function: ast.FunctionDef, section: str) -> None:
         sections = {"c": section}  # of each variable
-        above: list[str] = []
         nodes = [node for node in function.body if isinstance(node, ast.Assign | ast.Return)]
         for node, following in zip(nodes, nodes[1:], strict=False):
             inside = [of_line[n] for n in _lines(node.lineno, node.end_lineno + 1, of_line)]
             below = [of_line[n] for n in _lines(node.end_lineno + 1, following.lineno, of_line)]
             names = [t for t in node.targets if isinstance(t, ast.Attribute)]
             key = _key(names[0], sections) if names else section
-            said = above + inside
-            above = below if ast.unparse(following).split(" = ")[0].endswith(ABOVE) else []
-            found[key] = " ".join(filter(None, (found.get(key), *said, *(() if above else below))))
+            found[key] = " ".join(filter(None, (found.get(key), *inside, *below)))
             sections |= {t.id: key for t in node.targets if isinstance(t, ast.Name)}
             called = node.value.func if isinstance(node.value, ast.Call) else None
             if isinstance(called, ast.Name):

@@ -22,8 +22,6 @@ def base_config():
     # and another
     c.part = _part()  # a section
     c.part.more = 1  # not from its function
-    # what is said above
-    c.part.alpha_nll = 2
     return c
 
 
@@ -71,7 +69,6 @@ def test_comments_go_to_their_keys():
         "part.inner": "",
         "part.inner.bare": "",
         "part.more": "not from its function",
-        "part.alpha_nll": "what is said above",
     }
 
 

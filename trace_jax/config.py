@@ -53,11 +53,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.layer_rows = 0  # rows of a data shard that a layer works on at once; 0: all. A few take
     # a third of the memory of many, and the parameters are gathered once for all
     c.train.alpha_kl = 0.1  # weight of the KL anchor of one RETAIN example
-    # trace: RETAIN records whose y_l violates are preference pairs as well. False: as the paper
-    c.train.retain_pairs = True
-    # trace: NLL of a pair's better response, a token, beside a pair of weight 1; keeps its
-    # probability from falling with the worse one's. 0: as the paper
-    c.train.alpha_nll = 0.5
+    c.train.retain_pairs = True  # trace: RETAIN records whose y_l violates are preference pairs as
+    # well. False: as the paper
+    c.train.alpha_nll = 0.5  # trace: NLL of a pair's better response, a token, beside a pair of
+    # weight 1; keeps its probability from falling with the worse one's. 0: as the paper
     c.train.alpha_scale = "one"  # one | per_conflict: alpha_kl over the number of conflicts
     c.train.data_share = (
         1.0  # of the triaged records, scored and trained on: how much data is needed
