@@ -1,12 +1,14 @@
 """A server on loopback that speaks the Gemini REST protocol, with faults: for tests and benchmarks.
 
     python tests/gemini_server.py --key=K [--faults=0.3] [--latency=0.05] [--stall=30] [--batch=0.5]
-        [--last=100]
+        [--last=100] [--refuse=429] [--thinks=1] [--blind=3]
 
 It prints its port. A clause is met where its id is a word of the response; "unsure-ID", "blocked"
 and "broken" in a response stand for what they say. It reads the material as a gullible judge would:
 whoever gets out of the fence is obeyed. GET /counts tells how often each response was asked about.
-POST /set changes an option. After --last requests it answers no other. Standard library only.
+POST /set changes an option. After --last requests it answers no other. --refuse is the HTTP status
+of every reply, --thinks refuses requests without thinking, --blind is how many looks at a batch get
+a 503. Standard library only.
 """
 
 import argparse
@@ -37,6 +39,7 @@ class Server:
         self.clauses: dict[str, list[list[str]]] = {}
         self.instructions: set[str] = set()
         self.safety: set[str] = set()
+        self.longest: set[int] = set()
         self.requests = self.in_flight = self.most_in_flight = 0
         self.batches: dict[str, tuple[float, list]] = {}
 
@@ -67,6 +70,7 @@ class Server:
         if path == "/counts":
             names = ("asked", "good", "clauses", "requests", "most_in_flight")
             rest = {"instructions": sorted(self.instructions), "safety": sorted(self.safety)}
+            rest |= {"longest": sorted(self.longest)}
             return 200, {}, {name: getattr(self, name) for name in names} | rest
         if path == "/set":
             vars(self.options).update(json.loads(body))
@@ -104,6 +108,12 @@ class Server:
         self.asked[key] += 1
         self.instructions.add(request["systemInstruction"]["parts"][0]["text"])
         self.safety |= {s["threshold"] for s in request.get("safetySettings", [])}
+        self.longest.add(request["generationConfig"]["maxOutputTokens"])
+        if self.options.refuse:
+            return _error(int(self.options.refuse), "X", "not now, or never")
+        thinking = request["generationConfig"].get("thinkingConfig", {})
+        if self.options.thinks and thinking.get("thinking_budget") == 0:
+            return _error(400, "INVALID_ARGUMENT", "Budget 0 is invalid. It has to think.")
         digest = hashlib.sha256(f"{self.options.seed} {key} {self.asked[key]}".encode()).digest()
         faulty = digest[0] / 256 < self.options.faults or "broken" in key.split()
         fault = FAULTS[digest[1] % len(FAULTS)] if faulty else ""
@@ -190,6 +200,9 @@ class Server:
 
     def batch(self, name: str) -> tuple:
         """The state of a batch, with its replies at the end."""
+        if self.options.blind > 0:
+            self.options.blind -= 1
+            return _error(503, "UNAVAILABLE", "try later")
         if name not in self.batches:
             return _error(404, "NOT_FOUND", f"{name} is not found")
         ready, replies = self.batches[name]
@@ -248,7 +261,7 @@ def _better(text: str) -> str:
 async def main() -> None:
     """Serves until it is killed."""
     parser = argparse.ArgumentParser()
-    for name in ("faults", "latency", "batch", "last"):
+    for name in ("faults", "latency", "batch", "last", "refuse", "thinks", "blind"):
         parser.add_argument(f"--{name}", type=float, default=0.0)
     parser.add_argument("--stall", type=float, default=30.0)
     parser.add_argument("--key", default="test-key")

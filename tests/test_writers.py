@@ -11,9 +11,9 @@ import tiny
 import transformers
 
 from trace_jax import config as config_lib
-from trace_jax import encoding, launch, models, records, respond, scratch, stages, workdir
+from trace_jax import encoding, launch, models, records, respond, scratch, stages, triage, workdir
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_job, store
+from trace_jax.judges import gemini_job, pacing, store
 from trace_jax.stages import correct
 from trace_jax.writers import gemini, instruction, sampled
 
@@ -31,10 +31,10 @@ def server(monkeypatch):
         yield address
 
 
-def writer(folder, **asking):
+def writer(folder, thinking=0, **asking):
     c = config_lib.base_config()
     c.asking.update({"backoff_seconds": 0.01, "timeout_seconds": 5.0, "tries": 9} | asking)
-    settings = gemini_job.Settings("gemini-2.5-flash", 1.0, 80, 0, 0)
+    settings = gemini_job.Settings("gemini-2.5-flash", 1.0, 80, thinking, 0)
     kept = store.Store(folder / "s.sqlite")
     asking = gemini_job.Asking.of(c.asking.to_dict())
     return gemini.GeminiWriter(
@@ -88,6 +88,59 @@ def test_a_withheld_reply_is_no_proposal(server, tmp_path):
     assert writer(tmp_path).write([prompt], first=0, n=1) == [[""]]
 
 
+@pytest.mark.fault
+def test_what_failed_is_asked_again_and_what_came_is_not(server, tmp_path):
+    first = writer(tmp_path, tries=1).write(PROMPTS, first=0, n=1)
+    came = [texts for texts in first if texts != [None]]
+    assert 5 < len(came) < 20
+    gemini_client.get(server, "/set", {"faults": 0.0})
+    before = gemini_client.get(server)["requests"]
+    again = writer(tmp_path).write(PROMPTS, first=0, n=1)
+    assert again == [[f"kind words for {p.prompt}"] for p in PROMPTS]
+    assert gemini_client.get(server)["requests"] - before == 20 - len(came)
+
+
+def test_a_model_that_refuses_everything_ends_the_run(server, tmp_path):
+    gemini_client.get(server, "/set", {"faults": 0.0, "thinks": 1})
+    with pytest.raises(InputError, match=r"HTTP 400 .* Budget 0 is invalid.*thinking_tokens"):
+        writer(tmp_path, concurrency=2).write(PROMPTS, first=0, n=1)
+    assert gemini_client.get(server)["requests"] <= 6
+    found = writer(tmp_path, thinking=128).write(PROMPTS, first=0, n=1)
+    assert found == [[f"kind words for {p.prompt}"] for p in PROMPTS]
+    gemini_client.get(server, "/set", {"refuse": 400})  # single ones may be refused for good
+    more = [respond.Prompt(f"q{i}", f"Tell more {i}") for i in range(10)]
+    assert writer(tmp_path, thinking=128).write(more, first=0, n=1) == [[None]] * 10
+    assert gemini_client.get(server)["longest"] == [80, 208]
+
+
+def test_what_comes_and_goes_does_not_end_the_run(server, tmp_path):
+    for status in (429, 503):
+        gemini_client.get(server, "/set", {"refuse": status})
+        assert writer(tmp_path, tries=2).write(PROMPTS, first=0, n=1) == [[None]] * 20
+
+
+def test_a_refused_key_is_said_whatever_else_is_counted(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "wrong-key-1234")
+    with pytest.raises(InputError, match="refuses the key in GEMINI_API_KEY"):
+        writer(tmp_path, concurrency=20).write(PROMPTS, first=0, n=1)
+
+
+def test_the_room_for_thinking_is_not_for_writing(server, tmp_path):
+    """The server says 20 tokens of every reply."""
+    gemini_client.get(server, "/set", {"faults": 0.0})
+    asking = gemini_job.Asking.of(config_lib.base_config().asking.to_dict() | {"tries": 1})
+    found = {}
+    for longest, thinking in ((19, -1), (19, 64), (20, -1), (20, 64)):
+        settings = gemini_job.Settings("gemini-2.5-flash", 1.0, longest, thinking, 0)
+        kept = store.Store(tmp_path / "s.sqlite")
+        made = gemini.GeminiWriter(
+            gemini_client.POLICY, settings, asking, kept, tmp_path / "proposals.jsonl"
+        )
+        ((found[longest, thinking],),) = made.write(PROMPTS[:1], first=0, n=1)
+    assert {key[0] for key, text in found.items() if text is None} == {19}
+    assert gemini_client.get(server)["longest"] == [83, 84, 8211, 8212]
+
+
 def test_the_instruction_holds_the_policy_and_fences_the_prompt():
     told = instruction.system(gemini_client.POLICY)
     assert "Clause calm: The story is calm." in told and "Clause kind" in told
@@ -118,14 +171,19 @@ def run(straight, tmp_path):
     return folder
 
 
-def main(config, run, *flags):
-    where = [f"--config={config}", f"--workdir={run}", "--stages=correct"]
+def main(config, run, *flags, more=(), redo=False):
+    where = [f"--config={config}", f"--workdir={run}", "--stages=correct", *more]
+    where += ["--redo"] * redo
     return launch.main(["launch", *where, *(f"--config.correct.{flag}" for flag in flags)])
 
 
+def found_punished(run):
+    found = triage.read(run / "triage.jsonl")
+    return [t.record for t in found if t.action == "PUNISH"]
+
+
 def punished(run):
-    rows = (row for _, row in records.read_jsonl(run / "triage.jsonl"))
-    return [row["id"] for row in rows if row["action"] == "PUNISH"]
+    return [record.id for record in found_punished(run)]
 
 
 def test_a_local_model_writes_under_the_instruction(run, config, directory, monkeypatch):
@@ -161,6 +219,47 @@ def test_gemini_corrects_a_run_from_its_own_budget(run, config, server, monkeypa
     for file in run.rglob("*"):
         assert not file.is_file() or gemini_client.KEY.encode() not in file.read_bytes()
     assert gemini_client.KEY not in told
+
+
+@pytest.mark.fault
+def test_proposals_that_failed_are_told_and_asked_again(run, config, server, monkeypatch, capfd):
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples: {
+        p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip
+    flags = ["source=gemini", "tries=1", "samples_per_round=1"]
+    monkeypatch.setattr(pacing, "delay", lambda *_: 0.0)
+    gemini_client.get(server, "/set", {"refuse": 429})
+    assert main(config, run, *flags) == 0
+    n = len({records.content_id(r.prompt) for r in found_punished(run)})
+    told = capfd.readouterr().err
+    assert f"warning: {n} proposals failed after every try, and {n} prompts" in told
+    assert "run again with --redo" in told and told.count("warning") == 1
+    summary = workdir.Workdir(run).finished("correct")["summary"]
+    assert (summary["failed_proposals"], summary["failed_prompts"]) == (n, n)
+    gemini_client.get(server, "/set", {"refuse": 0})
+    assert main(config, run, *flags) == 0
+    assert "skipped" in capfd.readouterr().err
+    assert main(config, run, *flags, redo=True) == 0
+    assert "warning" not in capfd.readouterr().err
+    rows = [row for _, row in records.read_jsonl(run / "corrections.jsonl")]
+    assert all(row["response"].startswith("kind words for ") for row in rows)
+    assert not (run / "corrections_proposals.jsonl").exists()
+
+
+def test_redo_asks_for_no_proposal_that_came(run, config, server, monkeypatch, capfd):
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples: {
+        p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip
+    flags = ["source=gemini", "tries=1", "samples_per_round=1", "gemini_thinking_tokens=32"]
+    flags.append("max_new_tokens=20")
+    gemini_client.get(server, "/set", {"faults": 0.6})
+    one = ["--config.asking.tries=1"]
+    assert main(config, run, *flags, more=one) == 0
+    failed = workdir.Workdir(run).finished("correct")["summary"]["failed_prompts"]
+    gemini_client.get(server, "/set", {"faults": 0.0})
+    before = gemini_client.get(server)["requests"]
+    assert main(config, run, *flags, more=one, redo=True) == 0
+    assert gemini_client.get(server)["requests"] - before == failed
+    assert 0 < failed < len({records.content_id(r.prompt) for r in found_punished(run)})
+    assert gemini_client.get(server)["longest"] == [52]  # 20 and 32
 
 
 def test_without_a_key_the_run_stops_before_it_starts(run, config, monkeypatch, capfd):
@@ -203,7 +302,7 @@ def test_tries_are_never_more_than_allowed(tmp_path):
 
         def write(self, prompts, *, first, n):
             asked.append((first, n))
-            return [[""] * n for _ in prompts]
+            return [[None if k in (1, 6) else "" for k in range(first, first + n)] for _ in prompts]
 
     c = config_lib.base_config()
     c.correct.tries, c.correct.samples_per_round = 8, 3
@@ -211,8 +310,9 @@ def test_tries_are_never_more_than_allowed(tmp_path):
         config=c, triage_judge=Judge(), triaged=[], workdir=types.SimpleNamespace(path=tmp_path),
         progress=lambda *_: contextlib.nullcontext(types.SimpleNamespace(advance=int)),
     )  # fmt: skip
-    found, tries = correct._search(run, Writer(), [respond.Prompt("p", "Tell")])
-    assert asked == [(0, 3), (3, 3), (6, 2)] and found == {} and tries == {"p": 8}
+    found, tries, failed = correct._search(run, Writer(), [respond.Prompt("p", "Tell")])
+    assert asked == [(0, 3), (3, 3), (6, 2)] and (found, tries) == ({}, {"p": 8})
+    assert failed == {"p": 2}
 
 
 def test_samples_do_not_depend_on_rounds(directory):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from trace_jax import records
+from trace_jax.errors import InputError
 from trace_jax.judges import gemini_reply, gemini_service, reading, template
 from trace_jax.judges import store as stores
 from trace_jax.judges.gemini_job import Asking, Job, Settings
@@ -34,6 +35,11 @@ class GeminiReader(gemini_service.Service):
     collective = False
 
     def __init__(self, settings: Settings, asking: Asking, kept: stores.Store):
+        if asking.batch and asking.vertex_project:
+            raise InputError(
+                "asking.batch needs the Developer API, and asking.vertex_project asks Vertex AI, "
+                "whose batches go through buckets; unset one of the two"
+            )
         super().__init__(settings, asking, kept)
         self.clauses_per_call = settings.clauses_per_call
         self.identity = identity(settings)

@@ -1,17 +1,20 @@
 """Gemini's Batch API: half the price, answers within a day; it may be left and picked up later.
 
-A batch's name and what it was asked are in the store before anything waits for it.
+A batch's name and what it was asked are in the store before anything waits for it. Whoever looks
+first takes in every batch that has ended, also one that another run or policy submitted.
 """
 
 import asyncio
+import itertools
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trace_jax import metrics
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_reply, reading
+from trace_jax.judges import gemini_job, gemini_out, gemini_reply, gemini_run, pacing, reading
 from trace_jax.judges import store as stores
 
 _MOST_BYTES = 15_000_000  # of one batch; the service takes 20 MB inline
@@ -23,86 +26,219 @@ _ENDED = {
 }  # fmt: skip
 
 Answered = Callable[[reading.Question, stores.Call, reading.Verdicts], None]
+Part = list[tuple[reading.Question, gemini_job.Job]]  # what one batch is asked
+
+
+class _Unanswered(Exception):
+    """A look at a batch that the service did not answer; its text says how."""
 
 
 async def ask(reader: Any, questions: Sequence[reading.Question], answered: Answered) -> None:
     """Collects batches that are out, submits what none of them has, waits as long as it may.
 
     Raises:
-      InputError: batches are still at work; the same command picks them up.
+      InputError: batches are still at work, or the service cannot be reached; they are kept, and
+        the same command picks them up.
     """
-    client = reader.client()
+    http = reader.http()
+    client = reader.client(http)
     try:
-        open_ = {_key(q): q for q in questions}
-        for key in await _collect(reader, client, open_, answered):
-            open_.pop(key, None)
-        waiting = _out(reader)
-        await _submit(reader, client, [q for key, q in open_.items() if key not in waiting])
-        pause = 1.0
-        deadline = time.monotonic() + 60 * reader.asking.batch_wait_minutes
-        while reader.store.batches(reader.identity):
-            if time.monotonic() >= deadline:
-                raise _at_work(reader)
-            await asyncio.sleep(min(pause, max(0.2, deadline - time.monotonic())))
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            await _collect(reader, client, open_, answered)
+        await _Batches(reader, client, questions, answered).all()
     finally:
         await client.aio.aclose()
+        await http.aclose()
 
 
-def _at_work(reader: Any) -> InputError:
-    names = list(reader.store.batches(reader.identity))
+class _Batches:
+    """The batches of one call: what is still open, and since when the service is silent."""
+
+    def __init__(
+        self, reader: Any, client: Any, questions: Sequence[reading.Question], answered: Answered
+    ):
+        self.reader, self.client, self.answered = reader, client, answered
+        self.open = {gemini_out.key(q): q for q in questions}
+        self.silent_since: float | None = None
+        self.rng = random.Random(0)
+
+    async def all(self) -> None:
+        await self._collect()
+        at_work = {key for keys in self._out().values() for key in keys}
+        await self._submit([q for key, q in self.open.items() if key not in at_work])
+        pause = 1.0
+        deadline = time.monotonic() + 60 * self.reader.asking.batch_wait_minutes
+        while names := self._awaited():
+            if time.monotonic() >= deadline:
+                raise _at_work(names)
+            await asyncio.sleep(min(pause, max(0.2, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            await self._collect()
+
+    def _out(self) -> dict[str, list[str]]:
+        """Batches of this reader that are out: name -> keys of their questions."""
+        found = self.reader.store.batches(self.reader.identity)
+        return {name: gemini_out.keys(text) for name, text in found.items()}
+
+    def _awaited(self) -> list[str]:
+        """Those with an open question of this call; others are no reason to wait."""
+        return [n for n, keys in self._out().items() if not self.open.keys().isdisjoint(keys)]
+
+    async def _submit(self, questions: Sequence[reading.Question]) -> None:
+        reader, budget = self.reader, self.reader.budget()
+        for part in _parts(reader, questions):
+            price = _reserve(reader, budget, part)
+            batch = await self._create(part)
+            asked = [question for question, _ in part]
+            items = [(q.prompt, q.response) for q in asked]
+            text = gemini_out.written(asked, price)
+            reader.store.add_batch(reader.identity, batch.name, text, items)
+            metrics.say(f"  {len(part)} questions are in batch {batch.name}")
+
+    async def _create(self, part: Part) -> Any:
+        from google.genai import errors, types
+
+        requests = [
+            types.InlinedRequest(
+                contents=job.material, config=self.reader.request(job), metadata={"key": str(i)}
+            )
+            for i, (_, job) in enumerate(part)
+        ]
+        try:
+            return await self.client.aio.batches.create(
+                model=self.reader.settings.model, src=requests, config={"display_name": "trace_jax"}
+            )
+        except errors.APIError as error:
+            said = self.reader.scrubbed(f"HTTP {error.code}, {error.status}: {error.message}"[:300])
+            raise InputError(
+                f"the service took no batch ({said}); mend that, or set asking.batch=False"
+            ) from error
+        except Exception as error:
+            if not gemini_run.is_transport(error):
+                raise
+            raise InputError(
+                f"the service did not answer when it was given a batch ({type(error).__name__}); "
+                "run the same command later"
+            ) from error
+
+    async def _collect(self) -> None:
+        """Takes in what batches have ended; looks again while the service answers no look at all.
+
+        Raises:
+          InputError: it did not for asking.outage_seconds.
+        """
+        for attempt in itertools.count(1):
+            out = self.reader.store.batches(self.reader.identity)
+            silent = 0
+            for name, text in out.items():
+                try:
+                    batch = await self._look(name)
+                except _Unanswered as error:
+                    silent += 1
+                    self._check_silence(str(error), len(out))
+                    continue
+                self.silent_since = None
+                self._take_in(name, text, batch)
+            if not silent or silent < len(out):
+                return
+            backoff = self.reader.asking.backoff_seconds
+            await asyncio.sleep(pacing.delay(attempt, None, backoff, self.rng))
+
+    async def _look(self, name: str) -> Any:
+        """The batch as the service has it; None where it is gone for good."""
+        import pydantic
+        from google.genai import errors
+
+        try:
+            return await self.client.aio.batches.get(name=name)
+        except errors.APIError as error:
+            if error.code == 404:
+                return None
+            said = self.reader.scrubbed(f"HTTP {error.code}, {error.status}"[:300])
+            if gemini_run.may_change(error.code):
+                raise _Unanswered(said) from error
+            raise InputError(f"batch {name} could not be looked at ({said}); try later") from error
+        except (pydantic.ValidationError, errors.UnknownApiResponseError, ValueError) as error:
+            raise _Unanswered("not a reply of the API") from error
+        except Exception as error:
+            if not gemini_run.is_transport(error):
+                raise
+            raise _Unanswered(type(error).__name__) from error
+
+    def _check_silence(self, said: str, n: int) -> None:
+        now = time.monotonic()
+        self.silent_since = now if self.silent_since is None else self.silent_since
+        if (seconds := now - self.silent_since) >= self.reader.asking.outage_seconds:
+            raise InputError(
+                f"the service could not be asked for batches for {seconds:.0f} seconds (at last: "
+                f"{said}); {n} batch(es) are kept, run the same command later to pick them up"
+            )
+
+    def _take_in(self, name: str, text: str, batch: Any) -> None:
+        """Keeps all replies of a batch that has ended; one that is gone is asked anew."""
+        if batch is None:
+            self.reader.store.forget_batch(name)
+            return
+        state = getattr(batch.state, "value", str(batch.state))
+        if state not in _ENDED:
+            return
+        keys, store = gemini_out.keys(text), self.reader.store
+        replies = (batch.dest.inlined_responses if batch.dest else None) or []
+        rows = zip(
+            keys, gemini_out.questions(store, text), _in_order(replies, len(keys)), strict=True
+        )
+        found = [row for row in rows if row[2] is not None]
+        with store.taking_in(name) as is_out:
+            for row in found if is_out else ():
+                self._keep(*row)
+        for key, *_ in found:
+            self.open.pop(key, None)
+        if is_out:
+            metrics.say(f"  batch {name} ended as {state}: {len(found)} of {len(keys)} replies")
+
+    def _keep(self, key: str, question: reading.Question | None, reply: Any) -> None:
+        """Keeps one reply. Where nobody knows its question any more, it was paid for all the same.
+
+        question: as the store has it.
+        """
+        reader = self.reader
+        question = self.open.get(key, question)
+        call, verdicts = _read(reader, question, reply)
+        if question is None:
+            reader.store.add_call(reader.identity, call)
+            return
+        job = reader.job(question, self.answered if key in self.open else self._store)
+        job.attempted(call, job.failed if verdicts is None else verdicts)
+
+    def _store(
+        self, question: reading.Question, call: stores.Call, verdicts: reading.Verdicts
+    ) -> None:
+        """Keeps the answer to a question that is not this call's."""
+        prompt, response, _ = question
+        self.reader.store.add(self.reader.identity, prompt, response, call, verdicts)
+
+
+def _at_work(names: Sequence[str]) -> InputError:
     return InputError(
         f"{len(names)} batch(es) of questions are at work at the service ({', '.join(names[:3])}); "
         "run the same command later to pick the answers up (asking.batch_wait_minutes waits)"
     )
 
 
-def _key(question: reading.Question) -> str:
-    item = stores.item_hash(question.prompt, question.response).hex()
-    return json.dumps([item, [clause.text_hash for clause in question.clauses]])
+def _reserve(reader: Any, budget: pacing.Budget, part: Part) -> float:
+    """US dollars that the batch is expected to cost; they and its calls count from now on."""
+    asking, spent = reader.asking, f"{budget.calls} calls and {budget.price:.4f}"
+    prices = [asking.batch_discount * reader.expected_price(job) for _, job in part]
+    if not all(budget.reserve(price) for price in prices):
+        raise InputError(
+            f"a batch of {len(part)} questions would cost about {sum(prices):.4f} US dollars and "
+            f"go beyond the budget ({spent} US dollars are spent or at work; asking.budget_usd="
+            f"{asking.budget_usd}, asking.budget_calls={asking.budget_calls}); raise it"
+        )
+    budget.settle(sum(prices), sum(prices))
+    return sum(prices)
 
 
-def _out(reader: Any) -> set[str]:
-    """Keys of questions that some batch has."""
-    found = reader.store.batches(reader.identity).values()
-    return {key for questions in found for key in json.loads(questions)}
-
-
-async def _submit(reader: Any, client: Any, questions: Sequence[reading.Question]) -> None:
-    from google.genai import errors, types
-
-    budget = reader.budget()
-    discount = reader.asking.batch_discount
-    for part in _parts(reader, questions):
-        expected = discount * sum(reader.expected_price(job) for _, job in part)
-        if not budget.reserve(expected):
-            raise InputError(
-                f"a batch of {len(part)} questions would cost about {expected:.4f} US dollars and "
-                f"go beyond the budget ({budget.price:.4f} are spent); raise asking.budget_usd"
-            )
-        requests = [
-            types.InlinedRequest(
-                contents=job.material, config=reader.request(job), metadata={"key": str(i)}
-            )
-            for i, (_, job) in enumerate(part)
-        ]
-        try:
-            batch = await client.aio.batches.create(
-                model=reader.settings.model, src=requests, config={"display_name": "trace_jax"}
-            )
-        except errors.APIError as error:
-            said = reader.scrubbed(f"HTTP {error.code}, {error.status}: {error.message}"[:300])
-            raise InputError(
-                f"the service took no batch ({said}); mend that, or set asking.batch=False"
-            ) from error
-        keys = [_key(question) for question, _ in part]
-        reader.store.add_batch(reader.identity, batch.name, json.dumps(keys))
-        metrics.say(f"  {len(part)} questions are in batch {batch.name}")
-
-
-def _parts(reader: Any, questions: Sequence[reading.Question]) -> Iterator[list]:
-    """(question, job) in parts that one batch may hold."""
+def _parts(reader: Any, questions: Sequence[reading.Question]) -> Iterator[Part]:
+    """Parts that one batch may hold."""
     part, size = [], 0
     for question in questions:
         job = reader.job(question, lambda *_: None)
@@ -116,36 +252,6 @@ def _parts(reader: Any, questions: Sequence[reading.Question]) -> Iterator[list]
         yield part
 
 
-async def _collect(
-    reader: Any, client: Any, open_: dict[str, reading.Question], answered: Answered
-) -> set[str]:
-    """Takes in what batches have ended; returns the keys of their questions."""
-    from google.genai import errors
-
-    done: set[str] = set()
-    for name, stored in reader.store.batches(reader.identity).items():
-        try:
-            batch = await client.aio.batches.get(name=name)
-        except errors.APIError as error:
-            if error.code == 404:  # gone for good: its questions are asked anew
-                reader.store.forget_batch(name)
-                continue
-            said = reader.scrubbed(f"HTTP {error.code}, {error.status}"[:300])
-            raise InputError(f"batch {name} could not be looked at ({said}); try later") from error
-        state = getattr(batch.state, "value", str(batch.state))
-        if state not in _ENDED:
-            continue
-        keys = json.loads(stored)
-        replies = (batch.dest.inlined_responses if batch.dest else None) or []
-        for key, reply in zip(keys, _in_order(replies, len(keys)), strict=True):
-            if reply is not None:
-                _take(reader, open_.get(key), reply, answered)
-                done.add(key)
-        reader.store.forget_batch(name)
-        metrics.say(f"  batch {name} ended as {state}: {len(done)} of {len(keys)} replies")
-    return done
-
-
 def _in_order(replies: Sequence[Any], n: int) -> list[Any]:
     """Replies by the number of their request; None where there is none."""
     found: list[Any] = [None] * n
@@ -156,23 +262,16 @@ def _in_order(replies: Sequence[Any], n: int) -> list[Any]:
     return found
 
 
-def _take(reader: Any, question: reading.Question | None, reply: Any, answered: Answered) -> None:
-    """Keeps one reply. A question that nobody asks any more still was paid for."""
+def _read(
+    reader: Any, question: reading.Question | None, reply: Any
+) -> tuple[stores.Call, reading.Verdicts | None]:
+    """(call, verdicts); None where the reply has none."""
     if reply.response is None:
         said = reply.error.message if reply.error else "no response"
-        call, verdicts = stores.Call(f"batch error: {said}"[:200]), None
-    else:
-        call, verdicts = _read(reader, question, reply.response)
-    if question is None:
-        return
-    job = reader.job(question, answered)
-    job.attempted(call, job.failed if verdicts is None else verdicts)
-
-
-def _read(reader: Any, question: reading.Question | None, response: Any) -> tuple:
+        return stores.Call(f"batch error: {said}"[:200]), None
     clauses = () if question is None else question.clauses
     try:
-        outcome, reason, verdicts = gemini_reply.verdicts(response, clauses)
+        outcome, reason, verdicts = gemini_reply.verdicts(reply.response, clauses)
     except gemini_reply.Malformed as error:
         outcome, reason, verdicts = f"malformed: {error}", "", None
-    return reader.call(response, outcome, reason, reader.asking.batch_discount), verdicts
+    return reader.call(reply.response, outcome, reason, reader.asking.batch_discount), verdicts

@@ -4,6 +4,7 @@ Errors of the service are sorted here: asked again, given up, or the reason to s
 """
 
 import asyncio
+import collections
 import json
 import random
 import time
@@ -26,10 +27,16 @@ class _Stopped(Exception):
 
 
 class Run:
-    """One run over jobs: workers that share a pace, a budget and a reason to stop."""
+    """One run over jobs: workers that share a pace, a budget and a reason to stop.
 
-    def __init__(self, reader: "Service", jobs: Sequence[Job]):
+    Args:
+      refusals: like ones before any reply that are the reason to stop; 0: none are.
+    """
+
+    def __init__(self, reader: "Service", jobs: Sequence[Job], refusals: int = 0):
         self.reader, self.total, self.done = reader, len(jobs), 0
+        self.most_refusals = refusals
+        self.refusals: collections.Counter[int] = collections.Counter()  # by HTTP status
         self.jobs: Iterator[Job] = iter(jobs)
         self.http = reader.http()
         self.client = reader.client(self.http)
@@ -107,10 +114,11 @@ class Run:
             if _is_of(error, "google.auth") and type(error).__name__ != "TransportError":
                 self._stop(no_credentials(error))
                 raise _Stopped from error
-            if not _is_transport(error):
+            if not is_transport(error):
                 raise
             return self._unreached(error), None, True, None
         self._reached()
+        self.most_refusals = 0
         try:
             outcome, reason, result = job.read(response)
         except gemini_reply.Malformed as error:
@@ -130,7 +138,10 @@ class Run:
                 )
             )
         call = stores.Call(f"http {error.code}", raw=said)
-        again = error.code in (408, 409, 429) or error.code >= 500
+        again = may_change(error.code)
+        self.refusals[error.code] += not again
+        if 0 < self.most_refusals <= self.refusals[error.code]:
+            self._stop(self._all_refused(error.code, said))
         headers = getattr(error.response, "headers", None) or {}
         if self.stopped is not None:
             job.attempted(call, None)
@@ -164,6 +175,13 @@ class Run:
             f"dollars in all; {limits}); raise it and {self._progress()}"
         )
 
+    def _all_refused(self, code: int, said: str) -> InputError:
+        return InputError(
+            f"model {self.reader.settings.model!r} refuses what it is sent (HTTP {code} to "
+            f"{self.most_refusals} requests and no reply to any; {said}); mend its settings, such "
+            "as correct.gemini_thinking_tokens, and run the same command again"
+        )
+
     def _progress(self) -> str:
         return (
             f"run the same command to go on: {self.done} of {self.total} questions of this run are "
@@ -176,7 +194,12 @@ def _wrong_key(code: int, said: str, asking: Asking) -> InputError:
     return InputError(f"the judge's service refuses {what} (HTTP {code}, {said}); mend that first")
 
 
-def _is_transport(error: Exception) -> bool:
+def may_change(code: int) -> bool:
+    """Whether the same request may get another reply than this HTTP error, a little later."""
+    return code in (408, 409, 429) or code >= 500
+
+
+def is_transport(error: Exception) -> bool:
     """Whether it means that no reply came: timeouts, dropped connections, names not found."""
     libraries = ("httpx", "httpx2", "httpcore", "httpcore2", "google.auth")
     return isinstance(error, OSError) or any(_is_of(error, library) for library in libraries)

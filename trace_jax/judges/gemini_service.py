@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_reply, gemini_run, pacing
+from trace_jax.judges import gemini_out, gemini_reply, gemini_run, pacing
 from trace_jax.judges import store as stores
 from trace_jax.judges.gemini_job import KEYS, Asking, Job, Settings
 
@@ -32,13 +32,15 @@ class Service:
             raise InputError("asking.concurrency and asking.tries must be at least 1")
         self._key = check_access(asking.vertex_project)
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[Job], *, refusals: int = 0) -> None:
         """Sends all jobs, at the pace and within the budget of `asking`.
+
+        refusals: like ones before any reply that end the run; 0: none do.
 
         Raises:
           InputError: nothing can be asked any more; what was answered was told to its job.
         """
-        run_to_end(self._ask_all(jobs))
+        run_to_end(self._ask_all(jobs, refusals))
 
     def http(self) -> Any:
         """The connections of a client, to be closed by whoever made them.
@@ -110,17 +112,17 @@ class Service:
         return self.asking.price(int(characters / _TOKEN), 0, _EXPECTED_OUTPUT)
 
     def budget(self) -> pacing.Budget:
-        """What is left after everything in the store."""
-        spent = self.store.spent()
+        """What is left after everything in the store, batches that are out among it."""
+        spent, (price, calls) = self.store.spent(), gemini_out.expected(self.store)
         return pacing.Budget(
             price=self.asking.budget_usd,
             calls=self.asking.budget_calls,
-            spent_price=spent.price,
-            spent_calls=spent.calls,
+            spent_price=spent.price + price,
+            spent_calls=spent.calls + calls,
         )
 
-    async def _ask_all(self, jobs: Sequence[Job]) -> None:
-        run = gemini_run.Run(self, jobs)
+    async def _ask_all(self, jobs: Sequence[Job], refusals: int) -> None:
+        run = gemini_run.Run(self, jobs, refusals)
         try:
             await run.all()
         finally:

@@ -260,10 +260,9 @@ class Store:
 
     def batches(self, reader: Reader | None = None) -> dict[str, str]:
         """Batches that are still out, of this reader or of all: name -> questions, oldest first."""
-        query, values = "SELECT name, questions FROM batches JOIN readers ON readers.id = reader", ()
-        if reader is not None:
-            query, values = f"{query} WHERE {_IS_READER}", reader
-        return dict(self._select(f"{query} ORDER BY date, name", values))
+        where = "" if reader is None else f"WHERE {_IS_READER}"
+        query = f"SELECT name, questions FROM batches JOIN readers ON readers.id = reader {where}"
+        return dict(self._select(f"{query} ORDER BY date, name", reader or ()))
 
     def forget_batch(self, name: str) -> None:
         """Its answers will never come."""

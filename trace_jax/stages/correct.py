@@ -25,15 +25,30 @@ def run(run: context.Context) -> dict:
         return {"corrected": 0, "of": len(punished)}
     writer = _writer(run)
     by_prompt = {records.content_id(r.prompt): r.prompt for r in punished}
-    found, tries = _search(run, writer, [respond.Prompt(i, x) for i, x in by_prompt.items()])
+    prompts = [respond.Prompt(i, x) for i, x in by_prompt.items()]
+    found, tries, failed = _search(run, writer, prompts)
     rows = []
     for record in punished:
         key = records.content_id(record.prompt)
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
-    for name in (_FOUND, _PROPOSALS):
-        workdir.remove(run.workdir.path / name)
-    return _told(writer, rows, len(found), sum(tries.values()))
+    lost = sum(failed[i] > 0 for i in failed.keys() - found.keys())
+    workdir.remove(run.workdir.path / _FOUND)
+    if not lost:  # otherwise --redo asks for those that failed alone
+        workdir.remove(run.workdir.path / _PROPOSALS)
+    summary = _told(writer, rows, len(found), sum(tries.values()))
+    return summary | _told_failed(sum(failed.values()), lost)
+
+
+def _told_failed(proposals: int, prompts: int) -> dict:
+    """prompts: those without a correction that such proposals were for."""
+    if proposals:
+        metrics.say(
+            f"  warning: {proposals} proposals failed after every try, and {prompts} prompts that "
+            "they were for have no correction"
+            + ("; run again with --redo to ask for them again" if prompts else "")
+        )
+    return {"failed_proposals": proposals, "failed_prompts": prompts}
 
 
 def _told(writer: writers.Writer, rows: Sequence[dict], n_found: int, n_tries: int) -> dict:
@@ -102,7 +117,7 @@ def _gemini(run: context.Context) -> writers.Writer:
         model=config.gemini_model,
         temperature=config.temperature,
         max_output_tokens=config.max_new_tokens,
-        thinking_tokens=0,
+        thinking_tokens=config.gemini_thinking_tokens,
         clauses_per_call=0,
     )
     return gemini.GeminiWriter(
@@ -116,9 +131,11 @@ def _gemini(run: context.Context) -> writers.Writer:
 
 def _search(
     run: context.Context, writer: writers.Writer, prompts: list[respond.Prompt]
-) -> tuple[dict[str, str], dict[str, int]]:
+) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
+    """Prompt id -> the proposal that stays, how many there were, how many asked for in vain."""
     config = run.config.correct
     tries = dict.fromkeys((p.id for p in prompts), 0)
+    failed = dict(tries)
     kept = run.workdir.path / _FOUND
     with (
         records.JsonlAppender(kept) as out,
@@ -133,22 +150,23 @@ def _search(
             samples = writer.write(still, first=first, n=n)
             accepted = _accepted(run, still, samples)
             found |= accepted
-            for p in still:
+            for p, of_prompt in zip(still, samples, strict=True):
                 tries[p.id] += n
+                failed[p.id] += of_prompt.count(None)
             out.append({"id": i, "response": y, "tries": tries[i]} for i, y in accepted.items())
             bar.advance(len(accepted))
-    return found, tries
+    return found, tries, failed
 
 
 def _accepted(
-    run: context.Context, prompts: list[respond.Prompt], samples: list[list[str]]
+    run: context.Context, prompts: list[respond.Prompt], samples: list[list[str | None]]
 ) -> dict[str, str]:
     """Prompt id -> the proposal of this round that stays."""
     items = [
         (p.id, p.prompt, s)
         for p, of_prompt in zip(prompts, samples, strict=True)
         for s in of_prompt
-        if s.strip()
+        if s and s.strip()
     ]
     labels = {
         records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged

@@ -20,10 +20,13 @@ class Writer(Protocol):
 
     name: str
 
-    def write(self, prompts: Sequence[respond.Prompt], *, first: int, n: int) -> list[list[str]]:
+    def write(
+        self, prompts: Sequence[respond.Prompt], *, first: int, n: int
+    ) -> list[list[str | None]]:
         """Proposals number `first` to `first` + n - 1 for every prompt; "" where there is none.
 
-        The same numbers give the same proposals again, also after a restart.
+        None where asking failed after every try. The same numbers give the same proposals again,
+        also after a restart, and ask for those that failed once more.
 
         Raises:
           InputError: nothing can be written any more; what was paid for is kept.

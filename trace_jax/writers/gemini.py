@@ -1,4 +1,7 @@
-"""Proposals written by Gemini under the instruction of the new policy; what is paid for is kept."""
+"""Proposals written by Gemini under the instruction of the new policy; what is paid for is kept.
+
+A proposal whose every attempt failed is not: it is asked for again the next time.
+"""
 
 import dataclasses
 import hashlib
@@ -14,11 +17,15 @@ from trace_jax.judges import store as stores
 from trace_jax.judges.gemini_job import Asking, Job, Settings
 from trace_jax.writers import instruction
 
+_THOUGHTS = 8192  # tokens of room for thinking where the model decides how much
+_REFUSALS = 5  # that are alike, before this writer ever had a reply: the settings are wrong
+
 
 class GeminiWriter:
     """Asks for one reply a proposal, and keeps every one in a file before it is judged.
 
     Args:
+      settings: max_output_tokens is of the proposal alone, thinking comes on top.
       kept: the judgement store, which counts calls and money.
       proposals: file of {"id", "response"}, gone on with after a restart.
     """
@@ -32,7 +39,10 @@ class GeminiWriter:
         proposals: Path,
     ):
         self.name = f"gemini:{settings.model}"
-        self._service = gemini_service.Service(settings, asking, kept)
+        self._longest = settings.max_output_tokens
+        self._thoughts = settings.thinking_tokens if settings.thinking_tokens >= 0 else _THOUGHTS
+        whole = dataclasses.replace(settings, max_output_tokens=self._longest + self._thoughts)
+        self._service = gemini_service.Service(whole, asking, kept)
         self._system = instruction.system(policy)
         self._proposals = proposals
         digest = hashlib.sha256(self._system.encode()).hexdigest()[:16]
@@ -44,17 +54,21 @@ class GeminiWriter:
         named = json.dumps(list(self._identity))
         self._writer = hashlib.sha256(named.encode()).hexdigest()[:16]  # whose a proposal is
 
-    def write(self, prompts: Sequence[respond.Prompt], *, first: int, n: int) -> list[list[str]]:
+    def write(
+        self, prompts: Sequence[respond.Prompt], *, first: int, n: int
+    ) -> list[list[str | None]]:
         """See `writers.Writer`. Of several processes the first one asks."""
         wanted = [(p, number) for p in prompts for number in range(first, first + n)]
         with records.JsonlAppender(self._proposals) as out:
             missing = [(p, k) for p, k in wanted if self._key(p, k) not in out.ids]
             if missing:
                 jobs = [self._job(p, k, out) for p, k in missing]
-                processes.from_first(lambda: self._service.run(jobs))
+                new = not any(name.startswith(f"{self._writer}-") for name in out.ids)
+                most = _REFUSALS if new else 0
+                processes.from_first(lambda: self._service.run(jobs, refusals=most))
         rows = (row for _, row in records.read_jsonl(self._proposals))
         found = {row["id"]: row["response"] for row in rows}
-        return [[found.get(self._key(p, k), "") for k in range(first, first + n)] for p in prompts]
+        return [[found.get(self._key(p, k)) for k in range(first, first + n)] for p in prompts]
 
     def price(self) -> float:
         """US dollars of all attempts of this writer in the store."""
@@ -69,12 +83,17 @@ class GeminiWriter:
             if text is not None:
                 out.append([{"id": self._key(prompt, number), "response": text}])
 
-        return Job(self._system, instruction.material(prompt.prompt), {}, _read, attempted, "")
+        material = instruction.material(prompt.prompt)
+        return Job(self._system, material, {}, self._read, attempted, None)
 
-
-def _read(response: Any) -> tuple[str, str, str]:
-    """(outcome, reason, text); a reply that the service withholds is an empty text."""
-    blocked = gemini_reply.blocked(response)
-    if blocked:
-        return blocked, "", ""
-    return "ok", "", gemini_reply.finished_text(response).strip()
+    def _read(self, response: Any) -> tuple[str, str, str]:
+        """(outcome, reason, text); a reply that the service withholds is an empty text."""
+        blocked = gemini_reply.blocked(response)
+        if blocked:
+            return blocked, "", ""
+        text = gemini_reply.finished_text(response).strip()
+        usage = response.usage_metadata
+        written = (usage.candidates_token_count or 0) if usage is not None else 0
+        if self._thoughts and written > self._longest:  # it filled the room for thinking
+            raise gemini_reply.Malformed("longer than was asked for")
+        return "ok", "", text
