@@ -162,7 +162,7 @@ def test_a_judge_that_goes_away_in_the_win_rates_leaves_the_rest(evaluated, monk
     with gemini_client.running(last=5) as address:
         for name, value in gemini_client.environment(address).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(InputError, match="could not be reached"):
+        with pytest.raises(InputError, match="has not answered"):
             compare.summary(c, folder, variants, [0])
         kept = json.loads((folder / "comparison.json").read_text())
         assert kept["methods"]["trace"]["compliance_guarded"]["rate"] == 0.5

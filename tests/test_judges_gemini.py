@@ -23,7 +23,7 @@ def address():
 @pytest.fixture
 def server(address, monkeypatch):
     """The server's address, and the environment to reach it."""
-    options = {"faults": 0.0, "latency": 0.0, "batch": 0.0, "stall": 30.0}
+    options = {"faults": 0.0, "latency": 0.0, "batch": 0.0, "stall": 30.0, "refuse": 0.0}
     gemini_client.get(address, "/set", options)
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     for name, value in gemini_client.environment(address).items():
@@ -145,8 +145,21 @@ def test_no_key_and_an_unknown_model_are_said(server, monkeypatch):
 def test_a_service_that_is_down_ends_the_run_with_a_line(server, monkeypatch):
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", "http://127.0.0.1:9")
     judge = gemini_client.judge(backoff_seconds=0.1, tries=1000, outage_seconds=0.5)
-    with pytest.raises(InputError, match="could not be reached for 1 seconds"):
+    with pytest.raises(InputError, match="has not answered for 1 seconds"):
         judge.judge([("Tell", f"calm d{i}") for i in range(100)])
+
+
+@pytest.mark.fault
+def test_a_quota_that_is_spent_ends_the_run_with_a_line(server, tmp_path):
+    """Otherwise every question would fail after its tries, and count as one without a verdict."""
+    items = [("Tell", f"calm q{i}") for i in range(30)]
+    gemini_client.get(server, "/set", {"refuse": 429})
+    path = tmp_path / "s.sqlite"
+    judge = gemini_client.judge(path, backoff_seconds=0.05, tries=1000, outage_seconds=0.5)
+    with pytest.raises(InputError, match="has not answered for 1 seconds .*HTTP 429.* to go on"):
+        judge.judge(items)
+    gemini_client.get(server, "/set", {"refuse": 0})
+    assert "error" not in {v.status for v in gemini_client.judge(path).judge(items)}
 
 
 def test_keys_are_in_no_stored_reply(server, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_service_that_goes_away_in_an_evaluation_is_asked_for_the_rest(
             monkeypatch.setenv(name, value)
         assert _main(config, run, "evaluate", *flags) == 2
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert len(told) == 1 and "could not be reached" in told[0] and "5 of" in told[0]
+        assert len(told) == 1 and "has not answered" in told[0] and "5 of" in told[0]
         assert [p.name for p in (run / ".responses").iterdir()] == [
             "trained-test-sample.texts.json"
         ]
@@ -162,7 +162,7 @@ def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, 
     """The judge accepts everything; the first search is cut off after its first acceptance."""
     searched = []
 
-    def accept(of_run, prompts, samples, *, most):
+    def accept(of_run, prompts, samples, unjudged, *, most):
         searched.append([p.id for p in prompts])
         if len(searched) == 2:
             raise KeyboardInterrupt

@@ -195,7 +195,7 @@ def test_a_local_model_writes_under_the_instruction(run, config, directory, monk
 
     real = respond.respond
     monkeypatch.setattr(respond, "respond", respond_)
-    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples: {
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples, _: {
         p.id: s[0] for p, s in zip(prompts, samples, strict=True)})  # fmt: skip
     local = ["source=local", f"local_model={directory}", "local_dtype=float32", "tries=2"]
     assert main(config, run, *local, "samples_per_round=2", "max_new_tokens=4") == 0
@@ -206,7 +206,7 @@ def test_a_local_model_writes_under_the_instruction(run, config, directory, monk
 
 
 def test_gemini_corrects_a_run_from_its_own_budget(run, config, server, monkeypatch, capfd):
-    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples: {
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples, _: {
         p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip
     flags = ["source=gemini", "tries=1", "samples_per_round=1"]
     assert main(config, run, *flags) == 0
@@ -223,7 +223,7 @@ def test_gemini_corrects_a_run_from_its_own_budget(run, config, server, monkeypa
 
 @pytest.mark.fault
 def test_proposals_that_failed_are_told_and_asked_again(run, config, server, monkeypatch, capfd):
-    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples: {
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples, _: {
         p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip
     flags = ["source=gemini", "tries=1", "samples_per_round=1"]
     monkeypatch.setattr(pacing, "delay", lambda *_: 0.0)
@@ -246,7 +246,7 @@ def test_proposals_that_failed_are_told_and_asked_again(run, config, server, mon
 
 
 def test_redo_asks_for_no_proposal_that_came(run, config, server, monkeypatch, capfd):
-    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples: {
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples, _: {
         p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip
     flags = ["source=gemini", "tries=1", "samples_per_round=1", "gemini_thinking_tokens=32"]
     flags.append("max_new_tokens=20")
@@ -272,13 +272,15 @@ def test_without_a_key_the_run_stops_before_it_starts(run, config, monkeypatch, 
 
 
 class Judge:
-    """P(compliant) by the length of a text, compliant from 5 characters."""
+    """P(compliant) by the length of a text, compliant from 5 characters; fails on "lost"."""
 
     def judge(self, items):
-        found = [(len(item.response), len(item.response) >= 5) for item in items]
+        texts = [item.response for item in items]
+        status = ["error" if t == "lost" else "compliant" if len(t) >= 5 else "violating"
+                  for t in texts]  # fmt: skip
         return [
-            records.Verdict("compliant" if ok else "violating", min(1.0, n / 20), {})
-            for n, ok in found
+            records.Verdict(s, None if s == "error" else min(1.0, len(t) / 20), {})
+            for s, t in zip(status, texts, strict=True)
         ]
 
 
@@ -289,8 +291,9 @@ def test_the_first_or_the_surest_proposal_stays(pick, kept):
     prompt = respond.Prompt(records.content_id("Tell"), "Tell")
     triaged = types.SimpleNamespace(record=records.PreferenceRecord("r", "Tell", "a", "b"))
     run = types.SimpleNamespace(config=c, triage_judge=Judge(), triaged=[triaged])
-    samples = [["no", "short", "the longest", "the latest.", "  "]]
-    assert correct._accepted(run, [prompt], samples) == {prompt.id: kept}
+    samples, unjudged = [["no", "lost", "short", "the longest", "the latest.", " "]], {prompt.id: 2}
+    assert correct._accepted(run, [prompt], samples, unjudged) == {prompt.id: kept}
+    assert unjudged == {prompt.id: 3}  # one more that the judge failed on
 
 
 def test_tries_are_never_more_than_allowed(tmp_path):
@@ -310,7 +313,7 @@ def test_tries_are_never_more_than_allowed(tmp_path):
         config=c, triage_judge=Judge(), triaged=[], workdir=types.SimpleNamespace(path=tmp_path),
         progress=lambda *_: contextlib.nullcontext(types.SimpleNamespace(advance=int)),
     )  # fmt: skip
-    found, tries, failed = correct._search(run, Writer(), [respond.Prompt("p", "Tell")])
+    found, tries, failed, _ = correct._search(run, Writer(), [respond.Prompt("p", "Tell")])
     assert asked == [(0, 3), (3, 3), (6, 2)] and (found, tries) == ({}, {"p": 8})
     assert failed == {"p": 2}
 

@@ -174,7 +174,7 @@ def _asking() -> ml_collections.ConfigDict:
     c.timeout_seconds = 60.0  # of one attempt
     c.tries = 6  # attempts at one question
     c.backoff_seconds = 1.0  # before the second attempt at most so long, then twice that, ..., 60
-    c.outage_seconds = 120.0  # the service was not reached for so long: stop, go on by a rerun
+    c.outage_seconds = 120.0  # without any answer of the service: stop, go on by a rerun
     c.budget_usd = 0.0  # the most that all calls in the store may have cost; 0: no limit
     c.budget_calls = 0  # the most attempts in the store; 0: no limit
     c.price_input = 0.30  # US dollars for a million tokens of the model

@@ -43,7 +43,7 @@ class Run:
         self.pace = pacing.Pace(reader.asking.requests_per_minute)
         self.budget = reader.budget()
         self.rng = random.Random(0)
-        self.in_vain, self.reached = 0, time.monotonic()  # attempts in a row that reached nobody
+        self.in_vain, self.last_answer = 0, time.monotonic()  # attempts in a row without an answer
         self.stopped: InputError | None = None
 
     async def all(self) -> None:
@@ -104,10 +104,9 @@ class Run:
                     model=settings.model, contents=job.material, config=self.reader.request(job)
                 )
         except errors.APIError as error:
-            self._reached()
             return self._refused(job, error)
         except (pydantic.ValidationError, errors.UnknownApiResponseError, ValueError) as error:
-            self._reached()
+            self._answered()
             raw = self.reader.scrubbed(str(error))
             return stores.Call("malformed: not a reply of the API", raw=raw), None, True, None
         except Exception as error:
@@ -117,7 +116,7 @@ class Run:
             if not is_transport(error):
                 raise
             return self._unreached(error), None, True, None
-        self._reached()
+        self._answered()
         self.most_refusals = 0
         try:
             outcome, reason, result = job.read(response)
@@ -139,6 +138,10 @@ class Run:
             )
         call = stores.Call(f"http {error.code}", raw=said)
         again = may_change(error.code)
+        if again:  # an overload, or a quota that is spent: one of the two passes
+            self._unanswered(f"HTTP {error.code}, {said}")
+        else:
+            self._answered()
         self.refusals[error.code] += not again
         if 0 < self.most_refusals <= self.refusals[error.code]:
             self._stop(self._all_refused(error.code, said))
@@ -148,20 +151,24 @@ class Run:
             raise _Stopped
         return call, None, again, pacing.wish(headers, error.details)
 
-    def _reached(self) -> None:
-        self.in_vain, self.reached = 0, time.monotonic()
+    def _answered(self) -> None:
+        self.in_vain, self.last_answer = 0, time.monotonic()
 
     def _unreached(self, error: Exception) -> stores.Call:
+        kind = type(error).__name__
+        self._unanswered(kind)
+        return stores.Call(f"no reply: {kind}", raw=self.reader.scrubbed(str(error))[:300])
+
+    def _unanswered(self, how: str) -> None:
         self.in_vain += 1
-        kind, since = type(error).__name__, time.monotonic() - self.reached
+        since = time.monotonic() - self.last_answer
         if self.in_vain >= _UNREACHABLE and since >= self.reader.asking.outage_seconds:
             self._stop(
                 InputError(
-                    f"the judge could not be reached for {since:.0f} seconds ({self.in_vain} "
-                    f"attempts, the last ended by {kind}); {self._progress()}"
+                    f"the judge has not answered for {since:.0f} seconds ({self.in_vain} attempts, "
+                    f"the last ended by {how}); once it does again, {self._progress()}"
                 )
             )
-        return stores.Call(f"no reply: {kind}", raw=self.reader.scrubbed(str(error))[:300])
 
     def _stop(self, error: InputError) -> None:
         if self.stopped is None:

@@ -26,29 +26,33 @@ def run(run: context.Context) -> dict:
     writer = _writer(run)
     by_prompt = {records.content_id(r.prompt): r.prompt for r in punished}
     prompts = [respond.Prompt(i, x) for i, x in by_prompt.items()]
-    found, tries, failed = _search(run, writer, prompts)
+    found, tries, failed, unjudged = _search(run, writer, prompts)
     rows = []
     for record in punished:
         key = records.content_id(record.prompt)
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
-    lost = sum(failed[i] > 0 for i in failed.keys() - found.keys())
+    lost, open_ = (sum(of[i] > 0 for i in of.keys() - found.keys()) for of in (failed, unjudged))
     workdir.remove(run.workdir.path / _FOUND)
-    if not lost:  # otherwise --redo asks for those that failed alone
+    if not lost and not open_:  # otherwise --redo asks for what failed alone
         workdir.remove(run.workdir.path / _PROPOSALS)
-    summary = _told(writer, rows, len(found), sum(tries.values()))
-    return summary | _told_failed(sum(failed.values()), lost)
+    _tell_failed("proposals", sum(failed.values()), lost)
+    _tell_failed("verdicts on proposals", sum(unjudged.values()), open_)
+    return _told(writer, rows, len(found), sum(tries.values())) | {
+        "failed_proposals": sum(failed.values()),
+        "failed_prompts": lost,
+        "judge_errors": open_,
+    }
 
 
-def _told_failed(proposals: int, prompts: int) -> dict:
-    """prompts: those without a correction that such proposals were for."""
-    if proposals:
+def _tell_failed(what: str, n: int, prompts: int) -> None:
+    """prompts: those without a correction that they were for."""
+    if n:
         metrics.say(
-            f"  warning: {proposals} proposals failed after every try, and {prompts} prompts that "
-            "they were for have no correction"
+            f"  warning: {n} {what} failed after every try, and {prompts} prompts that they were "
+            "for have no correction"
             + ("; run again with --redo to ask for them again" if prompts else "")
         )
-    return {"failed_proposals": proposals, "failed_prompts": prompts}
 
 
 def _told(writer: writers.Writer, rows: Sequence[dict], n_found: int, n_tries: int) -> dict:
@@ -131,11 +135,12 @@ def _gemini(run: context.Context) -> writers.Writer:
 
 def _search(
     run: context.Context, writer: writers.Writer, prompts: list[respond.Prompt]
-) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
-    """Prompt id -> the proposal that stays, how many there were, how many asked for in vain."""
+) -> tuple[dict[str, str], dict[str, int], dict[str, int], dict[str, int]]:
+    """Prompt id -> the proposal that stays, how many there were, how many of them failed, and how
+    many the judge failed on."""
     config = run.config.correct
     tries = dict.fromkeys((p.id for p in prompts), 0)
-    failed = dict(tries)
+    failed, unjudged = dict(tries), dict(tries)
     kept = run.workdir.path / _FOUND
     with (
         records.JsonlAppender(kept) as out,
@@ -148,20 +153,26 @@ def _search(
             first, n = tries[still[0].id], config.samples_per_round
             n = min(n, config.tries - first)
             samples = writer.write(still, first=first, n=n)
-            accepted = _accepted(run, still, samples)
+            accepted = _accepted(run, still, samples, unjudged)
             found |= accepted
             for p, of_prompt in zip(still, samples, strict=True):
                 tries[p.id] += n
                 failed[p.id] += of_prompt.count(None)
             out.append({"id": i, "response": y, "tries": tries[i]} for i, y in accepted.items())
             bar.advance(len(accepted))
-    return found, tries, failed
+    return found, tries, failed, unjudged
 
 
 def _accepted(
-    run: context.Context, prompts: list[respond.Prompt], samples: list[list[str | None]]
+    run: context.Context,
+    prompts: list[respond.Prompt],
+    samples: list[list[str | None]],
+    unjudged: dict[str, int],
 ) -> dict[str, str]:
-    """Prompt id -> the proposal of this round that stays."""
+    """Prompt id -> the proposal of this round that stays.
+
+    unjudged: prompt id -> proposals on which the judge failed; counted on.
+    """
     items = [
         (p.id, p.prompt, s)
         for p, of_prompt in zip(prompts, samples, strict=True)
@@ -172,6 +183,8 @@ def _accepted(
         records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged
     }
     verdicts = run.triage_judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
+    for verdict, (prompt_id, *_) in zip(verdicts, items, strict=True):
+        unjudged[prompt_id] += verdict.status == "error"
     complying = [(v.p_compliant, x) for x, v in zip(items, verdicts, strict=True) if v.compliant]
     if run.config.correct.pick == "best":  # stable: of equals the first
         complying.sort(key=lambda pair: -pair[0])
