@@ -4,7 +4,7 @@ python -m trace_jax.launch --config=configs/stories.py --workdir=runs/stories
     --config.model.path=../shared/models/stories260k
 
 2 CPU cores, a few minutes. Expect guarded compliance with the new policy of about 8 % for M_ref and
-more than 70 % re-aligned.
+about 70 % re-aligned.
 """
 
 from trace_jax import config
