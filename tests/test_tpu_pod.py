@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ class Cloud:
             "PROJECT": "p", "NAME": "mine", "CLOUD": str(self.folder), "WAIT": "0.1",
             "ATTEMPTS": "4", "WORKDIR": str(self.workdir), "GEMINI_API_KEY": SECRET, "HF_TOKEN": "",
             "CONFIG": "configs/gemma9b.py:smoke",  # which needs no data
-            "PATH": f"{FAKES}:{os.environ['PATH']}",
+            # python3 is the one of the tests, which has trace_jax, whether or not it is active
+            "PATH": f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(self.checkout / "launch" / "tpu_pod.sh"), action],
