@@ -37,6 +37,13 @@ def environment(address, key=KEY):
     return {"GOOGLE_GEMINI_BASE_URL": address, "GEMINI_API_KEY": key}
 
 
+def reach(address, monkeypatch):
+    """Points google-genai of this process to the server."""
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+    for name, value in environment(address).items():
+        monkeypatch.setenv(name, value)
+
+
 def get(address, path="/counts", body=None):
     """What the server says of itself, or the option it is told to change."""
     data = None if body is None else json.dumps(body).encode()

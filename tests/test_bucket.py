@@ -132,6 +132,23 @@ def test_a_list_that_could_not_be_written_is_written_the_next_time(machine, monk
         assert files(path) == {"a.txt": "a"}
 
 
+def test_a_file_that_did_not_get_there_goes_there_the_next_time(machine, monkeypatch):
+    upload, url = remote.upload, "gs://bucket/runs/lost"
+
+    def fails(*_):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with bucket.opened(url) as path:
+        (path / "a.txt").write_text("a")
+        monkeypatch.setattr(remote, "upload", fails)
+        with pytest.raises(errors.Unavailable):
+            bucket.publish()
+        monkeypatch.setattr(remote, "upload", upload)
+    machine("two")
+    with bucket.opened(url) as path:
+        assert files(path) == {"a.txt": "a"}
+
+
 def test_a_store_that_is_written_meanwhile_arrives_whole(machine):
     """Every copy that another machine finds is a sound database with no fewer answers."""
     url, text = "gs://bucket/runs/store", "x" * 3000

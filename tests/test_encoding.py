@@ -136,8 +136,9 @@ def test_an_answer_in_a_chat_ends_as_the_template_ends_it(chat):
         == (ends["<|im_end|>"])
     )
     assert encoder.encode("Hi", ["Yes"]).branches[0][-1] == ends["<s>"]
-    gemma.chat_template = None
-    assert encoding.turn_end(gemma) is None
+    for template in (None, "{{ raise_exception('no users here') }}", "{{ 1 + 'a' }}"):
+        gemma.chat_template = template
+        assert encoding.turn_end(gemma) is None
 
 
 def test_messages_that_a_template_does_not_take_are_one_line(chat):

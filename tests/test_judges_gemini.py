@@ -25,9 +25,7 @@ def server(address, monkeypatch):
     """The server's address, and the environment to reach it."""
     options = {"faults": 0.0, "latency": 0.0, "batch": 0.0, "stall": 30.0, "refuse": 0.0}
     gemini_client.get(address, "/set", options)
-    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-    for name, value in gemini_client.environment(address).items():
-        monkeypatch.setenv(name, value)
+    gemini_client.reach(address, monkeypatch)
     return address
 
 

@@ -33,14 +33,8 @@ def address():
 def server(address, monkeypatch):
     """The server's address, and the environment to reach it."""
     gemini_client.get(address, "/set", {"batch": 0.0, "blind": 0.0})
-    reach(address, monkeypatch)
+    gemini_client.reach(address, monkeypatch)
     return address
-
-
-def reach(address, monkeypatch):
-    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-    for name, value in gemini_client.environment(address).items():
-        monkeypatch.setenv(name, value)
 
 
 def judge(kept, rules=gemini_client.POLICY, **more):
@@ -159,7 +153,7 @@ def test_looks_that_fail_are_repeated(server, tmp_path):
 @pytest.mark.fault
 def test_a_service_that_goes_away_ends_with_a_line_and_keeps_the_batches(tmp_path, monkeypatch):
     with gemini_client.running() as address:
-        reach(address, monkeypatch)
+        gemini_client.reach(address, monkeypatch)
         leave(address, tmp_path / "s", OTHER, items("gone"))
         gemini_client.get(address, "/set", {"blind": 1e6})
         left = judge(tmp_path / "s", OTHER, outage_seconds=0.3)

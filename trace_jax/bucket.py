@@ -174,10 +174,11 @@ class Mirror:
                 self._known[name] = self._own[name] = (generation, None)
             for name in sorted(changed, key=lambda n: (n.startswith(".stages/"), n)):
                 with contextlib.suppress(FileNotFoundError):  # gone since it was seen
-                    self._synced[name] = snapshots.token(self.local / name)
+                    seen = snapshots.token(self.local / name)
                     with snapshots.readable(self.local / name) as file:
                         token = remote.token(file)
                         remote.upload(file, self.remote / name)
+                    self._synced[name] = seen
                     self._known[name] = self._own[name] = (generation, token)
             self._list()
             return self._version

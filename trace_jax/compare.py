@@ -87,7 +87,7 @@ def run_variant(config: dict, prepared: Path, target: Path, own: Sequence[str] =
     settings = ml_collections.ConfigDict(config)
     settings.evaluate.splits = tuple(settings.evaluate.splits)
     # One store and one budget: what a method had judged is not paid for again by the next.
-    settings.asking.store = settings.asking.store or str(prepared.resolve() / workdir.STORE)
+    settings.asking.store = str(workdir.store(prepared.resolve(), settings))
     shared = frozenset(SHARED) - set(own)
     directory = workdir.Workdir(target, workdir.Workdir(prepared), shared)
     target.mkdir(parents=True, exist_ok=True)

@@ -204,7 +204,8 @@ def ends(tokenizer: Any) -> tuple[int, int]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The control token with which the chat template ends an answer; None where there is none.
+    """The control token with which the chat template ends an answer; None where there is none,
+    or where it takes no such chat.
 
     It need not be the tokenizer's EOS: Gemma 2 ends its turns with <end_of_turn>.
     """
@@ -212,7 +213,11 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     answer = "answer"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    after = _rendered(tokenizer, chat, "", add_generation_prompt=False).rpartition(answer)[2]
+    try:
+        text = _rendered(tokenizer, chat, "", add_generation_prompt=False)
+    except InputError:
+        return None
+    after = text.rpartition(answer)[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = tokenizer(after, add_special_tokens=False).input_ids
     return next((i for i in tokens if i in special), None)
@@ -227,7 +232,7 @@ def _rendered(
         return tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         roles = ", ".join(m["role"] for m in chat)
         raise InputError(

@@ -50,7 +50,7 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "align.enabled": False,
         "data.source": "parent",
         "data.path": str(parent),
-        "asking.store": config.asking.store or str(parent / workdir.STORE),
+        "asking.store": str(workdir.store(parent, config)),
     }
 
 

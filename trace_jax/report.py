@@ -25,6 +25,7 @@ from trace_jax import (
     records,
     shortlist,
 )
+from trace_jax import workdir as workdirs
 
 CONFLICTS = ("INVERT", "PUNISH")
 MODELS = {"base": "base model", "ref": "M_ref (old policy)", "trained": "re-aligned model"}
@@ -151,8 +152,8 @@ def _triage(workdir: Path, config: Row) -> Row | None:
 def _examples(workdir: Path, config: Row, rows: Sequence[Row]) -> list[Row]:
     if "policy" not in config:
         return []
-    store = config.get("asking", {}).get("store") or workdir / "judgements.sqlite"
-    return reasons.examples(rows, policy.load(config["policy"]["new"]), Path(store))
+    kept = workdirs.store(workdir, config)
+    return reasons.examples(rows, policy.load(config["policy"]["new"]), kept)
 
 
 def _impact(workdir: Path) -> Row | None:

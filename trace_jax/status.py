@@ -134,7 +134,7 @@ def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _judge(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """What the judgement store of the run has counted, None where there is none."""
-    store = Path(config.get("asking", {}).get("store") or path / workdir.STORE)
+    store = workdir.store(path, config)
     if not store.exists():
         return None
     from trace_jax.judges import store as stores

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trace_jax import bucket, processes, records
 from trace_jax.errors import InputError
@@ -15,7 +16,7 @@ from trace_jax.errors import InputError
 # What a mark has; one of a stage that began, the first two.
 _FIELDS = (("stage", str), ("inputs", dict), ("outputs", dict), ("summary", dict),
            ("seconds", int | float))  # fmt: skip
-STORE = "judgements.sqlite"  # the judgement store, unless asking.store names another
+STORE = "judgements.sqlite"
 _WHOLE_FILE = 64 * 2**20  # larger files are hashed by size, first and last MiB
 
 
@@ -112,6 +113,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         bucket.removed(path)
     processes.wait(f"{path} removed")
+
+
+def store(path: Path, config: Mapping[str, Any]) -> Path:
+    """The judgement store of the run in `path`: asking.store of its config, or its own."""
+    return Path(config.get("asking", {}).get("store") or path / STORE)
 
 
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -158,7 +158,7 @@ class Context:
     @property
     def store_path(self) -> Path:
         """The judgement store."""
-        return Path(self.config.asking.store or self.workdir.path / workdir.STORE)
+        return workdir.store(self.workdir.path, self.config)
 
     def load_other(self, path: str, dtype: str):
         """Another model than the one re-aligned, on this run's mesh, and its tokenizer."""
