@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from bench import results
 from trace_jax import models, processes, records, sharding
-from trace_jax.models import hf_weights
+from trace_jax.models import tensor_files
 
 PROCESSES = 4
 
@@ -54,7 +54,7 @@ def write(folder: Path, gigabytes: float) -> int:
         names |= dict.fromkeys(keys, file)
         total += sum(t.nbytes for t in tensors.values())
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    (folder / hf_weights.INDEX).write_text(json.dumps({"weight_map": names}))
+    (folder / tensor_files.INDEX).write_text(json.dumps({"weight_map": names}))
     return total
 
 

@@ -14,8 +14,9 @@ import pytest
 
 import trace_jax
 from trace_jax import config as config_lib
-from trace_jax import hardware, launch, locks, metrics, stages, train, workdir
+from trace_jax import hardware, launch, locks, metrics, models, stages, train, workdir
 from trace_jax.errors import InputError
+from trace_jax.models import lora
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = ("compliance_guarded", "compliance", "compliance_greedy")
@@ -553,6 +554,31 @@ def test_a_wrong_checkpoint_is_refused_before_anything_else(
     found = _error(capsys, *jsonl[2], f"--config.model.path={model}", "--stages=prepare")
     assert said in found
     assert not (tmp_path / "run" / "records.jsonl").exists()
+
+
+def test_an_adapter_is_a_model_and_the_one_that_comes_out_holds_both(jsonl, straight, tmp_path):
+    base = straight[0] / "base"
+    module = lora.add(models.load(base), rank=2, alpha=4.0, targets=("q", "up"), seed=0)
+    for linear in (module.layers.q, module.layers.up):
+        linear.lora_b[...] = linear.lora_b[...] + 0.05
+    models.save_adapter(module, tmp_path / "deployed", base=str(base))
+    path, rows, flags = jsonl
+    _write_rows(path, rows[:60])
+    changes = (
+        f"--config.model.path={tmp_path / 'deployed'}", "--config.align.enabled=False",
+        "--config.train.adapters=lora", "--config.train.lora.rank=3",
+        "--config.train.total_steps=2",
+    )  # fmt: skip
+    assert _main(*flags, *changes) == 0
+    run = tmp_path / "run"
+    assert _json(run / "adapter" / "adapter_config.json")["base_model_name_or_path"] == str(base)
+    made, one = (models.load(run / name) for name in ("adapter", "model"))
+    before = models.load(tmp_path / "deployed")
+    for name in ("q", "up", "down"):
+        kernels = (getattr(m.layers, name).kernel[...] for m in (made, one, before))
+        ours, theirs, old = map(np.asarray, kernels)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        assert np.abs(theirs - old).max() > 1e-5
 
 
 def test_chats_without_a_template_are_refused_before_anything_else(jsonl, capsys):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import records
+from trace_jax import model_folder, records
 from trace_jax.errors import InputError
 
 _OF_NO_FAMILY = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -275,6 +275,7 @@ def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """The transformers tokenizer of a folder, or of a name on the hub, without remote code.
 
+    An adapter that has none takes its model's.
     A tokenizer of no family's class beside a Llama, or beside no model, is read by that class
     itself: AutoTokenizer would return the same, but it imports PyTorch where that is installed,
     which takes seconds. (Beside a Qwen2 it returns that family's.)
@@ -284,6 +285,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """
     import transformers
 
+    if model_folder.is_adapter(Path(source)):
+        source = model_folder.of_tokenizer(Path(source))
     try:
         if _of_no_family(Path(source)):
             return transformers.PreTrainedTokenizerFast.from_pretrained(source)

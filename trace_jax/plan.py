@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trace_jax import hardware, metrics, packing, scratch, workdir, workload
+from trace_jax import hardware, metrics, model_folder, packing, scratch, workdir, workload
 from trace_jax.errors import InputError
 from trace_jax.hardware import GIB
 from trace_jax.stages import context
@@ -148,7 +148,9 @@ def model_shape(run: context.Context):
 
     config = run.config.model
     base = Path(config.path) if config.path else run.file("prepare", "base")
-    if (base / "config.json").is_file():
+    with contextlib.suppress(InputError):  # an adapter whose model is on the hub
+        base = model_folder.chain(base, find=Path)[-1]  # a plan downloads nothing
+    if (base / model_folder.CONFIG).is_file():
         return hf_weights.read_config(base)
     if config.hf_config:
         return models.ModelConfig.from_hf(config.hf_config.to_dict())

@@ -1,12 +1,11 @@
 """The checks of a config, before anything is spent."""
 
 import math
-import re
 from pathlib import Path
 
 import ml_collections
 
-from trace_jax import judges, methods, remote
+from trace_jax import judges, methods, model_folder, remote
 from trace_jax.errors import InputError
 from trace_jax.sources import files, forms
 
@@ -153,9 +152,10 @@ def _validate_u2a(c: ml_collections.ConfigDict) -> None:
 
 def _validate_model(config: ml_collections.ConfigDict) -> None:
     ref = config.model.ref_path
-    if ref and not remote.is_remote(ref) and not (Path(ref) / "config.json").is_file():
+    if ref and not remote.is_remote(ref) and not model_folder.holds_model(Path(ref)):
         raise InputError(
-            f"model.ref_path={ref}: no config.json there; give a Hugging Face directory"
+            f"model.ref_path={ref}: no config.json there; give a directory in Hugging Face "
+            "layout or of a PEFT adapter"
         )
     if ref and config.align.enabled:
         raise InputError("model.ref_path gives M_ref, so set --config.align.enabled=False")
@@ -171,13 +171,11 @@ def _validate_model(config: ml_collections.ConfigDict) -> None:
         )
     if tokenizer and not path and not Path(tokenizer).exists():
         raise InputError(f"model.scratch.tokenizer={tokenizer}: no such file or folder")
-    elsewhere = remote.is_remote(path) or (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-    )
-    if path and not elsewhere and not (Path(path) / "config.json").is_file():
+    elsewhere = remote.is_remote(path) or model_folder.is_hub_name(path)
+    if path and not elsewhere and not model_folder.holds_model(Path(path)):
         raise InputError(
-            f"model.path={path}: no config.json there; give a directory in Hugging Face layout, or "
-            "a model of the hub as organisation/name"
+            f"model.path={path}: no config.json there; give a directory in Hugging Face "
+            "layout or of a PEFT adapter, or a model of the hub as organisation/name"
         )
 
 

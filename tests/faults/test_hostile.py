@@ -14,9 +14,11 @@ import sqlite3
 import struct
 import types
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 import yaml
 
 from faults import mutations
@@ -27,7 +29,7 @@ from trace_jax.judges import gemini_reply
 from trace_jax.judges import store as stores
 from trace_jax.models import hf_weights
 
-KINDS = 13
+KINDS = 14
 EACH = int(os.environ.get("TRACE_SOAK_INPUTS", "1600")) // KINDS
 HANG_S = 20
 
@@ -301,6 +303,50 @@ def test_safetensors_headers(tmp_path):
                     assert read.shape == tensor.shape
 
     _all("safetensors", make, attempt)
+
+
+def test_adapters(tmp_path):
+    """adapter_config.json and what its factors are called: an adapted model, or one line."""
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base"), "lora_alpha": 4,
+        "bias": "none", "alpha_pattern": {"layers.0.self_attn.q_proj": 8}, "use_rslora": True,
+        "init_lora_weights": True, "use_dora": False,
+    }  # fmt: skip
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    module = f"base_model.model.{weight.removesuffix('.weight')}"
+    shapes = {f"{module}.lora_A.weight": (2, 6), f"{module}.lora_B.weight": (4, 2)}
+    (tmp_path / "base").mkdir()
+    safetensors.numpy.save_file(
+        {weight: np.ones((4, 6), np.float32)}, tmp_path / "base/model.safetensors"
+    )
+    (tmp_path / "base/config.json").write_text("{}")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+
+    def make(chance: random.Random) -> tuple[bytes, dict]:
+        changed = mutations.of_json(chance, config) if chance.random() < 0.8 else config
+        with contextlib.suppress(ValueError):
+            data = json.dumps(changed).encode()
+            if chance.random() < 0.3:
+                data = mutations.of_bytes(chance, data)
+            named = dict(shapes)
+            if chance.random() < 0.3:
+                key = chance.choice(sorted(named))
+                shape = tuple(chance.randrange(4) for _ in range(chance.randrange(4)))
+                named[key + chance.choice(["", "x", ".A"])] = shape
+            return data, named
+        return b"{", shapes
+
+    def attempt(made: tuple[bytes, dict]) -> None:
+        data, named = made
+        (adapter / "adapter_config.json").write_bytes(data)
+        tensors = {key: np.ones(shape, np.float32) for key, shape in named.items()}
+        safetensors.numpy.save_file(tensors, adapter / "adapter_model.safetensors")
+        with contextlib.ExitStack() as files:
+            read = hf_weights._open(adapter, files)[weight].read(slice(0, 4))
+            assert read.shape == (4, 6) and np.isfinite(read).all()
+
+    _all("adapter", make, attempt)
 
 
 MODELS = [models.ModelConfig(61, 24, 40, 2, 4, 2, 6, 64, eos_token_ids=(2,), family=family).to_hf()

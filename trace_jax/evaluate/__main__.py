@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import commands, metrics, records
+from trace_jax import commands, metrics, model_folder, records
 from trace_jax.errors import InputError
 
 
@@ -148,10 +148,9 @@ def _judge_pair(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _made_with(text: str, model, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the answers of a model, "[NAME=]DIR", depend on beside prompts and wrapper."""
     from trace_jax.judges import local
-    from trace_jax.models import hf_weights
 
     return {
-        "model": local.fingerprint(hf_weights.resolve(text.rpartition("=")[2])),
+        "model": local.fingerprint(model_folder.resolve(text.rpartition("=")[2])),
         "dtype": arguments.dtype,
         "stop_ids": list(model.stop_ids),
         "max_new_tokens": arguments.max_new_tokens,

@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
-from trace_jax import encoding, metrics, respond, sharding
+from trace_jax import encoding, metrics, model_folder, respond, sharding
 from trace_jax.errors import InputError
 from trace_jax.models import hf_weights
 
@@ -77,7 +76,7 @@ def load(text: str, dtype: str, stop_ids: Sequence[int] = ()) -> Subject:
     from trace_jax import models
 
     name, _, path = text.rpartition("=")
-    directory = Path(path) if Path(path).exists() else hf_weights.resolve(path)
+    directory = model_folder.resolve(path)
     name = name or directory.name
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1) if jax.device_count() > 1 else None
     module = models.load(directory, dtype=dtype, mesh=mesh)

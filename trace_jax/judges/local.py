@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import packing, records
+from trace_jax import model_folder, packing, records
 from trace_jax.errors import InputError
 from trace_jax.judges import reading, template
 from trace_jax.judges import store as stores
@@ -112,11 +112,7 @@ class LocalReader:
 
     @functools.cached_property
     def _directory(self) -> Path:
-        if Path(self.settings.model).exists():
-            return Path(self.settings.model)
-        from trace_jax.models import hf_weights
-
-        return hf_weights.resolve(self.settings.model)
+        return model_folder.resolve(self.settings.model)
 
     @functools.cached_property
     def _model(self) -> tuple[Any, Any]:
@@ -211,9 +207,12 @@ class LocalReader:
 
 
 def fingerprint(directory: Path) -> str:
-    """16 hex digits over config, tokenizer and both ends of every weight file of a model."""
+    """16 hex digits over config, tokenizer and both ends of every weight file of a model.
+
+    Of an adapter they are over its model's too.
+    """
     digest = hashlib.sha256()
-    for file in sorted(Path(directory).glob("*")):
+    for file in (f for part in model_folder.chain(directory) for f in sorted(part.glob("*"))):
         if file.suffix not in (".json", ".safetensors", ".model", ".jinja"):
             continue
         with open(file, "rb") as stream:

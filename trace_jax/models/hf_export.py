@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ import safetensors
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from trace_jax import errors, processes
-from trace_jax.models import decoder, hf_weights
+from trace_jax import errors, model_folder, processes
+from trace_jax.models import adapters, decoder, hf_weights, tensor_files
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PEFT_MODULES = {
@@ -55,52 +55,104 @@ def save(
             if generation["eos_token_id"] is not None:
                 _write_json(new / "generation_config.json", generation)
             if len(shards) > 1:
-                _write_json(new / hf_weights.INDEX, _index(names, shards))
+                _write_json(new / tensor_files.INDEX, _index(names, shards))
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             if card is not None:
                 (new / "README.md").write_text(card)
 
 
-def save_adapter(module: decoder.Decoder, path: str | os.PathLike, *, base: str) -> None:
-    """Writes the LoRA factors of a module as PEFT reads them; `base` names the model they adapt."""
-    tensors, ranks, alphas = {}, set(), set()
-    for name, theirs in _PEFT_MODULES.items():
-        linear = getattr(module.layers, name)
-        if linear.lora_a is None:
-            continue
-        rank = linear.lora_a.shape[-1]
-        ranks.add(rank)
-        alphas.add(linear.lora_scale * rank)
-        for n in range(module.config.num_hidden_layers):
-            key = f"base_model.model.model.layers.{n}.{theirs}"
-            tensors[f"{key}.lora_A.weight"] = _Source(linear.lora_a[...], n, True)
-            tensors[f"{key}.lora_B.weight"] = _Source(linear.lora_b[...], n, True)
-    if not tensors:
-        raise ValueError("the module has no LoRA factors")
+def save_adapter(
+    module: decoder.Decoder,
+    path: str | os.PathLike,
+    *,
+    base: str,
+    under: Sequence[pathlib.Path] = (),
+) -> None:
+    """Writes the LoRA factors of a module as PEFT reads them; `base` names the model they adapt.
+
+    under: folders of the adapters that lie between base and module. Their changes are in what is
+    written, too: B A + B' A', the product of B beside B' and A above A'.
+    """
+    factors: dict[str, list[_Pair]] = {}
+    for name, pair in _factors(module, scaled=bool(under)).items():
+        factors[name] = [pair]
+    tensors: dict[str, np.ndarray] = {}
+    for folder in under:
+        more, others = adapters.contents(folder)
+        tensors = others | tensors  # what was put on later stands
+        for name, pair in more.items():
+            factors.setdefault(name, []).append(pair)
+    stored: dict[str, _Source | _Stacked] = {}
+    for name, pairs in factors.items():
+        for letter, of, axis in zip("AB", zip(*pairs, strict=True), (0, 1), strict=True):
+            key = f"{adapters.PREFIX}{name}.lora_{letter}.weight"
+            stored[key] = _Stacked(of, axis) if under else of[0]
+    stored |= {f"{adapters.PREFIX}{name}": _Stacked([x], 0) for name, x in tensors.items()}
+    ranks = {name: sum(a.shape[0] for a, _ in pairs) for name, pairs in factors.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": ranks.pop(),
-        "lora_alpha": alphas.pop(),
+        **_of_ranks(ranks, None if under else _alpha(module)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted({key.split(".")[-3] for key in tensors}),
     }
-    with _whole(pathlib.Path(path), "adapter_config.json") as new:
-        _write_tensors(new / "adapter_model.safetensors", tensors)
+    if tensors:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in tensors})
+    with _whole(pathlib.Path(path), model_folder.ADAPTER_CONFIG) as new:
+        _write_tensors(new / adapters.WEIGHTS, stored)
         if processes.is_first():
-            _write_json(new / "adapter_config.json", config)
+            _write_json(new / model_folder.ADAPTER_CONFIG, config)
+
+
+_Pair = tuple[Any, Any]  # A [rank, in] and B [out, rank]: `_Source`s, or arrays on the host
+
+
+def _factors(module: decoder.Decoder, scaled: bool) -> dict[str, _Pair]:
+    """The factors of every matrix that has some, by PEFT's names; scaled: B times its scale."""
+    found = {}
+    for name, theirs in _PEFT_MODULES.items():
+        linear = getattr(module.layers, name)
+        if linear.lora_a is None:
+            continue
+        scale = linear.lora_scale if scaled else 1.0
+        for n in range(module.config.num_hidden_layers):
+            a = _Source(linear.lora_a[...], n, True)
+            found[f"model.layers.{n}.{theirs}"] = a, _Source(linear.lora_b[...], n, True, scale)
+    if not found:
+        raise ValueError("the module has no LoRA factors")
+    return found
+
+
+def _alpha(module: decoder.Decoder) -> float:
+    """Scale times rank, the same for every matrix."""
+    linears = (getattr(module.layers, name) for name in _PEFT_MODULES)
+    return next(x.lora_scale * x.lora_a.shape[-1] for x in linears if x.lora_a is not None)
+
+
+def _of_ranks(ranks: Mapping[str, int], alpha: float | None) -> dict[str, Any]:
+    """What PEFT asks of a module's rank and scale; alpha None: every scale is 1."""
+    r = max(ranks.values())
+    found = {"r": r, "lora_alpha": r if alpha is None else alpha}
+    other = {name: rank for name, rank in ranks.items() if rank != r}
+    if other:
+        found |= {"rank_pattern": other, "alpha_pattern": other}
+    # One name stands for a matrix of every layer, unless adapters had some layers alone.
+    names = {name.rpartition(".")[2] for name in ranks}
+    layers = {name.partition(".layers.")[2].partition(".")[0] for name in ranks}
+    uniform = len(ranks) == len(names) * len(layers)
+    return found | {"target_modules": sorted(names if uniform else ranks)}
 
 
 class _Source:
-    """A tensor as Hugging Face has it, still on the devices."""
+    """A tensor as Hugging Face has it, times `scale`, still on the devices."""
 
-    def __init__(self, array: jax.Array, layer: int | None, transposed: bool):
+    def __init__(self, array: jax.Array, layer: int | None, transposed: bool, scale: float = 1.0):
         self._array, self._layer, self._transposed = array, layer, transposed
+        self._scale = scale
         shape = array.shape if layer is None else array.shape[1:]
         self.shape = shape[::-1] if transposed else shape
         self.dtype = np.dtype(array.dtype)
@@ -112,7 +164,24 @@ class _Source:
         if processes.count() > 1:
             part = multihost_utils.process_allgather(part, tiled=True)
         host = np.asarray(part)
+        host = host * np.asarray(self._scale, host.dtype) if self._scale != 1 else host
         return np.ascontiguousarray(host.T if self._transposed else host)
+
+
+class _Stacked:
+    """Matrices side by side along an axis, in float32: some on the devices, some on the host."""
+
+    def __init__(self, parts: Sequence[_Source | np.ndarray], axis: int):
+        self._parts, self._axis = parts, axis
+        size = sum(part.shape[axis] for part in parts)
+        self.shape = (*parts[0].shape[:axis], size, *parts[0].shape[axis + 1 :])
+        self.dtype = np.dtype(np.float32)
+        self.nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def fetch(self) -> np.ndarray:
+        """On the host, contiguous; every process must call it."""
+        found = [part.fetch() if isinstance(part, _Source) else part for part in self._parts]
+        return np.ascontiguousarray(np.concatenate(found, self._axis))
 
 
 def _shards(module: decoder.Decoder, most_bytes: int) -> list[dict[str, _Source]]:
@@ -141,7 +210,7 @@ def _bytes(tensors: Mapping[str, _Source]) -> int:
 
 def _file_names(n: int) -> list[str]:
     if n == 1:
-        return [hf_weights.WEIGHTS]
+        return [tensor_files.WEIGHTS]
     return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
 
 
@@ -150,7 +219,7 @@ def _index(names: list[str], shards: list[dict[str, _Source]]) -> dict[str, Any]
     return {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": where}
 
 
-def _write_tensors(file: pathlib.Path, tensors: Mapping[str, _Source]) -> None:
+def _write_tensors(file: pathlib.Path, tensors: Mapping[str, _Source | _Stacked]) -> None:
     """One safetensors file, tensor by tensor; then what it holds is read and compared by hash."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, source in tensors.items():

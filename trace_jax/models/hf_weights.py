@@ -6,12 +6,9 @@ into the memory where the parameter stays. Writing is in `hf_export.py`.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import re
-import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trace_jax import errors, remote, sharding
-from trace_jax.models import decoder, model_config
+from trace_jax import errors, model_folder, sharding
+from trace_jax.models import adapters, decoder, model_config, tensor_files
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Row = tuple[str, str, bool]  # (Hugging Face tensor, our parameter, transposed)
 
 # `{}` is the layer, which we stack on axis 0.
@@ -55,9 +51,8 @@ _GEMMA2 = (  # its second norm comes after the attention, and two frame the MLP
     ("model.layers.{}.post_feedforward_layernorm.weight", "layers.post_mlp_norm.weight", False),
 )
 _DERIVED = "rotary_emb.inv_freq"  # old checkpoints store the RoPE frequencies, which we compute
-_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 _CHECKED_ROWS = 64
-_BLOCK_BYTES = 2**24  # read at once where only a part of every row of a tensor is wanted
+_BLOCK_BYTES = 2**24  # of two tensors compared at once
 
 
 def table(config: model_config.ModelConfig) -> tuple[Row, ...]:
@@ -75,7 +70,8 @@ def load(
 ) -> decoder.Decoder:
     """The model in a Hugging Face directory or of the hub, parameters and activations in `dtype`.
 
-    Without a dtype they keep the stored one. With a mesh they lie as `sharding.spec` says.
+    Without a dtype they keep the stored one. With a mesh they lie as `sharding.spec` says. A PEFT
+    adapter is read as the model that it makes of another one (`adapters.py`).
     Raises InputError where the directory is incomplete, damaged or not a model we support.
 
     Damage is found where it shows: a file or shard that is missing, cut off or longer than its
@@ -83,7 +79,7 @@ def load(
     safetensors has no checksums, so a flipped bit that leaves a finite number is NOT found here:
     artefacts of a run have hashes of their own, and for a model of the hub compare `sha256sum`.
     """
-    path = resolve(path)
+    path = model_folder.resolve(path)
     config = read_config(path)
     graphdef, state = nnx.split(_empty(config))
     with contextlib.ExitStack() as files:
@@ -118,44 +114,16 @@ def _empty(config: model_config.ModelConfig) -> decoder.Decoder:
     return nnx.eval_shape(lambda: decoder.Decoder(config, lambda _, shape: jnp.zeros(shape)))
 
 
-def resolve(path: str | os.PathLike) -> pathlib.Path:
-    """A folder as it is; gs://bucket/name or organisation/name as a local copy, fetched if need be.
-
-    Raises InputError where the hub has no such model, or does not give it to this user.
-    """
-    name = os.fspath(path)
-    if remote.is_remote(name):
-        return remote.local(name)
-    if pathlib.Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return pathlib.Path(name)
-    import huggingface_hub
-    from huggingface_hub import errors as hub_errors
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except hub_errors.GatedRepoError as error:
-        raise errors.InputError(
-            f"{name} is gated: accept its licence on the hub, and set HF_TOKEN to a token of that "
-            "account"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise errors.InputError(
-            f"{name}: neither a folder here nor a model of the hub that this user can see"
-        ) from error
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
-        what = str(error).strip().splitlines()[0]
-        raise errors.InputError(
-            f"{name} could not be downloaded ({what}); try again, or give a local folder"
-        ) from error
-
-
 def read_config(path: pathlib.Path) -> model_config.ModelConfig:
-    """config.json, with the end-of-sequence ids of generation_config.json where it has any."""
-    config = model_config.ModelConfig.from_hf(read_json(path / "config.json"))
+    """config.json, with the end-of-sequence ids of generation_config.json where it has any.
+
+    Of an adapter it is that of its model.
+    """
+    path = model_folder.chain(path)[-1]
+    config = model_config.ModelConfig.from_hf(model_folder.read_json(path / model_folder.CONFIG))
     generation = path / "generation_config.json"
     if generation.exists():
-        eos = model_config.id_tuple(read_json(generation).get("eos_token_id"))
+        eos = model_config.id_tuple(model_folder.read_json(generation).get("eos_token_id"))
         config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
     return config
 
@@ -177,113 +145,20 @@ def layer_names(theirs: str, layers: int) -> Iterator[str]:
     return (theirs.format(n) for n in range(layers)) if "{}" in theirs else iter([theirs])
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; anything else is an InputError."""
-    try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise errors.InputError(
-            f"{file} does not exist; give a Hugging Face model directory"
-        ) from error
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers without end
-        raise errors.InputError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise errors.InputError(f"{file} is not a JSON object")
-    return content
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor of one or two axes in an open safetensors file, not read yet."""
-
-    descriptor: int
-    begin: int  # its first byte in the file
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self, *index: slice) -> np.ndarray:
-        """The part that `index` selects; in one run of bytes where it takes whole rows."""
-        first, last, _ = index[0].indices(self.shape[0])
-        inner = math.prod(self.shape[1:])
-        if len(index) == 1 or index[1].indices(inner)[:2] == (0, inner):
-            return self._rows(first, last)
-        step = max(1, _BLOCK_BYTES // (inner * self.dtype.itemsize))
-        blocks = ((n, min(n + step, last)) for n in range(first, last, step))
-        return np.concatenate([self._rows(*block)[:, index[1]] for block in blocks])
-
-    def _rows(self, first: int, last: int) -> np.ndarray:
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        out = np.empty((last - first) * row_bytes, np.uint8)
-        done = 0
-        while done < out.size:
-            at = self.begin + first * row_bytes + done
-            got = os.preadv(self.descriptor, [out[done:]], at)
-            if not got:
-                raise errors.InputError("a weights file became shorter while it was read")
-            done += got
-        return out.view(self.dtype).reshape(last - first, *self.shape[1:])
-
-
-def _open(path: pathlib.Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Every tensor by name, out of one file or of the shards that an index lists."""
-    names = [WEIGHTS]
-    if not (path / WEIGHTS).exists() and (path / INDEX).exists():
-        names = read_json(path / INDEX).get("weight_map")
-        if not isinstance(names, dict):
-            raise errors.InputError(f"{path / INDEX} has no weight_map; copy it again")
-        names = sorted(set(names.values()))
-    tensors = {}
-    for name in names:
-        if pathlib.Path(name).name != name or not (path / name).exists():
-            raise errors.InputError(f"{path} has no {name}; only safetensors weights are read")
-        descriptor = os.open(path / name, os.O_RDONLY)
-        files.callback(os.close, descriptor)
-        tensors |= _header(path / name, descriptor)
+def _open(path: pathlib.Path, files: contextlib.ExitStack) -> dict[str, adapters.Tensor]:
+    """Every tensor by name, of a model or an adapter on top of one."""
+    *changes, base = model_folder.chain(path)
+    tensors: dict[str, adapters.Tensor] = tensor_files.opened(
+        base, tensor_files.of_model(base), files
+    )
+    for folder in reversed(changes):
+        tensors = adapters.apply(folder, tensors, files)
     return tensors
-
-
-def _header(file: pathlib.Path, descriptor: int) -> dict[str, _Tensor]:
-    """The tensors that a safetensors file says it has, checked against its size."""
-    size = os.fstat(descriptor).st_size
-    start = os.pread(descriptor, 8, 0)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-    if length > size - 8:
-        raise errors.InputError(f"{file} is damaged (no header); copy it again")
-    try:
-        header = json.loads(os.pread(descriptor, length, 8))
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        spans = {k: _span(v) for k, v in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise errors.InputError(f"{file} is damaged (bad header); copy it again") from error
-    end = 8 + length + max((span[3] for span in spans.values()), default=0)
-    if end != size:
-        raise errors.InputError(
-            f"{file} is damaged ({size} bytes, its header says {end}); copy it again"
-        )
-    found = {}
-    for key, (kind, shape, begin, stop) in spans.items():
-        if kind not in _DTYPES:
-            raise errors.InputError(f"{file}: {key} is {kind}, only {', '.join(_DTYPES)} work")
-        dtype = np.dtype(_DTYPES[kind])
-        if stop - begin != math.prod(shape) * dtype.itemsize:
-            raise errors.InputError(f"{file} is damaged ({key} has a wrong size); copy it again")
-        found[key] = _Tensor(descriptor, 8 + length + begin, tuple(shape), dtype)
-    return found
-
-
-def _span(entry: dict[str, Any]) -> tuple[str, list[int], int, int]:
-    """(dtype, shape, first byte, byte behind) of an entry of a header; ValueError for any other."""
-    (begin, stop), shape = entry["data_offsets"], entry["shape"]
-    if not isinstance(shape, list) or not isinstance(entry["dtype"], str):
-        raise ValueError("no shape or no dtype")
-    if any(type(n) is not int or n < 0 for n in (begin, stop, *shape)) or begin > stop:
-        raise ValueError("sizes that are none")
-    return entry["dtype"], shape, begin, stop
 
 
 def _check_names(
     path: pathlib.Path,
-    tensors: Mapping[str, _Tensor],
+    tensors: Mapping[str, adapters.Tensor],
     state: nnx.State,
     config: model_config.ModelConfig,
 ) -> None:
@@ -309,7 +184,7 @@ def _check_names(
         raise errors.InputError(f"{path}: {'; '.join(problems[:3])}{more}")
 
 
-def _check_tied(path: pathlib.Path, tensors: Mapping[str, _Tensor]) -> None:
+def _check_tied(path: pathlib.Path, tensors: Mapping[str, adapters.Tensor]) -> None:
     head, embed = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
     step = max(1, _BLOCK_BYTES // max(1, embed.shape[1] * 4))
     blocks = [slice(n, n + step) for n in range(0, embed.shape[0], step)]
@@ -328,7 +203,7 @@ def _read_parameter(
     transposed: bool,
     ours: str,
     shape: tuple[int, ...],
-    tensors: Mapping[str, _Tensor],
+    tensors: Mapping[str, adapters.Tensor],
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:

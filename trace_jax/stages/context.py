@@ -12,6 +12,7 @@ from trace_jax import (
     judges,
     methods,
     metrics,
+    model_folder,
     noise,
     policy,
     processes,
@@ -49,13 +50,13 @@ class Context:
             found["policy.new/hash"] = self.new_policy.hash
             judging = self.config.judge.local.model
             if self.config.judge.name != "rules" and judging and Path(judging).exists():
-                found["judge.local.model/hash"] = workdir.hash_path(Path(judging))
+                found["judge.local.model/hash"] = model_folder.content_hash(Path(judging))
         if stage == "triage" and self.config.triage.overrides:
             overrides = Path(self.config.triage.overrides)
             found["triage.overrides/hash"] = workdir.hash_path(overrides)
         if stage == "correct" and self.config.correct.local_model:
             writer = Path(self.config.correct.local_model)
-            found["correct.local_model/hash"] = workdir.hash_path(writer)
+            found["correct.local_model/hash"] = model_folder.content_hash(writer)
         if stage in ("prepare", "baseline", "evaluate"):
             found["policy.old/hash"] = self.old_policy.hash
         if stage == "prepare":
@@ -165,7 +166,7 @@ class Context:
         from trace_jax import models
         from trace_jax.models import hf_weights
 
-        directory = Path(path) if Path(path).exists() else hf_weights.resolve(path)
+        directory = model_folder.resolve(path)
         tokenizer = self._tokenizer_at(directory)
         module = models.load(directory, dtype=dtype, mesh=self.mesh)
         hf_weights.check_tokenizer(module.config, tokenizer)
@@ -174,24 +175,19 @@ class Context:
     @property
     def base_directory(self) -> Path:
         """Hugging Face directory of the deployed model; of a model of the hub, its local copy."""
-        path = self.config.model.path
-        if not path:
-            return self.file("prepare", "base")
-        return Path(path) if Path(path).exists() else self._downloaded
+        return self._given if self.config.model.path else self.file("prepare", "base")
 
     @functools.cached_property
-    def _downloaded(self) -> Path:
-        from trace_jax.models import hf_weights
-
-        return hf_weights.resolve(self.config.model.path)
+    def _given(self) -> Path:
+        return model_folder.resolve(self.config.model.path)
 
     def base_identity(self) -> dict[str, object]:
         """What the base model is and how texts meet it; later stages are redone when it changes."""
         keys = ("model.dtype", "model.stop_ids", "data.max_length", "data.append_stop")
         values = {key: self.flat_config[key] for key in (*keys, "data.too_long")}
-        values["hash"] = workdir.hash_path(self.base_directory)
+        values["hash"] = model_folder.content_hash(self.base_directory)
         if self.config.model.ref_path:
-            values["ref_hash"] = workdir.hash_path(self.ref_directory)
+            values["ref_hash"] = model_folder.content_hash(self.ref_directory)
         return values
 
     @functools.cached_property

@@ -1,9 +1,10 @@
 """Stage export: the re-aligned model in Hugging Face layout, and its adapter for PEFT."""
 
 import importlib.metadata
+from pathlib import Path
 
 import trace_jax
-from trace_jax import fit, metrics, models, records, workdir
+from trace_jax import fit, metrics, model_folder, models, records, workdir
 from trace_jax.models import model_card
 from trace_jax.stages import closing, context
 
@@ -16,7 +17,8 @@ _HYPER_PARAMETERS = (
 def run(run: context.Context) -> dict:
     """Writes model/: weights (adapters merged), tokenizer, README.md; under LoRA adapter/ as well.
 
-    transformers loads model/; PEFT loads adapter/, which names M_ref as its base.
+    transformers loads model/; PEFT loads adapter/, which names M_ref as its base, or, where that is
+    an adapter itself, the model behind it, whose adapter is part of what is written.
     """
     target = run.workdir.path / "model"
     models.save(run.trained, target, tokenizer=run.tokenizer, card=_card(run))
@@ -24,10 +26,21 @@ def run(run: context.Context) -> dict:
     if run.config.train.adapters == "lora":
         settings, checkpoints = run.settings("train"), run.file("train", "checkpoints")
         adapted = fit.restore(run.ref, settings, checkpoints, merge=False)
-        base = run.ref_directory
-        models.save_adapter(adapted, run.workdir.path / "adapter", base=str(base))
+        base, under = _base(run)
+        models.save_adapter(adapted, run.workdir.path / "adapter", base=base, under=under)
         metrics.say(f"  {run.workdir.path / 'adapter'} (base: {base})")
     return {}
+
+
+def _base(run: context.Context) -> tuple[str, list[Path]]:
+    """The name of the model that M_ref is, or is adapted from, and the adapters in between."""
+    *under, folder = model_folder.chain(run.ref_directory)
+    if under:
+        named = model_folder.read_json(under[-1] / model_folder.ADAPTER_CONFIG)
+        return named["base_model_name_or_path"], under
+    given = run.config.model.path
+    is_given = not run.has_ref and model_folder.is_hub_name(given)
+    return given if is_given else str(folder), under
 
 
 def _card(run: context.Context) -> str:
