@@ -43,7 +43,7 @@ def test_json_alone_on_stdout_and_nothing_written(planned, tmp_path):
             + program["temp_bytes"]
         )
         assert program["flops"] > 0 and program["temp_bytes"] > 0
-    assert set(found["programs"]) == {"train", "impact", "sample"}
+    assert set(found["programs"]) == {"train", "impact", "prefill", "sample"}
     a_model = 4 * found["parameters"]["total"]  # and two gradients of its size
     assert found["programs"]["impact"]["argument_bytes"] > 3 * a_model
     assert found["records"] == {"total": 60, "by_action": None, "assumed": ""}

@@ -44,11 +44,11 @@ def make(run: context.Context, topology: str | None) -> dict[str, Any]:
     with _compiling(topology):
         found = _programs(run, model, layouts, mesh)
     parameters = _parameters(model, run.settings("train"))
-    flops = _flops(run, shape, layouts, parameters)
+    flops = _flops(run, shape, layouts, sharding.row_shards(mesh))
     for name, value in flops.items():
         found[name]["flops"] = value
     chips = mesh.size
-    hours = _hours(run, found, work, layouts, chip, chips)
+    hours = _hours(run, shape, found, work, layouts, chip, chips)
     peak = max(p["peak_bytes"] for p in found.values())
     return {
         "fits": peak <= chip.memory,
@@ -198,16 +198,15 @@ def _programs(run: context.Context, model, layouts: dict, mesh) -> dict[str, dic
     from trace_jax import programs
 
     settings, evaluate = run.settings("train"), run.config.evaluate
-    prompt = min(run.config.data.max_length, model.config.max_position_embeddings)
-    prompt -= evaluate.max_new_tokens
+    prompt, tokens = _longest_prompt(run, model.config), evaluate.max_new_tokens
+    prefill, sample = programs.sample(model, evaluate.batch_rows, prompt, tokens, mesh)
     lowered = {
         "train": lambda: programs.train_step(
             model, settings, layouts["conflict"], layouts["retain"], mesh
         ),
         "impact": lambda: programs.impact_pass(model, settings, layouts["impact"], mesh),
-        "sample": lambda: programs.sample(
-            model, evaluate.batch_rows, prompt, evaluate.max_new_tokens, mesh
-        ),
+        "prefill": lambda: prefill,
+        "sample": lambda: sample,
     }
     found = {}
     for name, lower in lowered.items():
@@ -220,12 +219,18 @@ def _programs(run: context.Context, model, layouts: dict, mesh) -> dict[str, dic
         metrics.say(f"compiled {name} in {metrics.duration(clock.seconds)}")
     # The guard asks the base model while the re-aligned one is loaded.
     beside = programs.parameter_bytes(model, mesh)
-    found["sample"]["argument_bytes"] += beside
-    found["sample"]["peak_bytes"] += beside
+    for name in ("prefill", "sample"):
+        found[name]["argument_bytes"] += beside
+        found[name]["peak_bytes"] += beside
     if run.config.train.adapters == "none":  # the gradient of half the gold batch waits meanwhile
         found["impact"]["argument_bytes"] += beside
         found["impact"]["peak_bytes"] += beside
     return found
+
+
+def _longest_prompt(run: context.Context, shape) -> int:
+    room = min(run.config.data.max_length, shape.max_position_embeddings)
+    return room - run.config.evaluate.max_new_tokens
 
 
 def _parameters(model, settings) -> dict[str, int]:
@@ -235,8 +240,8 @@ def _parameters(model, settings) -> dict[str, int]:
     return {"total": total, "trainable": trainable}
 
 
-def _flops(run: context.Context, shape, layouts: dict, parameters: dict) -> dict[str, float]:
-    """Of one step, one impact batch and one decoded token of every row, from the shapes.
+def _flops(run: context.Context, shape, layouts: dict, shards: int) -> dict[str, float]:
+    """Of one step, one impact batch, one refill and one decoded token a row, from the shapes.
 
     Recomputed layers do not count, as is usual for utilisation.
     """
@@ -249,12 +254,18 @@ def _flops(run: context.Context, shape, layouts: dict, parameters: dict) -> dict
         positions = layout.n_rows * layout.row_length
         return positions * shape.forward_flops(layout.row_length)
 
+    from trace_jax import sampling
+
+    rows, prompt = run.config.evaluate.batch_rows, _longest_prompt(run, shape)
     backward = 2.0 if full else 1.0  # gradients of activations, and of parameters if they train
     a_tangent = 2.0 if full else 1.0
     return {
         "train": (1 + backward) * forward("conflict") + (2 + backward) * forward("retain"),
         "impact": forward("impact") * (1 + a_tangent),
-        "sample": shape.forward_flops(run.config.data.max_length) * run.config.evaluate.batch_rows,
+        "prefill": sampling.refilled(max(rows, shards), shards)
+        * prompt
+        * shape.forward_flops(prompt),
+        "sample": shape.forward_flops(run.config.data.max_length) * rows,
     }
 
 
@@ -271,7 +282,9 @@ def _tokens(work: workload.Work, layouts: dict, run: context.Context) -> dict[st
     return found | {"per_step": rows * found["row_length"]}
 
 
-def _hours(run, found: dict, work: workload.Work, layouts: dict, chip, chips: int) -> float | None:
+def _hours(
+    run, shape, found: dict, work: workload.Work, layouts: dict, chip, chips: int
+) -> float | None:
     """At the stated utilisation, all stages; None where the peak speed is not known."""
     peak = run.config.plan.peak_tflops * 1e12 or chip.flops
     if not peak:
@@ -283,10 +296,14 @@ def _hours(run, found: dict, work: workload.Work, layouts: dict, chip, chips: in
     train = found["train"]["flops"] * steps + found["impact"]["flops"] * rows / impact.n_rows
     prompts = config.data.validation_prompts * ("validation" in config.evaluate.splits)
     prompts += config.data.test_prompts * ("test" in config.evaluate.splits)
-    decoded = prompts * (config.evaluate.samples + 1) * config.evaluate.max_new_tokens
-    decoded *= 2 + run.has_ref
-    sample = found["sample"]["flops"] / config.evaluate.batch_rows * decoded
-    seconds = train / config.plan.utilisation + sample / config.plan.decode_utilisation
+    answers = prompts * (config.evaluate.samples + 1) * (2 + run.has_ref)
+    sample = found["sample"]["flops"] / config.evaluate.batch_rows
+    sample *= answers * config.evaluate.max_new_tokens
+    # A prompt is taken for a third of a pair's example, which is it and both responses.
+    prompt = sum(work.conflict) / max(1, len(work.conflict)) / 3
+    prefill = answers * prompt * shape.forward_flops(prompt)
+    seconds = (train + prefill) / config.plan.utilisation
+    seconds += sample / config.plan.decode_utilisation
     return seconds / (peak * chips) / 3600
 
 
@@ -302,7 +319,7 @@ def _verdict(run: context.Context, found: dict, chip: hardware.Chip) -> str:
 
 def _advice(run: context.Context, worst: str) -> str:
     config = run.config
-    if worst == "sample":
+    if worst in ("prefill", "sample"):
         return "a smaller evaluate.batch_rows, or more devices"
     section = "impact" if worst == "impact" else "train"
     tries = []

@@ -1,4 +1,4 @@
-"""The three programs of a run, compiled from shapes alone: what they take of a device's memory.
+"""The programs of a run, compiled from shapes alone: what they take of a device's memory.
 
 Nothing is allocated: arguments are ShapeDtypeStructs with the shardings they would have.
 """
@@ -87,14 +87,12 @@ def impact_pass(
 
 def sample(
     model: Model, rows: int, prompt_length: int, max_new_tokens: int, mesh: jax.sharding.Mesh
-) -> jax.stages.Lowered:
-    """The decoding loop of `sampling.advance` with a full cache."""
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """`sampling.prefill` of the longest prompts, and the decoding loop with a full cache."""
     graphdef, state = nnx.split(abstract(model))
     with jax.set_mesh(mesh):
         slots = sampling.most_slots(rows)
-        return sampling.lower_advance(
-            graphdef, _placed(state, mesh), slots, prompt_length, max_new_tokens
-        )
+        return sampling.lower(graphdef, _placed(state, mesh), slots, prompt_length, max_new_tokens)
 
 
 def memory(lowered: jax.stages.Lowered) -> Memory:

@@ -100,7 +100,7 @@ def generate(
         return results
     shards = sharding.shards_in_context()
     size = most_slots(batch_rows)
-    group = max(shards, size // refills)
+    group = refilled(size, shards, refills)
     draw = Draw(
         jnp.asarray(seed, jnp.uint32),
         jnp.asarray(temperature, jnp.float32),
@@ -145,6 +145,11 @@ def most_slots(batch_rows: int) -> int:
             f"{below + shards}"
         )
     return max(batch_rows, shards)
+
+
+def refilled(slots: int, shards: int, refills: int = _REFILLS) -> int:
+    """Rows that are put into slots at once."""
+    return max(shards, slots // refills)
 
 
 def _as_computed(module: decoder.Decoder) -> decoder.Decoder:
@@ -301,12 +306,13 @@ def advance(
     return _placed(slots), *sharding.replicated((slots.tokens_BT, slots.step_B, slots.finished_B))
 
 
-def lower_advance(
+def lower(
     graphdef: nnx.GraphDef, state: nnx.State, rows: int, prompt_length: int, max_new_tokens: int
-) -> jax.stages.Lowered:
-    """`advance` for shapes alone, on the mesh in context, with a full cache."""
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """`prefill` and `advance` for shapes alone, on the mesh in context, with a full cache."""
     mesh = sharding.current()
-    length = _bucket(prompt_length) + max_new_tokens
+    prompt_length = _bucket(prompt_length)
+    length = prompt_length + max_new_tokens
     make = functools.partial(_empty, graphdef, size=rows, length=length, T=max_new_tokens)
 
     def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -317,7 +323,18 @@ def lower_advance(
     slots = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, state))
     scalar = functools.partial(jax.ShapeDtypeStruct, ())
     draw = Draw(scalar(jnp.uint32), scalar(jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
-    return advance.lower(state, slots, scalar(jnp.int32), draw, graphdef=graphdef)
+    size = refilled(rows, sharding.shards_in_context())
+    of_group = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    group = Group(
+        slots_G=of_group((size,)),
+        tokens_GP=of_group((size, prompt_length)),
+        prompt_G=of_group((size,)),
+        keys_G2=jax.ShapeDtypeStruct((size, 2), jnp.uint32),
+    )
+    return (
+        prefill.lower(state, slots, group, draw, graphdef=graphdef),
+        advance.lower(state, slots, scalar(jnp.int32), draw, graphdef=graphdef),
+    )
 
 
 def _pick(
