@@ -111,9 +111,14 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
     start = time.time()
     tuned = records.read_json(RESULTS / f"{name}_frontier.json")
     chosen = variants(methods, tuned, config)
+    folders = [compare.folder(prepared, v, config.seed + n) for v in chosen for n in range(seeds)]
+    anew = {"runs": sum(not f.exists() for f in folders), "jobs": jobs}
+    anew["with_preparation"] = not (prepared / ".stages").exists()
     found = compare.compare(config, prepared, chosen, seeds, jobs)
     found["operating_points"] = {v.name: v.overrides for v in chosen}
-    found |= {"name": name, "wall_seconds": round(time.time() - start), **results.machine()}
+    found |= {"name": name, **results.machine()}
+    anew |= {"wall_seconds": round(time.time() - start), "commit": found["commit"]}
+    found["timings"] = [*_timings(name, anew["with_preparation"]), anew]
     weighed = compare.folder(prepared, chosen[0], config.seed) / "impact_summary.json"
     found["summary"] = {
         "triage": records.read_json(prepared / ".stages" / "triage.json")["summary"],
@@ -125,6 +130,12 @@ def measure(config, prepared: Path, name: str, methods: list[str], seeds: int, j
     (RESULTS / f"{name}.tex").write_text(comparison_tables.latex(found))
     comparison_tables.plot(found, RESULTS / f"{name}.png")
     print(comparison_tables.markdown(found))
+
+
+def _timings(name: str, is_first: bool) -> list[dict]:
+    """Of earlier calls that made runs of this workdir, as a comparison goes on where it ended."""
+    path = RESULTS / f"{name}.json"
+    return [] if is_first or not path.exists() else records.read_json(path).get("timings", [])
 
 
 def of_benchmarks(ending: str) -> dict[str, dict]:
@@ -241,6 +252,14 @@ def section(found: dict) -> str:
         f"jax {versions['jax']}, {found['machine']}, CPU only; "
         f"triage: {actions}; unchanged clauses: {', '.join(found['unchanged_clauses'])}."
     )
+    made = [
+        f"{t['runs']} in {t['wall_seconds'] / 60:.0f} min"
+        + " with all that they share" * t["with_preparation"]
+        for t in found.get("timings", [])
+        if t["runs"]
+    ]
+    if made:
+        provenance += f" Runs, {found['timings'][0]['jobs']} at a time: {', '.join(made)}."
     return f"### {found['name']}\n\n{comparison_tables.markdown(found)}\n{provenance}\n"
 
 
