@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,11 @@ import test_hf_weights
 import tiny
 from flax import nnx
 
-from trace_jax import encoding, errors, model_folder, models, sharding
+from trace_jax import config as config_lib
+from trace_jax import encoding, errors, model_folder, models, sharding, workdir
 from trace_jax.judges import local
 from trace_jax.models import lora
+from trace_jax.stages import context
 
 TOKENS = test_hf_export.TOKENS
 
@@ -214,6 +217,48 @@ def test_factors_of_another_model_are_one_line(adapter, change, said):
     rewrite(adapter, change)
     with pytest.raises(errors.InputError, match=said):
         models.load(adapter)
+
+
+@pytest.mark.parametrize("stays_tied", [False, True])
+def test_an_embedding_beside_a_tied_head_is_not_taken_for_both(tmp_path, stays_tied):
+    gemma = test_hf_weights.filled(test_hf_export.FAMILIES["gemma2"])
+    adapter = written(gemma, tmp_path)
+    edit(adapter, modules_to_save=["embed_tokens"], ensure_weight_tying=stays_tied)
+    shape = gemma.embed[...].shape
+    embedding = {"base_model.model.model.embed_tokens.weight": np.ones(shape, np.float32)}
+    rewrite(adapter, lambda tensors: tensors.update(embedding))
+    if stays_tied:
+        assert np.all(np.asarray(models.load(adapter).embed[...]) == 1)
+        return
+    with pytest.raises(errors.InputError, match="an embedding of its own.*merge the adapter"):
+        models.load(adapter)
+
+
+def test_a_run_is_of_both_folders(adapter, tmp_path):
+    c = config_lib.resolved(config_lib.base_config())
+    c.model.path = str(adapter)
+    run = context.Context(c, workdir.Workdir(tmp_path / "run"))
+    before = run.content_hashes("prepare")["model.path/hash"]
+    test_hf_weights.edit_weights(tmp_path / "base", lambda t: t.update({
+        "model.norm.weight": t["model.norm.weight"] + 1
+    }))  # fmt: skip
+    assert run.content_hashes("prepare")["model.path/hash"] != before
+
+
+def test_the_version_of_the_base_is_the_one_that_the_adapter_names(adapter, monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    edit(adapter, base_model_name_or_path="org/base", revision="v1.2")
+    module = models.load(adapter)
+    assert set(asked) == {("org/base", "v1.2")}
+    made = on_top(module)
+    models.save_adapter(made, tmp_path / "new", base="org/base", revision="v1.2", under=[adapter])
+    assert model_folder.named(tmp_path / "new") == ("org/base", "v1.2")
 
 
 def test_pickled_factors_are_not_read(adapter):

@@ -301,7 +301,10 @@ def test_missing_and_damaged_files_are_named(saved, file, content, message):
         models.load(saved)
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": [1]}'])
+@pytest.mark.parametrize(
+    "index",
+    ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}'],
+)
 def test_an_index_without_files_is_named(saved, index):
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(index)

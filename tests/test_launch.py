@@ -581,6 +581,17 @@ def test_an_adapter_is_a_model_and_the_one_that_comes_out_holds_both(jsonl, stra
         assert np.abs(theirs - old).max() > 1e-5
 
 
+def test_data_that_a_policy_has_nothing_against_is_one_line(jsonl, capsys, tmp_path):
+    path, rows, flags = jsonl
+    _write_rows(path, rows[:30])
+    says = "    rules: {length: {in: response, unit: words, min: 1}}\n"
+    (tmp_path / "mild.yaml").write_text(
+        "name: mild\nclauses:\n  - id: words\n    requirement: It says something.\n" + says
+    )
+    found = _error(capsys, *flags, f"--config.policy.new={tmp_path / 'mild.yaml'}")
+    assert "trace has no conflict to train on (triage: INVERT 0, PUNISH 0, RETAIN 20" in found
+
+
 def test_chats_without_a_template_are_refused_before_anything_else(jsonl, capsys):
     _, _, flags = jsonl
     said = _error(capsys, *flags, "--config.data.as_chat=true", "--stages=prepare")

@@ -51,6 +51,13 @@ def test_an_override_is_certain_in_soft_triage(tmp_path):
     assert masses == {"INVERT": 0, "PUNISH": 0, "RETAIN": 1, "UNRESOLVED": 0}
 
 
+def test_what_people_left_undecided_trains_nothing_in_soft_triage(tmp_path):
+    item = decided(tmp_path, {"id": "r", "verdict": "UNRESOLVED"}, soft=True)
+    assert item.masses == {"INVERT": 0, "PUNISH": 0, "RETAIN": 0, "UNRESOLVED": 1}
+    assert triage.trains_nothing(item)
+    assert not triage.trains_nothing(decided(tmp_path, soft=True))
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

@@ -1,5 +1,7 @@
 """Which examples make a step and share rows: every one once, balanced, in rows that pay."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -7,9 +9,40 @@ from tests import tiny
 from trace_jax import encoding, packing
 
 
+def first_fit(lengths, row_length, max_slots):
+    """Every row looked at for every example."""
+    rows = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = (
+            row
+            for row in rows
+            if sum(lengths[j] for j in row) + lengths[i] <= row_length and len(row) < max_slots
+        )
+        row = next(fits, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(i)
+    return rows
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 64, 200])
+@pytest.mark.parametrize("max_slots", [1, 3, 50])
+def test_pack_rows_is_the_plain_first_fit(n, max_slots):
+    lengths = np.random.default_rng(n).integers(1, 41, n).tolist()
+    assert packing.pack_rows(lengths, 40, max_slots) == first_fit(lengths, 40, max_slots)
+
+
+def test_pack_rows_of_many_examples_takes_seconds():
+    lengths = np.random.default_rng(0).integers(10, 500, 60_000).tolist()
+    start = time.process_time()
+    packing.pack_rows(lengths, 1024, 64)
+    assert time.process_time() - start < 8  # 23 s where every row is looked at
+
+
 def test_pack_rows_is_first_fit_decreasing():
     assert packing.pack_rows([3, 7, 5, 2, 5], 10, 4) == [[1, 0], [2, 4], [3]]
     assert packing.pack_rows([3, 3, 3], 10, 2) == [[0, 1], [2]]  # no more slots
+    assert packing.pack_rows([], 10, 2) == []
     with pytest.raises(ValueError, match="11 positions"):
         packing.pack_rows([11], 10, 1)
 

@@ -62,6 +62,29 @@ def test_adapters_train_less(planned):
     assert lora["programs"]["train"]["flops"] < full["programs"]["train"]["flops"]
 
 
+@pytest.mark.parametrize("inner", ["ga", "graddiff", "npo"])
+def test_every_inner_loss_of_u2a_can_be_planned(planned, inner):
+    code, out, _ = planned("--config.train.method=u2a", f"--config.u2a.inner={inner}")
+    assert code == 0 and json.loads(out)["programs"]["train"]["peak_bytes"] > 0
+
+
+def test_a_model_that_no_step_takes_is_counted_all_the_same(planned):
+    """M_ref stays in memory where no KL term asks it: 4 bytes a parameter."""
+    found = {}
+    for method in ("npo", "trace"):
+        programs = json.loads(planned(f"--config.train.method={method}")[1])["programs"]
+        found[method] = programs["train"]["argument_bytes"]
+    assert abs(found["npo"] - found["trace"]) < 0.2 * found["trace"]
+
+
+def test_an_adapter_of_a_model_on_the_hub_needs_its_shape(planned, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    code, _, err = planned(f"--config.model.path={folder}", "--config.align.enabled=False")
+    assert code == 2 and "is an adapter of 'org/base', which is not here; put the content" in err
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_to_try(planned, monkeypatch):
     small = hardware.Chip("toy", 2**20, 1e12)
     monkeypatch.setattr(hardware, "of_device", lambda device: small)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
-from trace_jax import batches, encoding, errors, impact, logprobs, models, sharding, train
+from trace_jax import batches, encoding, errors, fit, impact, logprobs, models, sharding, train
 
 MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
 # Of one axis alone: left to `make soak`, since every mesh is compiled for anew.
@@ -37,6 +37,18 @@ def module(config: models.ModelConfig = CONFIG, head_chunk: int = 8, attention_b
     if made.head is not None:
         made.head.kernel[...] = made.head.kernel[...] * 10
     return sharding.place_module(made)
+
+
+def test_adapters_share_the_kernels_of_the_model_they_are_put_on():
+    with on("2x2x2"):
+        base = module()
+        adapted = fit.adapted(base, tiny.settings(adapters="lora"))
+    for name in ("q", "down"):
+        ours, theirs = (getattr(m.layers, name).kernel[...] for m in (adapted, base))
+        parts = zip(ours.addressable_shards, theirs.addressable_shards, strict=True)
+        assert all(
+            a.data.unsafe_buffer_pointer() == b.data.unsafe_buffer_pointer() for a, b in parts
+        )
 
 
 def texts(n: int = 16) -> list[encoding.Encoded]:

@@ -100,7 +100,7 @@ def reference_logprobs(
     module, encoded, row_length: int, micro_rows: int, kept: Kept, progress
 ) -> np.ndarray:
     """log p_ref of both responses, [n, 2]; kept, keyed by the tokens and by what `kept` is of."""
-    texts = [dataclasses.astuple(e) for e in encoded]
+    texts = [(e.prompt, e.branches, e.skip) for e in encoded]
     key = hashlib.sha256((kept.of + json.dumps(texts)).encode()).hexdigest()
     path = kept.path(key)
     if path.exists():

@@ -18,9 +18,10 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def resolve(path: str | os.PathLike) -> Path:
+def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:
     """A folder as it is; gs://bucket/name or organisation/name as a local copy, fetched if need be.
 
+    revision: a branch, tag or commit of a model of the hub; None: its main one.
     Raises InputError where the hub has no such model, or does not give it to this user.
     """
     name = os.fspath(path)
@@ -33,12 +34,15 @@ def resolve(path: str | os.PathLike) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return Path(found)
     except hub_errors.GatedRepoError as error:
         raise errors.InputError(
             f"{name} is gated: accept its licence on the hub, and set HF_TOKEN to a token of that "
             "account"
         ) from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise errors.InputError(f"{name} has no revision {str(revision)[:99]!r}") from error
     except hub_errors.RepositoryNotFoundError as error:
         raise errors.InputError(
             f"{name}: neither a folder here nor a model of the hub that this user can see"
@@ -69,16 +73,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file()
 
 
-def chain(folder: Path, find: Callable[[str], Path] = resolve) -> list[Path]:
+def chain(folder: Path, find: Callable[[str, str | None], Path] = resolve) -> list[Path]:
     """The folder; of an adapter the folder of its model behind it, which may be one as well.
 
-    find: how a name becomes a folder. Raises InputError where an adapter's model is not there.
+    find: how a name and a revision become a folder. Raises InputError where an adapter's model is
+    not there.
     """
     found = [folder]
     while is_adapter(found[-1]):
         adapter = found[-1]
-        name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-        base = _model(name, find)
+        name, revision = named(adapter)
+        base = _model(name, revision, find)
         if base is None or base in found:
             raise errors.InputError(
                 f"{adapter} is an adapter of the model {str(name)[:200]!r}, which is not there; "
@@ -89,12 +94,19 @@ def chain(folder: Path, find: Callable[[str], Path] = resolve) -> list[Path]:
     return found
 
 
-def _model(name: Any, find: Callable[[str], Path]) -> Path | None:
+def named(adapter: Path) -> tuple[Any, str | None]:
+    """(name, revision) of the model that an adapter is of, as its config has them."""
+    config = read_json(adapter / ADAPTER_CONFIG)
+    revision = config.get("revision")
+    return config.get("base_model_name_or_path"), revision if isinstance(revision, str) else None
+
+
+def _model(name: Any, revision: str | None, find: Callable[[str, str | None], Path]) -> Path | None:
     """The folder of the model that an adapter names, if there is one."""
     if not isinstance(name, str) or not name:
         return None
     with contextlib.suppress(OSError):  # a name too long for a file
-        folder = find(name)
+        folder = find(name, revision)
         return folder if holds_model(folder) else None
     return None
 

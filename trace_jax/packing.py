@@ -22,20 +22,27 @@ def pack_rows(lengths: Sequence[int], row_length: int, max_slots: int) -> list[l
     A longer example than a row is a ValueError.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    # The room of all rows, those not begun among them, under a tree of maxima: node n lies over 2n
+    # and 2n + 1, so the first row with room is found in log(rows) steps.
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [row_length] * (2 * leaves)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > row_length:
             raise ValueError(
                 f"an example of {lengths[i]} positions does not fit a row of {row_length}"
             )
-        for r in range(len(rows)):
-            if room[r] >= lengths[i] and len(rows[r]) < max_slots:
-                rows[r].append(i)
-                room[r] -= lengths[i]
-                break
-        else:
-            rows.append([i])
-            room.append(row_length - lengths[i])
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < lengths[i]
+        row = node - leaves
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        room[node] = room[node] - lengths[i] if len(rows[row]) < max_slots else -1
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return rows
 
 

@@ -148,12 +148,18 @@ def model_shape(run: context.Context):
 
     config = run.config.model
     base = Path(config.path) if config.path else run.file("prepare", "base")
+    adapter = base if model_folder.is_adapter(base) else None
     with contextlib.suppress(InputError):  # an adapter whose model is on the hub
-        base = model_folder.chain(base, find=Path)[-1]  # a plan downloads nothing
+        base = model_folder.chain(base, find=lambda name, _: Path(name))[-1]  # and stays there
     if (base / model_folder.CONFIG).is_file():
         return hf_weights.read_config(base)
     if config.hf_config:
         return models.ModelConfig.from_hf(config.hf_config.to_dict())
+    if adapter is not None:
+        raise InputError(
+            f"{adapter} is an adapter of {str(model_folder.named(adapter)[0])[:200]!r}, which is "
+            "not here; put the content of that model's config.json into model.hf_config"
+        )
     if config.path:
         raise InputError(
             f"model.path={config.path} is not here, and model.hf_config does not give its shape; "
@@ -222,7 +228,11 @@ def _programs(run: context.Context, model, layouts: dict, mesh) -> dict[str, dic
     for name in ("prefill", "sample"):
         found[name]["argument_bytes"] += beside
         found[name]["peak_bytes"] += beside
-    if run.config.train.adapters == "none":  # the gradient of half the gold batch waits meanwhile
+    full = run.config.train.adapters == "none"
+    if full and layouts["retain"] is None and not settings.drift:  # M_ref stays, though no argument
+        found["train"]["argument_bytes"] += beside
+        found["train"]["peak_bytes"] += beside
+    if full:  # the gradient of half the gold batch waits meanwhile
         found["impact"]["argument_bytes"] += beside
         found["impact"]["peak_bytes"] += beside
     return found

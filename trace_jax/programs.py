@@ -63,6 +63,7 @@ def train_step(
             *(None if tree is None else _placed(tree, mesh) for tree in (state, frozen, ref)),
             step,
             _scalars(train.Hyper, mesh),
+            _placed(params, mesh) if settings.drift else None,
             graphdef=graphdef,
             options=options,
         )

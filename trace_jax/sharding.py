@@ -172,13 +172,27 @@ def _dotted(path: tuple) -> str:
 
 
 def place_module(module: nnx.Module) -> nnx.Module:
-    """The module with every parameter where the mesh in context wants it."""
+    """The module with every parameter where the mesh in context wants it.
+
+    Those that are there already are shared with the module given.
+    """
     mesh = current()
     if mesh is None:
         return module
     graphdef, state = nnx.split(module)
-    place = jax.jit(lambda tree: tree, out_shardings=of_tree(state, mesh))
-    return nnx.merge(graphdef, place(state))
+    leaves, tree = jax.tree.flatten(state)
+    where = jax.tree.leaves(of_tree(state, mesh))
+    # What lies right stays the array that it is: jit would make a copy of it.
+    moved = [n for n, x in enumerate(leaves) if not _lies(x, where[n])]
+    if moved:
+        place = jax.jit(lambda xs: xs, out_shardings=[where[n] for n in moved])
+        for n, x in zip(moved, place([leaves[n] for n in moved]), strict=True):
+            leaves[n] = x
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+
+def _lies(x: Any, where: NamedSharding) -> bool:
+    return isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim)
 
 
 def rows(x: jax.Array) -> jax.Array:

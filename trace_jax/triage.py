@@ -99,10 +99,29 @@ def decide(
         chosen,
         rejected,
         found,
-        masses=masses(chosen, rejected) if settings.soft else None,
+        masses=_soft(found, by_hand, chosen, rejected) if settings.soft else None,
         override=None if by_hand is None else by_hand.to_json(),
         noise=None if corruption is None else corruption.kind,
     )
+
+
+def _soft(
+    action: str,
+    by_hand: overrides.Override | None,
+    chosen: records.Verdict,
+    rejected: records.Verdict,
+) -> dict[str, float]:
+    """`masses`, unless people left the record undecided."""
+    if by_hand is not None and by_hand.action == action == "UNRESOLVED":
+        return {name: float(name == "UNRESOLVED") for name in records.ACTIONS}
+    return masses(chosen, rejected)
+
+
+def trains_nothing(item: records.TriagedRecord) -> bool:
+    """Whether it is UNRESOLVED as a whole: soft triage trains on its shares of other actions."""
+    if item.masses is None:
+        return item.action == "UNRESOLVED"
+    return all(not mass for name, mass in item.masses.items() if name != "UNRESOLVED")
 
 
 def triage(

@@ -20,6 +20,7 @@ from trace_jax.models import tensor_files
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_EMBEDDING = "model.embed_tokens.weight"
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 # Settings of PEFT's LoraConfig under which a change is not scale * B A of the stored factors.
 _MEAN_MORE = (
@@ -61,13 +62,24 @@ Tensor = tensor_files.Tensor | Adapted
 
 
 def apply(
-    folder: pathlib.Path, model: Mapping[str, Tensor], files: contextlib.ExitStack
+    folder: pathlib.Path,
+    model: Mapping[str, Tensor],
+    files: contextlib.ExitStack,
+    *,
+    tied: bool,
 ) -> dict[str, Tensor]:
     """The tensors of `model` with the adapter of a folder, whose file closes with `files`.
 
+    tied: the model's head is its embedding.
     Raises InputError where it is no LoRA adapter, does more than LoRA, or is of another model.
     """
     config, pairs, whole = _read(folder, files)
+    if tied and _EMBEDDING in whole and not config.get("ensure_weight_tying"):
+        raise errors.InputError(
+            f"{folder} has an embedding of its own, and PEFT leaves the head that of the model "
+            f"(tie_word_embeddings), so they are no longer one; {_MERGE}, with "
+            "tie_word_embeddings false"
+        )
     found = dict(model)
     for name, tensor in whole.items():
         if name not in model or tensor.shape != model[name].shape:

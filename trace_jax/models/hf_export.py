@@ -67,10 +67,12 @@ def save_adapter(
     path: str | os.PathLike,
     *,
     base: str,
+    revision: str | None = None,
     under: Sequence[pathlib.Path] = (),
 ) -> None:
     """Writes the LoRA factors of a module as PEFT reads them; `base` names the model they adapt.
 
+    revision: which version of a base on the hub.
     under: folders of the adapters that lie between base and module. Their changes are in what is
     written, too: B A + B' A', the product of B beside B' and A above A'.
     """
@@ -94,6 +96,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         **_of_ranks(ranks, None if under else _alpha(module)),
         "lora_dropout": 0.0,
         "bias": "none",

@@ -148,11 +148,12 @@ def layer_names(theirs: str, layers: int) -> Iterator[str]:
 def _open(path: pathlib.Path, files: contextlib.ExitStack) -> dict[str, adapters.Tensor]:
     """Every tensor by name, of a model or an adapter on top of one."""
     *changes, base = model_folder.chain(path)
+    tied = bool(changes) and read_config(base).tie_word_embeddings
     tensors: dict[str, adapters.Tensor] = tensor_files.opened(
         base, tensor_files.of_model(base), files
     )
     for folder in reversed(changes):
-        tensors = adapters.apply(folder, tensors, files)
+        tensors = adapters.apply(folder, tensors, files, tied=tied)
     return tensors
 
 

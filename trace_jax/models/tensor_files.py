@@ -56,7 +56,7 @@ def of_model(path: pathlib.Path) -> list[str]:
     if (path / WEIGHTS).exists() or not (path / INDEX).exists():
         return [WEIGHTS]
     names = model_folder.read_json(path / INDEX).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise errors.InputError(f"{path / INDEX} has no weight_map; copy it again")
     return sorted(set(names.values()))
 

@@ -66,8 +66,11 @@ class Context:
                 for name in ("triage.jsonl", "corrections.jsonl", "prompts.jsonl"):
                     found[f"parent/{name}"] = workdir.hash_path(parent / name)
             for key in keys:
-                if self.flat_config[key]:
-                    found[f"{key}/hash"] = files.digest(str(self.flat_config[key]))
+                path = str(self.flat_config[key])
+                if path and model_folder.is_adapter(Path(path)):
+                    found[f"{key}/hash"] = model_folder.content_hash(Path(path))
+                elif path:
+                    found[f"{key}/hash"] = files.digest(path)
         if stage == "export" and (evaluated := self.workdir.finished("evaluate")):
             found["evaluate/eval.json"] = evaluated["outputs"]["eval.json"]  # for the model card
         if stage == "train" and self.config.train.evaluate_every:

@@ -26,21 +26,21 @@ def run(run: context.Context) -> dict:
     if run.config.train.adapters == "lora":
         settings, checkpoints = run.settings("train"), run.file("train", "checkpoints")
         adapted = fit.restore(run.ref, settings, checkpoints, merge=False)
-        base, under = _base(run)
-        models.save_adapter(adapted, run.workdir.path / "adapter", base=base, under=under)
+        base, revision, under = _base(run)
+        target = run.workdir.path / "adapter"
+        models.save_adapter(adapted, target, base=base, revision=revision, under=under)
         metrics.say(f"  {run.workdir.path / 'adapter'} (base: {base})")
     return {}
 
 
-def _base(run: context.Context) -> tuple[str, list[Path]]:
-    """The name of the model that M_ref is, or is adapted from, and the adapters in between."""
+def _base(run: context.Context) -> tuple[str, str | None, list[Path]]:
+    """Name and revision of the model that M_ref is or is adapted from; the adapters in between."""
     *under, folder = model_folder.chain(run.ref_directory)
     if under:
-        named = model_folder.read_json(under[-1] / model_folder.ADAPTER_CONFIG)
-        return named["base_model_name_or_path"], under
+        return *model_folder.named(under[-1]), under
     given = run.config.model.path
     is_given = not run.has_ref and model_folder.is_hub_name(given)
-    return given if is_given else str(folder), under
+    return given if is_given else str(folder), None, under
 
 
 def _card(run: context.Context) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trace_jax import batches, impact, methods, metrics, records
+from trace_jax.errors import InputError
 from trace_jax.evaluate import statistics
 from trace_jax.stages import context, scoring
 
@@ -42,6 +43,8 @@ def objective(run: context.Context):
     examples, encoded = batches.encode_examples(
         run.encoder, _conflicts(run, run.scored_method), on_drop=run.on_drop(dropped)
     )
+    if not examples:
+        raise InputError(_nothing(run, len(dropped)))
     gold, warnings = impact.draw_gold(
         run.fitting,
         run.corrections,
@@ -50,6 +53,16 @@ def objective(run: context.Context):
         draw=config.impact.gold_draw,
     )
     return examples, encoded, gold, warnings
+
+
+def _nothing(run: context.Context, dropped: int) -> str:
+    found = run.workdir.finished("triage")["summary"]["actions"]
+    counts = ", ".join(f"{name} {n}" for name, n in found.items())
+    why = f"; {dropped} are too long for data.max_length" if dropped else ""
+    return (
+        f"{run.config.train.method} has no conflict to train on (triage: {counts}{why}): the data "
+        "agrees with policy.new, or the judge misses what violates it; look at triage.jsonl"
+    )
 
 
 def weigh(

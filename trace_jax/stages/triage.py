@@ -21,11 +21,12 @@ def run(run: context.Context) -> dict:
     settings = _settings(run, [r.id for r in found])
     with run.progress(2 * len(found), f"triage by {run.triage_judge.id}") as bar:
         counts = triage.run(found, run.triage_judge, path, settings, progress=bar.advance)
-    clauses = coverage.of(run.new_policy, triage.read(path), least=config.coverage_least)
+    triaged = triage.read(path)
+    clauses = coverage.of(run.new_policy, triaged, least=config.coverage_least)
     records.write_json(
         run.workdir.path / "coverage.json", [dataclasses.asdict(clause) for clause in clauses]
     )
-    _tell(run, counts, clauses, settings)
+    _tell(run, triaged, counts, clauses, settings)
     summary = {"actions": counts.actions, "judge_errors": counts.errors}
     summary |= {"abstentions": counts.abstentions, "overridden": len(settings.by_hand)}
     if isinstance(run.judge, ensemble.EnsembleJudge):
@@ -51,6 +52,7 @@ def _settings(run: context.Context, ids: Sequence[str]) -> triage.Settings:
 
 def _tell(
     run: context.Context,
+    triaged: Sequence[records.TriagedRecord],
     counts: triage.Summary,
     clauses: Sequence[coverage.Clause],
     settings: triage.Settings,
@@ -67,9 +69,14 @@ def _tell(
             f"  warning: no verdict on {counts.errors} responses after every try; run again with "
             "--redo to ask them again"
         )
-    if unresolved:
+    if not counts.actions["INVERT"] + counts.actions["PUNISH"]:
         metrics.say(
-            f"  {unresolved} records train nothing: python -m trace_jax.shortlist "
+            "  warning: no record is INVERT or PUNISH: the data agrees with policy.new, or the "
+            "judge misses what violates it"
+        )
+    if idle := sum(triage.trains_nothing(t) for t in triaged):
+        metrics.say(
+            f"  {idle} records train nothing: python -m trace_jax.shortlist "
             f"{run.workdir.path} lists those most worth a look by people"
         )
     for line in coverage.warnings(clauses, least=run.config.triage.coverage_least):
