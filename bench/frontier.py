@@ -153,34 +153,49 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def markdown(benchmark: str, found: dict) -> str:
-    """The best evaluation of every method, percent."""
+def markdown(benchmark: str, found: dict, as_run: dict) -> str:
+    """The best evaluation of every method, percent.
+
+    as_run: method -> what the comparison ran it with, which for trace and its ablations is the
+    config's own point.
+    """
     ref = found["ref"]
     lines = [
         f"**{benchmark}**: M_ref {100 * ref['compliance_guarded']:.1f} guarded at perplexity "
         f"{ref['perplexity']:.2f}; limit {found['limit'] * ref['perplexity']:.2f}; "
         f"commit {found['commit']}.",
         "",
-        "| | learning rate, beta, steps | best at step | guarded | perplexity |",
-        "|---|---|---|---|---|",
+        "| | best of nine: learning rate, beta, steps | best at step | guarded | perplexity "
+        "| in the comparison |",
+        "|---|---|---|---|---|---|",
     ]
     for name, of in found["methods"].items():
         if of["best"] is None:
-            lines.append(f"| {name} | all over the limit | - | - | - |")
+            lines.append(f"| {name} | all over the limit | - | - | - | {_point(as_run, name)} |")
             continue
         row = of["best"]
         lines.append(
             f"| {name} | {row['learning_rate']:g}, {row['beta']:g}, {row['steps']} | {row['step']} "
-            f"| {100 * row['compliance_guarded']:.1f} | {row['perplexity']:.2f} |"
+            f"| {100 * row['compliance_guarded']:.1f} | {row['perplexity']:.2f} "
+            f"| {_point(as_run, name)} |"
         )
     return "\n".join([*lines, ""])
+
+
+def _point(as_run: dict, method: str) -> str:
+    of = as_run.get(method)
+    if of is None:
+        return "-"
+    return ", ".join(f"{of[f'train.{k}']:g}" for k in ("learning_rate", "beta", "total_steps"))
 
 
 def tables() -> str:
     """Markdown of the committed frontiers."""
     files = sorted(Path("docs/results").glob("*_frontier.json"))
     read = {f.stem.removesuffix("_frontier"): records.read_json(f) for f in files}
-    return "\n".join(markdown(name, found) for name, found in read.items())
+    runs = {name: records.read_json(files[0].parent / f"{name}.json") for name in read}
+    points = {name: of["operating_points"] for name, of in runs.items()}
+    return "\n".join(markdown(name, found, points[name]) for name, found in read.items())
 
 
 def main(argv: list[str]) -> int:

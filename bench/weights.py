@@ -227,20 +227,19 @@ def tables() -> str:
     lines += ["", "Rank correlation of the scores by two halves of a gold batch:", "", head]
     rows = [_reliabilities(of) for of in found.values()]
     for key in rows[0]:
-        cells = [f"{of[key]:.2f}" if key in of else "-" for of in rows]
+        cells = [of.get(key, "-") for of in rows]
         lines.append(f"| {', '.join(key)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Commits: " + ", ".join(of["commit"] for of in found.values())])
 
 
-def _reliabilities(found: dict) -> dict[tuple[str, str, str], float]:
-    """(action, draw, size) -> correlation. Sizes are of the plan: what is drawn may be one off."""
-    sizes = {
-        r["gold"]: min(GOLD_SIZES, key=lambda n: abs(n - r["gold"])) for r in found["reliability"]
-    }
-    return {
-        (r["action"], r["draw"], f"gold of {sizes[r['gold']]}"): r["half_correlation"]
-        for r in found["reliability"]
-    }
+def _reliabilities(found: dict) -> dict[tuple[str, str, str], str]:
+    """(action, draw, size asked for) -> correlation, and the size drawn where that is another."""
+    cells = {}
+    for r in found["reliability"]:
+        asked, drawn = min(GOLD_SIZES, key=lambda n: abs(n - r["gold"])), r["gold"]
+        drawn = "" if abs(asked - drawn) <= 1 else f" (of {drawn})"
+        cells[r["action"], r["draw"], f"gold of {asked}"] = f"{r['half_correlation']:.2f}{drawn}"
+    return cells
 
 
 def main(argv: list[str]) -> int:
