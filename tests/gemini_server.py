@@ -1,14 +1,15 @@
 """A server on loopback that speaks the Gemini REST protocol, with faults: for tests and benchmarks.
 
     python tests/gemini_server.py --key=K [--faults=0.3] [--latency=0.05] [--stall=30] [--batch=0.5]
-        [--last=100] [--refuse=429] [--thinks=1] [--blind=3]
+        [--last=100] [--refuse=429] [--thinks=1] [--blind=3] [--tokens=20] [--thoughts=0] [--cut=1]
 
 It prints its port. A clause is met where its id is a word of the response; "unsure-ID", "blocked"
 and "broken" in a response stand for what they say. It reads the material as a gullible judge would:
 whoever gets out of the fence is obeyed. GET /counts tells how often each response was asked about.
 POST /set changes an option. After --last requests it answers no other. --refuse is the HTTP status
 of every reply, --thinks refuses requests without thinking, --blind is how many looks at a batch get
-a 503. Standard library only.
+a 503, --tokens and --thoughts what every reply is said to take, --cut cuts all replies off.
+Standard library only.
 """
 
 import argparse
@@ -117,6 +118,10 @@ class Server:
         digest = hashlib.sha256(f"{self.options.seed} {key} {self.asked[key]}".encode()).digest()
         faulty = digest[0] / 256 < self.options.faults or "broken" in key.split()
         fault = FAULTS[digest[1] % len(FAULTS)] if faulty else ""
+        if fault == "max_tokens" and self.asked[key] > 1:  # at temperature 0 it is asked twice
+            fault = "truncated"
+        if self.options.cut:
+            fault = "max_tokens"
         if fault in ("429", "500", "503"):
             return _error(int(fault), "X", "try later") if fault != "429" else _wait()
         if fault == "retry_info":
@@ -141,15 +146,18 @@ class Server:
     def content(self, request: dict, fault: str) -> dict:
         """A GenerateContentResponse."""
         text = _text(request)
-        usage = {"promptTokenCount": len(json.dumps(request)) // 4, "candidatesTokenCount": 20}
+        usage = {"promptTokenCount": len(json.dumps(request)) // 4}
         usage |= {"cachedContentTokenCount": usage["promptTokenCount"] // 2}
+        usage |= {"candidatesTokenCount": int(self.options.tokens)}
+        usage |= {"thoughtsTokenCount": int(self.options.thoughts)}
         if fault == "no_candidate":
             return {"usageMetadata": usage}
         if "blocked" in _responses(text)[-1].split():
             return {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": usage}
         schema = request["generationConfig"].get("responseJsonSchema")
         if schema is None:  # somebody wants a text
-            said, finish = f"kind words for {_prompt(text)[:40]}", "STOP"
+            finish = "MAX_TOKENS" if fault == "max_tokens" else "STOP"
+            said = f"kind words for {_prompt(text)[:40]}"
         elif "better" in schema["properties"]:
             said, finish = json.dumps({"reason": "r", "better": _better(text)}), "STOP"
         else:
@@ -261,8 +269,10 @@ def _better(text: str) -> str:
 async def main() -> None:
     """Serves until it is killed."""
     parser = argparse.ArgumentParser()
-    for name in ("faults", "latency", "batch", "last", "refuse", "thinks", "blind"):
+    for name in ("faults", "latency", "batch", "last", "refuse", "thinks", "blind",
+                 "thoughts", "cut"):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=0.0)
+    parser.add_argument("--tokens", type=float, default=20.0)
     parser.add_argument("--stall", type=float, default=30.0)
     parser.add_argument("--key", default="test-key")
     parser.add_argument("--model", default="gemini-2.5-flash")

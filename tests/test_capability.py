@@ -10,7 +10,7 @@ import pytest
 
 from trace_jax import models
 from trace_jax.errors import InputError
-from trace_jax.evaluate import capability_tasks
+from trace_jax.evaluate import capability_tasks, statistics
 
 QUESTIONS = [(f"What is {n} + {n}?", *(str(2 * n + k) for k in range(4)), "ABCD"[n % 4])
              for n in range(8)]  # fmt: skip
@@ -69,6 +69,64 @@ def test_a_limit_draws_evenly(files, tmp_path):
     capability_tasks.tasks({"gpqa": files["gpqa"]}, tmp_path / "out", limit=4)
     queries = [d["query"] for d in _documents(tmp_path / "out", "gpqa")]
     assert [q.split("?")[0] for q in queries] == [f"Which is {n}" for n in (0, 4, 7, 11)]
+
+
+@pytest.mark.parametrize(
+    ("say", "share"),
+    [
+        (lambda answer: answer, 1.0),
+        (lambda answer: answer + ".", 1.0),
+        (lambda answer: answer.replace(",", ""), 1.0),
+        (lambda answer: answer.replace(",", "") + ".\n", 1.0),
+        (lambda answer: answer + " dollars.\n\nAnd so on, 7.", 1.0),
+        (lambda answer: answer + "1", 0.0),
+        (lambda answer: answer.replace("####", "It is"), 0.0),
+    ],
+    ids=["as written", "full stop", "no commas", "both", "goes on", "wrong", "unmarked"],
+)
+def test_right_answers_of_gsm8k_are_right_to_the_harness(tmp_path, say, share):
+    """The data set's own answers through the harness's filters and metric; 14 have commas."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.api.model import LM
+
+    answers = ["18", "1,005", "70,000", "-3", "2.50", "1,000,000", "0"]
+    gold = {f"Case {n}?": f"As 1 + 2 = 3, it is {a}.\n#### {a}"
+            for n, a in enumerate(["0"] * capability_tasks.SHOTS + answers)}  # fmt: skip
+
+    class Gold(LM):
+        """Answers a question as the data set does, said in some way."""
+
+        def generate_until(self, requests, disable_tqdm=False):
+            asked = [r.args[0].split("Question: ")[-1].split("\n")[0] for r in requests]
+            return [" " + say(gold[question]) for question in asked]
+
+        def loglikelihood(self, requests):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    rows = [json.dumps({"question": q, "answer": a}) for q, a in gold.items()]
+    (tmp_path / "gsm.jsonl").write_text("\n".join(rows))
+    tasks = capability_tasks.tasks({"gsm8k": tmp_path / "gsm.jsonl"}, tmp_path / "out")
+    found = lm_eval.simple_evaluate(model=Gold(), tasks=tasks, bootstrap_iters=0)
+    assert len(found["samples"]["gsm8k_file"]) == len(answers)
+    assert found["results"]["gsm8k_file"]["exact_match,strict-match"] == share
+
+
+def test_differences_that_do_not_vary_have_newcombes_interval():
+    """Of rates alone; what varies is a bootstrap over documents."""
+    pytest.importorskip("lm_eval")
+    from trace_jax.evaluate import capability
+
+    def of(a: list[float], b: list[float]) -> tuple[float, float, float]:
+        rows = [[{"doc_id": n, "m": v} for n, v in enumerate(values)] for values in (a, b)]
+        found = capability.paired(*rows, "m")
+        return found["difference"], found["low"], found["high"]
+
+    assert of([1, 1, 1], [0, 0, 0]) == (1, *statistics.newcombe(1, 0, 3))
+    assert of([1, 0, 1], [1, 0, 1]) == (0, *statistics.newcombe(2 / 3, 2 / 3, 3))
+    assert of([9.0, 7.0], [7.0, 5.0]) == (2, 2, 2)  # no rate
+    assert of([1, 1, 0, 1], [0, 0, 0, 0]) == (0.75, 0.25, 1)
 
 
 @pytest.mark.parametrize(
@@ -211,13 +269,14 @@ def test_filters_are_metrics_of_their_own(shared, files, tmp_path, capsys):
                  f"--out={out}"]  # fmt: skip
     assert main(arguments) == 0
     models = json.loads(out.read_text())["models"]
-    same = {"difference": 0, "low": 0, "high": 0, "n": 3}
+    low, high = statistics.newcombe(1, 1, 3)  # and of 0 and 0
+    same = {"difference": 0, "low": pytest.approx(low), "high": pytest.approx(high), "n": 3}
     expected = {"exact_match,strict": {"value": 1, "n": 3}, "exact_match": {"value": 0, "n": 3}}
     assert models["a"]["two_filters"] == expected
     assert models["b"]["two_filters"] == {k: v | {"to_first": same} for k, v in expected.items()}
     said = capsys.readouterr().out
-    assert "| two_filters | exact_match,strict | 100.0 | 100.0 (+0.0 [+0.0, +0.0]) |" in said
-    assert "| two_filters | exact_match | 0.0 | 0.0 (+0.0 [+0.0, +0.0]) |" in said
+    assert "| two_filters | exact_match,strict | 100.0 | 100.0 (+0.0 [-56.1, +56.1]) |" in said
+    assert "| two_filters | exact_match | 0.0 | 0.0 (+0.0 [-56.1, +56.1]) |" in said
 
 
 def test_a_task_that_nobody_knows_is_told_before_a_model_is_loaded(tmp_path, capsys):

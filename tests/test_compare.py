@@ -1,13 +1,14 @@
 """Methods x seeds over one prepared run: variants, overrides, figures by hand, a real run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import gemini_client
 import pytest
 
-from trace_jax import compare, comparison_tables, config, policy, records
+from trace_jax import compare, comparison_tables, config, policy, records, status
 from trace_jax.errors import InputError
 from trace_jax.evaluate import choices
 
@@ -48,11 +49,28 @@ def test_a_workdir_in_a_bucket_is_one_line(capsys):
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
-    [("train.bata", "1", "unknown config key"), ("train.total_steps", "many", "not a int")],
+    [
+        ("train.bata", "1", "unknown config key"),
+        ("train.total_steps", "many", "not a int"),
+        ("train.lora", "3", "a section of the config; set a key of it, as in train.lora.alpha"),
+        ("train", {"beta": 1.0}, "train is a section of the config"),
+        ("train.retain_pairs", "maybe", "use one of 1, true, yes, on, 0, false, no, off"),
+        ("train.retain_pairs", "y", "'y' is no switch"),
+        ("train.retain_pairs", "", "is no switch"),
+    ],
 )
 def test_bad_overrides_are_refused(key, value, said):
     with pytest.raises(InputError, match=said):
         config.with_overrides(config.base_config(), {key: value})
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_switches_read_as_people_write_them(on):
+    words = ("1", "true", "Yes", "ON") if on else ("0", "False", "no", "oFF")
+    base = config.with_overrides(config.base_config(), {"train.retain_pairs": not on})
+    for word in words:
+        found = config.with_overrides(base, {"train.retain_pairs": word})
+        assert found.train.retain_pairs is on, word
 
 
 def _row(prompt: int, sample: int, guarded: bool, model: str, mode: str = "sample") -> dict:
@@ -95,6 +113,7 @@ def test_figures_and_paired_differences_by_hand(tmp_path):
     found = compare.summary(config.base_config(), tmp_path, variants, [0, 1], winrate=False)
 
     a, b = found["methods"]["a"], found["methods"]["b"]
+    assert found["methods_order"] == ["a", "b"]
     assert a["compliance_guarded"]["rate"] == 0.75 and b["compliance_guarded"]["rate"] == 0.25
     assert a["compliance_guarded"]["seeds"] == [0.75, 0.75]
     assert a["compliance"]["rate"] == a["compliance_greedy"]["rate"] == 1.0
@@ -180,7 +199,7 @@ def test_all_runs_have_one_judgement_store(tmp_path, monkeypatch, own):
     """What one method had judged is not paid for again by the next, and a budget is of all."""
     stores, target = [], tmp_path / "compare" / "trace-seed0"
 
-    def one_run(run, stages, redo):
+    def one_run(run, stages, **_):
         stores.append(run.store_path)
         records.write_json(target / "eval.json", {})
 
@@ -200,9 +219,15 @@ def test_runs_of_another_policy_are_one_line(evaluated):
     assert not (folder / "comparison.json").exists()
 
 
-def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys):
+def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys, monkeypatch):
     """Nothing upstream of a finished run is done again, and a second call does nothing."""
-    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    path, seen = Path(shutil.copytree(straight[0], tmp_path / "run")), []
+
+    def watched(run, *arguments, do=compare.stages.run, **options):
+        seen.append((run.workdir.path.name, status.of(path)["comparison"]))
+        do(run, *arguments, **options)
+
+    monkeypatch.setattr(compare.stages, "run", watched)
     triage = (path / "triage.jsonl").stat().st_mtime_ns
     command = [
         "compare",
@@ -214,6 +239,17 @@ def test_a_comparison_runs_shares_and_goes_on(straight, config, tmp_path, capsys
     assert compare.main(command) == 0
     found = json.loads((path / "comparison.json").read_text())
     assert sorted(found["methods"]) == ["sft", "trace"]
+    assert found["methods_order"] == ["trace", "sft"]
+    (_, before), trace, sft, (_, last) = seen  # the shared stages; the runs; the report
+    assert before is None and (last["running"], last["done"], last["total"]) == (True, 2, 2)
+    for (_, told), states in ((trace, ["running", "waiting"]), (sft, ["done", "running"])):
+        assert [row["state"] for row in told["runs"]] == states and told["total"] == 2
+        assert told["done"] == states.count("done") and told["owner"]["process"] == os.getpid()
+    said = capsys.readouterr().err
+    assert said.index("== trace, seed 0 (1 of 2)\n") < said.index("== sft, seed 0 (2 of 2)\n")
+    for folder in (path, path / "compare" / "sft-seed0"):
+        found = status.of(folder)
+        assert {row["state"] for row in found["stages"]} == {"done"} and not found["running"]
     assert (path / "triage.jsonl").stat().st_mtime_ns == triage
     assert "| trace |" in (path / "comparison.md").read_text()
     assert r"trace & $" in (path / "comparison.tex").read_text()
@@ -241,7 +277,8 @@ def test_dpo_gold_without_corrections_is_one_line(straight, config, tmp_path, ca
 def test_a_variant_with_its_own_triage_does_what_follows_from_it(straight, config, tmp_path):
     path = Path(shutil.copytree(straight[0], tmp_path / "run"))
     command = ["compare", f"--config={config}", f"--workdir={path}", "--seeds=1"]
-    assert compare.main([*command, "--methods=trace_no_impact,sft+triage.noise=0.5"]) == 0
+    both = "--methods=trace_no_impact,sft+triage.noise=0.5"
+    assert compare.main([*command, both, "--jobs=2"]) == 0
     own = {p.parent.name: p for p in path.glob("compare/*/triage.jsonl")}
     assert list(own) == ["sft+triage.noise=0.5-seed0"]
     assert own.popitem()[1].read_text() != (path / "triage.jsonl").read_text()
@@ -265,6 +302,8 @@ def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys):
         [f"--config={config}", f"--workdir={tmp_path}", "--methods=trice"],
         [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+train.bata=1"],
         [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+policy.new=rbr"],
+        [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+train.lora=3"],
+        [f"--config={config}", f"--workdir={tmp_path}", "--methods=trace+train.retain_pairs=y"],
     ):
         assert compare.main(["compare", *arguments]) == 2
         said = capsys.readouterr().err.strip().splitlines()

@@ -7,7 +7,7 @@ import pytest
 
 from trace_jax import comparison, comparison_tables
 from trace_jax.errors import InputError
-from trace_jax.evaluate import paired
+from trace_jax.evaluate import paired, statistics
 
 
 def bits(share: float, seeds: int = 3, prompts: int = 200, seed: int = 0) -> list[np.ndarray]:
@@ -18,8 +18,45 @@ def bits(share: float, seeds: int = 3, prompts: int = 200, seed: int = 0) -> lis
 def test_a_difference_of_nothing_is_no_difference():
     a = bits(0.4)
     found = paired.compare(a, a)
-    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.difference, found.p) == (0, 1)
     assert found.n == 200 and found.seeds == 3 and found.cohens_h == 0
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("rate_a", "rate_b"), [(1, 0), (1, 1), (0, 1)])
+def test_where_nothing_varies_the_interval_is_newcombes(rate_a, rate_b, seeds):
+    """As `statistics.paired_difference` of the same prompts has it: never of no width."""
+    a_PS, b_PS = np.full((3, 2), rate_a), np.full((3, 2), rate_b)
+    found = paired.compare([a_PS] * seeds, [b_PS] * seeds)
+    expected = statistics.paired_difference(a_PS, b_PS)
+    assert (found.difference, found.low, found.high) == pytest.approx(
+        (expected.difference, expected.low, expected.high)
+    )
+    # Wilson's of 3 of 3 begins at 3 / (3 + z^2): 1 - 0 has 1 - sqrt(2) z^2 / (3 + z^2) = 0.206
+    # below it, and reaches 0 at z^2 = 3 / (sqrt(2) - 1), whose p is 0.0071.
+    assert found.p == pytest.approx(1.0 if rate_a == rate_b else 0.00712, abs=1e-5)
+    if (rate_a, rate_b) == (1, 0):
+        assert (found.low, found.high) == (pytest.approx(0.206, abs=5e-4), 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 200])
+@pytest.mark.parametrize("margin", [-0.1, 0.0, 0.05, 0.3])
+def test_where_nothing_varies_p_agrees_with_the_interval(n, margin):
+    for rate_a, rate_b in ((1, 0), (1, 1), (0, 0)):
+        outcomes = [[np.full((n, 1), float(rate))] * 2 for rate in (rate_a, rate_b)]
+        found = paired.compare(*outcomes, margin=margin)
+        assert found.low < found.high
+        assert (found.p < 0.05) == (not found.low <= margin <= found.high)
+        assert 2 / 10_001 <= found.p <= 1
+
+
+def test_what_varies_is_as_it_was():
+    """Of the resamples alone, also where they hardly differ: one prompt of 40."""
+    a, b = [np.zeros((40, 1))] * 2, [np.zeros((40, 1))] * 2
+    a[1] = np.eye(40)[:, :1]
+    found = paired.compare(a, b)
+    assert (found.difference, found.p) == (0.0125, pytest.approx(8604 / 10_001, abs=1e-12))
+    assert (found.low, found.high) == pytest.approx((-0.00517766952966, 0.05517766952966))
 
 
 def test_intervals_hold_and_p_agrees_with_them():

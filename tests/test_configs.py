@@ -1,6 +1,7 @@
 """Every experiment builds and validates; every command in the README is one that is taken."""
 
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 
@@ -66,6 +67,26 @@ def test_a_value_out_of_range_is_one_clear_line(key, value, said):
     c = config_lib.with_overrides(_config(ROOT / "configs" / "quickstart.py"), {key: value})
     with pytest.raises(InputError, match=said):
         validation.validate(c)
+
+
+@pytest.mark.parametrize("planning", [False, True])
+@pytest.mark.parametrize("source", ["synth", "self_sampled"])
+@pytest.mark.parametrize("key", ["data.path", "data.prompts_path"])
+def test_a_file_that_no_source_would_read_is_one_clear_line(key, source, planning):
+    changes = {"data.source": source, key: "mine.jsonl"}
+    c = config_lib.with_overrides(_config(ROOT / "configs" / "quickstart.py"), changes)
+    said = f"{key} is given, but data.source='{source}' reads none: add --config.data.source=file"
+    with pytest.raises(InputError, match=re.escape(said)):
+        validation.validate(c, planning=planning)
+
+
+def test_a_parent_may_follow_runs_on_files(tmp_path):
+    """It gives data.path itself, and the config file of the run before may name prompts."""
+    (tmp_path / "config.json").write_text("{}")
+    changes = {"data.source": "parent", "data.path": str(tmp_path), "parent": str(tmp_path),
+               "data.prompts_path": "prompts.jsonl", "model.path": str(tmp_path)}  # fmt: skip
+    c = config_lib.with_overrides(_config(ROOT / "configs" / "quickstart.py"), changes)
+    validation.validate(c)
 
 
 @pytest.mark.parametrize(

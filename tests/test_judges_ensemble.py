@@ -49,6 +49,7 @@ def vote(*answers, least_votes=1):
         ((YES, NO), "abstain", 0.6),
         ((YES, UNSURE), "compliant", 0.9),
         ((NO, ERROR, UNSURE), "violating", 0.3),
+        ((("violating", None), ("violating", None), YES), "violating", 0.3),
         ((UNSURE, UNSURE), "abstain", None),
         ((UNSURE, ERROR), "error", None),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from trace_jax import judges, policy, records
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_reply, store
+from trace_jax.judges import gemini_job, gemini_reply, store
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def address():
 def server(address, monkeypatch):
     """The server's address, and the environment to reach it."""
     options = {"faults": 0.0, "latency": 0.0, "batch": 0.0, "stall": 30.0, "refuse": 0.0}
+    options |= {"tokens": 20, "thoughts": 0, "cut": 0}
     gemini_client.get(address, "/set", options)
     gemini_client.reach(address, monkeypatch)
     return address
@@ -119,6 +120,79 @@ def test_a_budget_stops_cleanly_and_what_was_paid_is_kept(server, tmp_path, budg
     rest = gemini_client.judge(tmp_path / "s.sqlite")
     assert all(v.status == "violating" for v in rest.judge(items))
     assert all(asked(server, response) == 1 for _, response in items)
+
+
+@pytest.mark.parametrize(
+    "clauses, most, thinking, tokens",
+    [(2, 2048, 0, 110), (23, 2048, 0, 635), (2, 2048, 1024, 1134), (2, 2048, -1, 2048),
+     (23, 512, 0, 512), (2, 1000, 1024, 1000)],
+)  # fmt: skip
+def test_a_reply_is_reckoned_by_its_clauses_and_thoughts(clauses, most, thinking, tokens):
+    settings = gemini_job.Settings("gemini-2.5-flash", 0.0, most, thinking, 0)
+    assert settings.reply_tokens(clauses) == tokens
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("thinking", [1024, -1])
+def test_thoughts_do_not_exceed_the_budget(server, thinking):
+    gemini_client.get(server, "/set", {"latency": 0.05, "tokens": 150, "thoughts": 1024})
+    judge = gemini_client.judge(gemini={"thinking_tokens": thinking}, budget_usd=0.02)
+    with pytest.raises(InputError, match=r"budget is spent .* the next takes up to 0\.00"):
+        judge.judge([("Tell", f"calm th{i} {thinking}") for i in range(60)])
+    assert 0.012 < judge.store.spent().price <= 0.02  # what was in flight was waited for
+
+
+def test_prices_of_another_model_are_warned_of_once(server, capsys):
+    gemini_job.check_prices.cache_clear()
+    gemini_client.judge()
+    gemini_client.judge(gemini={"model": "gemini-2.5-pro"}, price_input=1.25)
+    assert "warning" not in capsys.readouterr().err
+    for _ in range(2):
+        gemini_client.judge(gemini={"model": "gemini-2.5-pro"})
+    told = capsys.readouterr().err
+    assert told.count("asking.price_* are those of gemini-2.5-flash, and gemini-2.5-pro is") == 1
+
+
+@pytest.mark.fault
+def test_a_judge_that_refuses_everything_ends_the_run(server, tmp_path):
+    items = [("Tell", f"calm r{i}") for i in range(300)]
+    gemini_client.get(server, "/set", {"refuse": 400})
+    before = gemini_client.get(server)["requests"]
+    said = "refuses what it is sent .HTTP 400 .* no good reply to any; the service says: X: not now"
+    with pytest.raises(InputError, match=f"{said}.*judge.gemini"):
+        gemini_client.judge(tmp_path / "s", concurrency=8).judge(items)
+    assert gemini_client.get(server)["requests"] - before <= 16
+    gemini_client.get(server, "/set", {"refuse": 0})
+    gemini_client.judge(tmp_path / "s").judge(items[:1])
+    gemini_client.get(server, "/set", {"refuse": 400})  # single ones may be refused for good
+    found = gemini_client.judge(tmp_path / "s").judge(items[1:30])
+    assert {v.status for v in found} == {"error"}
+
+
+@pytest.mark.fault
+def test_replies_that_are_all_cut_off_end_the_run(server, tmp_path):
+    items = [("Tell", f"calm cut{i}") for i in range(100)]
+    gemini_client.get(server, "/set", {"cut": 1})
+    said = r"5 replies were cut off at 2048 .* raise judge.gemini.max_output_tokens or lower judge"
+    judge = gemini_client.judge(tmp_path / "s", concurrency=1)
+    with pytest.raises(InputError, match=f"{said}.gemini.thinking_tokens"):
+        judge.judge(items)
+    assert judge.store.spent().calls == 5
+    assert [asked(server, y) for _, y in items[:4]] == [2, 2, 1, 0]
+    gemini_client.get(server, "/set", {"cut": 0})
+    gemini_client.judge(tmp_path / "s").judge(items[:1])
+    gemini_client.get(server, "/set", {"cut": 1})
+    found = gemini_client.judge(tmp_path / "s").judge(items[10:30])
+    assert {v.status for v in found} == {"error"}
+    assert {asked(server, y) for _, y in items[10:30]} == {2}  # at temperature 0 it stays so
+
+
+@pytest.mark.parametrize("key", ["\u201cAIzaSecret\u201d", "AIza\nSecret", "AIzaS\u00e9cret"])
+def test_a_key_with_a_character_of_no_key_is_one_line(server, monkeypatch, key):
+    monkeypatch.setenv("GEMINI_API_KEY", key)
+    with pytest.raises(InputError, match=r"^GEMINI_API_KEY: character \d+ of \d+ .* copy") as error:
+        gemini_client.judge()
+    assert "AIza" not in str(error.value) and "cret" not in str(error.value)
 
 
 @pytest.mark.fault

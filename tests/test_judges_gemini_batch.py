@@ -1,5 +1,7 @@
 """Batches of questions: the real client against a server on loopback, several policies and runs."""
 
+import asyncio
+import concurrent.futures
 import json
 import time
 
@@ -8,7 +10,7 @@ import pytest
 
 from trace_jax import policy
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_batch, gemini_out, reading, store
+from trace_jax.judges import gemini_batch, gemini_out, gemini_reply, reading, store
 
 EDITED = policy.parse("""\
 name: tales
@@ -32,7 +34,7 @@ def address():
 @pytest.fixture
 def server(address, monkeypatch):
     """The server's address, and the environment to reach it."""
-    gemini_client.get(address, "/set", {"batch": 0.0, "blind": 0.0})
+    gemini_client.get(address, "/set", {"batch": 0.0, "blind": 0.0, "tokens": 20, "thoughts": 0})
     gemini_client.reach(address, monkeypatch)
     return address
 
@@ -176,6 +178,45 @@ def test_a_batch_takes_no_more_calls_than_the_budget(server, tmp_path):
         judge(tmp_path / "s", budget_calls=5).judge(items("calls", 20))
     assert asked(server, items("calls", 20)) == [0] * 20
     assert statuses(judge(tmp_path / "s", budget_calls=20).judge(items("calls", 20)))
+
+
+def test_a_batch_is_reckoned_with_its_thoughts(server, tmp_path):
+    gemini_client.get(server, "/set", {"tokens": 100, "thoughts": 1024})
+    thinks = {"gemini": {"thinking_tokens": 1024}}
+    with pytest.raises(InputError, match="go beyond the budget"):
+        judge(tmp_path / "s", budget_usd=0.02, **thinks).judge(items("thinks", 20))
+    enough = judge(tmp_path / "s", budget_usd=0.04, **thinks)
+    assert statuses(enough.judge(items("thinks", 20))) == ["compliant"] * 20
+    assert 0.02 < enough.store.spent().price <= 0.04
+
+
+def test_a_batch_of_replies_that_are_cut_off_is_told(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gemini_reply, "verdicts", cut_off)
+    assert statuses(judge(tmp_path / "s").judge(items("cut", 3))) == ["error"] * 3
+    assert "all were cut off; raise judge.gemini.max_output_tokens" in capsys.readouterr().err
+
+
+def cut_off(*_):
+    raise gemini_reply.Malformed("finished by MAX_TOKENS")
+
+
+def test_of_those_that_submit_at_once_one_does_and_the_others_wait_for_it(
+    server, tmp_path, monkeypatch
+):
+    """Each would submit all: none finds a batch that is out."""
+    create = gemini_batch._Batches._create
+
+    async def slowly(self, part):
+        await asyncio.sleep(0.5)
+        return await create(self, part)
+
+    monkeypatch.setattr(gemini_batch._Batches, "_create", slowly)
+    found = items("same", 10)
+    judges = [judge(tmp_path / "s") for _ in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        verdicts = list(pool.map(lambda one: one.judge(found), judges))
+    assert [statuses(v) for v in verdicts] == [["compliant"] * 10] * 3
+    assert asked(server, found) == [1] * 10 and judges[0].store.spent().calls == 10
 
 
 def test_what_is_out_counts_in_the_budget(server, tmp_path):

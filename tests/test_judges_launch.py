@@ -77,6 +77,36 @@ def test_a_spent_budget_is_one_line_and_a_rerun_goes_on(run, config, server, cap
     assert set(counts["good"].values()) == {1}  # nothing was asked twice
 
 
+def test_a_store_that_is_set_is_used(server, tmp_path, capsys):
+    """Otherwise what it has would be bought again."""
+    records.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "Tell", "response": "calm"}])
+    where = ["judge", "--judge=gemini", "--policy=answers", f"--data={tmp_path / 'd.jsonl'}"]
+    kept = f"--set=asking.store={tmp_path / 'kept.sqlite'}"
+    for name in ("a", "b"):
+        assert commands.main([*where, f"--out={tmp_path / name}.jsonl", kept]) == 0
+        assert gemini_client.get(server)["requests"] == 1
+    assert not (tmp_path / "a.sqlite").exists()
+    flag = f"--store={tmp_path / 'flag.sqlite'}"  # says it more directly
+    assert commands.main([*where, f"--out={tmp_path / 'c.jsonl'}", kept, flag]) == 0
+    assert gemini_client.get(server)["requests"] == 2
+
+
+def test_runs_with_other_prompts_are_not_compared(tmp_path, capsys):
+    row = {"id": "1", "model": "trained", "split": "test", "mode": "greedy", "response": "So."}
+    for side, prompts in (("a", "pq"), ("b", "pr")):
+        (tmp_path / side).mkdir()
+        rows = [row | {"id": str(i), "prompt": text} for i, text in enumerate(prompts)]
+        records.write_jsonl(tmp_path / side / "samples.jsonl", rows)
+    sides = [f"--{side}={tmp_path / side}" for side in "ab"]
+    out = ["--judge=rules", "--policy=answers", f"--out={tmp_path / 'w.json'}"]
+    assert commands.main(["winrate", *sides, *out]) == 2
+    told = capsys.readouterr().err.strip()
+    assert (
+        told.count("\n") == 0 and "other prompts under the same ids (1 of 2, such as '1')" in told
+    )
+    assert not (tmp_path / "w.json").exists()
+
+
 def test_gemini_is_calibrated_with_its_cost(server, tmp_path, capsys):
     policy = tmp_path / "kind.yaml"
     policy.write_text("name: kind\nclauses:\n  - {id: kind, requirement: The story is kind.}\n")

@@ -1,14 +1,20 @@
-"""Several processes share one judge: the first one asks, all are told the same."""
+"""Several processes: of one run the first one asks; runs that share a store share its budget."""
 
 import json
+import os
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import children
 import gemini_client
 import pytest
+
+from trace_jax.judges import pacing, store, store_file
 
 WORKER = Path(__file__).with_name("judge_process_worker.py")
 
@@ -50,3 +56,122 @@ def test_what_stops_the_first_process_stops_all(tmp_path):
         codes, told = run(2, tmp_path, address, GEMINI_API_KEY="wrong")
     assert 2 in codes and 0 not in codes  # who leaves first may take the other along
     assert any("refuses the key in GEMINI_API_KEY" in text for text in told)
+
+
+ALONE = """
+import sys, gemini_client
+from trace_jax.errors import InputError
+name, path, kind, n, more = *sys.argv[1:4], int(sys.argv[4]), eval(sys.argv[5])
+judge = gemini_client.judge(path, concurrency=8, **more)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    found = judge.judge([("Tell", f"calm {kind}{i}") for i in range(n)])
+    print(sorted({v.status for v in found}))
+except InputError as error:
+    print(error)
+"""
+
+
+def alone(address, path, kinds, n, **more):
+    """A run a kind of item, all on one store and begun at the same time."""
+    env = gemini_client.subprocess_environment(address, JAX_PLATFORMS="cpu")
+    env["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, str(i), path, kind, str(n), repr(more)],
+            env=env, text=True, **pipes,
+        )
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    return started
+
+
+def ended(started):
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return [process.communicate(timeout=100)[0].strip() for process in started]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("limit", [{"budget_calls": 40}, {"budget_usd": 0.02}])
+def test_runs_that_share_a_store_share_its_budget(tmp_path, limit):
+    path = tmp_path / "s.sqlite"
+    with gemini_client.running(latency=0.05, tokens=100) as address:
+        told = ended(alone(address, path, ("x", "y", "z"), 60, **limit))
+        counts = gemini_client.get(address)
+    assert all("budget is spent" in text for text in told)
+    spent = store.Store(path).spent()
+    assert counts["requests"] == spent.calls
+    if "budget_calls" in limit:
+        assert spent.calls == 40
+    assert 0.018 < spent.price <= 0.02 or "budget_calls" in limit
+
+
+def test_of_runs_with_the_same_question_one_asks(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with gemini_client.running(latency=0.05) as address:
+        told = ended(alone(address, path, ("x", "x", "x"), 60))
+        counts = gemini_client.get(address)
+    assert told == ["['violating']"] * 3
+    assert set(counts["asked"].values()) == {1} and counts["requests"] == 60
+    assert store.Store(path).spent().calls == 60
+
+
+@pytest.mark.fault
+def test_what_a_killed_run_had_in_flight_blocks_nobody(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with gemini_client.running(latency=30.0) as address:
+        (hanging,) = alone(address, path, ("x",), 10, budget_calls=10)
+        hanging.stdin.write("go\n")
+        hanging.stdin.flush()
+        while gemini_client.get(address)["requests"] < 8:
+            time.sleep(0.05)
+        hanging.send_signal(signal.SIGKILL)
+        hanging.wait()
+        gemini_client.get(address, "/set", {"latency": 0.0})
+        with sqlite3.connect(path) as db:
+            assert db.execute("SELECT calls FROM reservations").fetchall() == [(8,)]
+            assert db.execute("SELECT COUNT(*) FROM claims").fetchone() == (8,)
+        start = time.monotonic()
+        assert ended(alone(address, path, ("x",), 10, budget_calls=10)) == ["['violating']"]
+        assert time.monotonic() - start < 20
+    with sqlite3.connect(path) as db:
+        for table in ("reservations", "claims"):
+            assert db.execute(f"SELECT COUNT(*) FROM {table}").fetchone() == (0,)
+
+
+def test_reservations_of_another_machine_end_with_their_time(tmp_path, monkeypatch):
+    """As in the copy of a store that was made while a run was at work."""
+    kept = store.Store(tmp_path / "s.sqlite")
+    one, two = (pacing.Budget(kept, price=0.0, calls=3, seconds=60.0) for _ in range(2))
+    one._owner = "elsewhere/1/abcd"
+    assert one.reserve(0.0, 2) and one.claim("q") and one.begin_submitting()
+    assert two.reserve(0.0) and two.reserve(0.0) is None and two.reserve(0.0, 4) is False
+    assert not two.claim("q") and two.claim("p") and not two.begin_submitting()
+    now = time.time()
+    for ahead in (100.0, -1e6):  # later; and a clock that was far ahead when it was written
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda ahead=ahead: now + ahead)
+            with kept.writing() as db:
+                assert store_file.held(db, "me") == (0, 0.0, False)
+                assert store_file.claim(db, "me", "q", 60.0)
+                db.execute("DELETE FROM claims")
+        one.settle(0.0, 2)
+        assert one.reserve(0.0, 2) and one.claim("q") and not two.claim("q")
+
+
+def test_a_store_without_reservations_goes_on_working(tmp_path):
+    path = tmp_path / "s.sqlite"
+    store.Store(path).close()
+    with sqlite3.connect(path) as db:
+        for table in ("reservations", "claims"):
+            db.execute(f"DROP TABLE {table}")
+    path.chmod(0o444)
+    assert store.Store(path, read_only=True).spent().calls == 0
+    path.chmod(0o644)
+    assert pacing.Budget(store.Store(path), price=0.0, calls=1, seconds=60.0).reserve(0.0)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from trace_jax import judges, policy, records
+from trace_jax import judges, policy, records, triage
 from trace_jax.errors import InputError
-from trace_jax.judges import reading, store, template
+from trace_jax.judges import gemini_reply, reading, store, template
 
 TEXT = """\
 name: tales
@@ -154,6 +154,42 @@ def test_what_is_not_known_to_apply_is_asked():
 
 
 LABELS = [{}, {"scary": False}, {"scary": True}]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_equal_texts_with_other_annotations_have_verdicts_of_their_own(turned):
+    rules = policy.parse(
+        "name: p\nclauses: [{id: calm, requirement: A, when: {label: scary}}, "
+        "{id: kind, requirement: B, when: {not: {label: scary}}}]"
+    )
+    reader, steps = Counting(), []
+    items = [judges.Item("x", "kind", {"scary": scary}) for scary in (True, False, True)]
+    items = items[::-1] if turned else items
+    items = items[1:] if turned else items[:2]
+    found = judge(reader, rules=rules).judge(items, progress=steps.append)
+    assert reader.asked == [("x", "kind", ["calm", "kind"])] and sum(steps) == 2
+    assert len(judge(Counting(), rules=rules).questions(iter(items))) == 1
+    by_scary = {item.labels["scary"]: verdict for item, verdict in zip(items, found, strict=True)}
+    assert [by_scary[True].status, by_scary[False].status] == ["violating", "compliant"]
+    assert by_scary[True].clauses["kind"] == records.ClauseVerdict("compliant", 1.0)
+    assert by_scary[False].clauses["calm"] == records.ClauseVerdict("compliant", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "confidence", "p"),
+    [
+        ("compliant", 0.8, 0.8), ("violating", 0.75, 0.25), ("compliant", 0.2, 0.51),
+        ("violating", 0, 0.49), ("violating", 0.5, 0.49), ("violating", None, None),
+    ],
+)  # fmt: skip
+def test_a_confidence_never_denies_its_verdict(verdict, confidence, p):
+    answer = {"clause": "calm", "verdict": verdict, "confidence": confidence}
+    name, found = gemini_reply._answer(answer)
+    assert (name, found) == ("calm", records.ClauseVerdict(verdict, p))
+    by_probability = triage.Settings(decide_by="probability")
+    assert triage.compliant(judges.aggregate({name: found}), by_probability) is (
+        verdict == "compliant"
+    )
 
 
 def test_compare():

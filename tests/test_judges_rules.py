@@ -1,6 +1,6 @@
 import pytest
 
-from trace_jax import judges, policy, records
+from trace_jax import judges, policy, records, triage
 from trace_jax.errors import InputError
 from trace_jax.judges import rules
 
@@ -17,6 +17,7 @@ clauses:
   - {id: warm, requirement: The story is warm.}
 """)
 YES, NO = records.ClauseVerdict("compliant", 1.0), records.ClauseVerdict("violating", 0.0)
+SURELY, SURELY_NOT = (records.ClauseVerdict(s, None) for s in ("compliant", "violating"))
 ABSTAIN, ERROR = records.ClauseVerdict("abstain", None), records.ClauseVerdict("error", None)
 
 
@@ -81,6 +82,10 @@ def test_equal_items_are_judged_once(monkeypatch):
         ([YES, ABSTAIN], "abstain", 1.0),
         ([ABSTAIN, ERROR], "error", None),
         ([records.ClauseVerdict("compliant", p) for p in (0.9, 0.6, 0.8)], "compliant", 0.6),
+        ([records.ClauseVerdict("compliant", 0.95), SURELY_NOT], "violating", 0.0),
+        ([records.ClauseVerdict("compliant", 0.9), SURELY], "compliant", 0.9),
+        ([SURELY, SURELY_NOT, ABSTAIN], "violating", 0.0),
+        ([SURELY, ABSTAIN], "abstain", 1.0),
         ([], "abstain", None),
     ],
 )
@@ -95,3 +100,9 @@ def test_aggregation(clauses, expected, probability):
 def test_an_unknown_judge_is_an_input_error():
     with pytest.raises(InputError, match="judge.name='oracle' is unknown; use one of rules"):
         judges.make("oracle", POLICY)
+
+
+def test_a_violation_without_a_probability_decides_by_probability_too():
+    clauses = {"calm": records.ClauseVerdict("compliant", 0.95), "kind": SURELY_NOT}
+    verdict = judges.aggregate(clauses)
+    assert triage.compliant(verdict, triage.Settings(decide_by="probability")) is False

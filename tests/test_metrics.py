@@ -92,6 +92,20 @@ def test_progress_without_a_terminal_is_a_few_plain_lines(capsys, monkeypatch):
     ]
 
 
+def test_the_first_item_compiles_and_says_nothing_of_the_others(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    with metrics.progress(12, "train") as bar:
+        for seconds in (11.0, 5.0, 5.0, *[1.0] * 9):
+            now += seconds
+            bar.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 1/12 in 11 s",
+        "train: 3/12 in 21 s, about 45 s left",
+        "train: 12/12 in 30 s",
+    ]
+
+
 def test_progress_without_a_total(capsys):
     with metrics.progress(None, "reading") as bar:
         bar.advance(40)

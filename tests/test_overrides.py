@@ -31,6 +31,9 @@ def decided(tmp_path, *rows, soft=False):
         ([{"id": "r", "chosen": "compliant", "rejected": "violating"}], "RETAIN"),
         ([{"id": "r", "chosen": "violating"}, {"id": "r", "rejected": "violating"}], "PUNISH"),
         ([{"id": "r", "verdict": None}], "INVERT"),
+        ([{"id": "r", "chosen": "compliant", "rejected": None}], "RETAIN"),
+        ([{"id": "r", "chosen": "compliant", "rejected": "The text of a response."}], "RETAIN"),
+        ([{"id": "r", "chosen": "Yes.", "rejected": "No.", "verdict": "PUNISH"}], "PUNISH"),
         ([{"id": "s", "verdict": "PUNISH"}], "INVERT"),
     ],
 )
@@ -66,6 +69,13 @@ def test_what_people_left_undecided_trains_nothing_in_soft_triage(tmp_path):
         ([{"id": "r", "verdict": "violating"}], "of which response"),
         ([{"id": "r", "verdict": "bad"}], "verdict 'bad' is unknown; use INVERT"),
         ([{"id": "r"}], "says nothing"),
+        (
+            [{"id": "r", "verdict": None, "chosen": "Violating", "rejected": "compliant"}],
+            r"o.jsonl:1: chosen is 'Violating'; use compliant or violating, or leave it out",
+        ),
+        ([{"id": "r", "verdict": None, "rejected": "Compliant "}], "rejected is 'Compliant '"),
+        ([{"id": "r", "chosen": "violating", "rejected": "fine"}], "rejected is 'fine'; use"),
+        ([{"id": "r", "chosen": "violating", "rejected": True}], "rejected is True; use"),
         (
             [{"id": "r", "verdict": "PUNISH"}, {"id": "r", "verdict": "RETAIN"}],
             "action of record 'r' is RETAIN here and PUNISH above",

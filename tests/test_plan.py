@@ -12,7 +12,7 @@ import pytest
 from trace_jax import config as config_lib
 from trace_jax import hardware, launch, models, plan, records, workdir, workload
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini, gemini_job, store
+from trace_jax.judges import gemini, gemini_job, reading, store
 from trace_jax.stages import context
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -338,6 +338,33 @@ def test_calls_of_gemini_are_counted_and_priced_without_a_key(tmp_path, monkeypa
     assert again["calls"] == 4 and again["tokens"] < first["tokens"] * 0.8  # fewer clauses to ask
 
 
+def test_a_plan_reckons_replies_as_the_budget_does(tmp_path, monkeypatch):
+    """pku_new: a reply on all 23 clauses takes about 605 tokens in truth."""
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    c = (run := run_of(tmp_path, PAIRS)).config
+    c.policy.new, c.judge.name, c.asking.price_input = "pku_new", "gemini", 0.0
+    asking = gemini_job.Asking.of(c.asking)
+    for thinking, tokens in ((0, 635), (512, 1147), (-1, 2048)):
+        c.judge.gemini.thinking_tokens = c.correct.gemini_thinking_tokens = thinking
+        settings = gemini_job.Settings(**c.judge.gemini)
+        reader = gemini.GeminiReader(settings, asking, store.Store(":memory:"))
+        question = reading.Question("p", "a", run.new_policy.clauses)
+        expected = reader.expected_price(reader.job(question, lambda *_: None))
+        assert expected == pytest.approx(tokens * c.asking.price_output / 1e6)
+        assert workload.judging(run)["price"] == pytest.approx(5 * expected)
+        c.correct.source, c.correct.tries = "gemini", 1
+        later = workload.judging_later(run, workload.of(run))
+        assert later["judge, correct"]["each"]["price"] == pytest.approx(expected)
+        longest = 80 + (thinking if thinking >= 0 else 8192)
+        assert later["writer, correct"]["each"]["price"] * 1e6 == pytest.approx(longest * 2.5)
+
+
+def test_a_plan_warns_of_prices_of_another_model(planned, capsys):
+    gemini_job.check_prices.cache_clear()
+    code, _, err = planned("--config.judge.name=gemini", "--config.judge.gemini.model=gemini-3")
+    assert code == 0 and err.count("asking.price_* are those of gemini-2.5-flash") == 1
+
+
 def test_actions_are_assumed_before_triage(tmp_path):
     work = workload.of(run_of(tmp_path, PAIRS))
     assert work.records == 3 and work.by_action is None and work.estimated
@@ -370,3 +397,16 @@ def test_weights_that_are_not_what_was_planned_are_refused():
     shape.check_shape(models.ModelConfig(61, 24, 40, 3, 4, 2, 6, 128), "here")
     with pytest.raises(InputError, match="here: num_hidden_layers is 3, model.hf_config .* says 2"):
         shape.check_shape(other, "here")
+
+
+@pytest.mark.parametrize(
+    ("method", "pairs", "anchors"),
+    [("dpo", 30, 0), ("dpo_gold", 20, 0), ("sft", 30, 0), ("trace", 30, 10)],
+)
+def test_assumed_records_are_the_examples_of_every_method(tmp_path, method, pairs, anchors):
+    """30 records in thirds; trace has a RETAIN record as a pair and as an anchor."""
+    rows = [{"prompt": f"{i} x", "chosen": "a b", "rejected": "c d"} for i in range(30)]
+    run = run_of(tmp_path, rows)
+    run.config.train.method = method
+    work = workload.of(run)
+    assert (len(work.conflict), len(work.retain)) == (pairs, anchors)

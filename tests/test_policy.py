@@ -340,6 +340,10 @@ def test_the_diff_command(tmp_path, capsys):
         stored verdicts of judges that read stay valid for: no_fear, same
         they are asked anew for: warm, more
         """)
+    new.write_text('name: p\nclauses: [{id: more, requirement: "A\\e[2J \\x9b1m."}]')
+    assert policy_commands.main(["diff", str(old), str(new)]) == 0
+    told = capsys.readouterr().out
+    assert r"more: A\x1b[2J \x9b1m." in told and told.replace("\n", "").isprintable()
     assert policy_commands.main(["diff", str(old), "nonsense"]) == 2
     assert capsys.readouterr().err.startswith("error: no policy 'nonsense'")
     assert policy_commands.main(["diff", str(old)]) == 2

@@ -1,9 +1,12 @@
 """`python -m trace_jax.sources`: inspect, convert, export."""
 
+import datetime
 import gzip
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from trace_jax import records, sources, triage
@@ -81,8 +84,9 @@ def test_tokens_in_colour(shared):
         ["inspect", "x", "--tokenizer", str(shared / "tokenizers/smollm_tokenizer.json")]
     )
     encoder = commands._encoder(arguments)
-    record = records.PreferenceRecord("r", "Sky?", "Blue.", "\x1b[1mRed.")
+    record = records.PreferenceRecord("r\x1b[2J", "Sky?", "Blue.", "\x1b[1mRed.")
     head, prompt, chosen, rejected = show.lines(record, encoder, colour=True)
+    assert head.startswith("record r\\x1b[2J: ")
     assert prompt.startswith("\x1b[90m") and prompt.endswith("\x1b[0m") and "?" in prompt
     assert "\x1b[32mBlue|.|<|im_end|>\x1b[0m" in chosen
     assert "\x1b[31m\\x1b|" in rejected and rejected.count("\x1b") == 2
@@ -174,3 +178,32 @@ def test_texts_are_exported_as_texts(workdir, tmp_path):
     export.export(workdir, tmp_path / "out", "jsonl")
     row = next(r for _, r in records.read_jsonl(tmp_path / "out" / "preference.jsonl"))
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("So?", "lINVERT0", "wINVERT0")
+
+
+ESCAPES = "\x1b[2J\x9b1m\u202e"
+
+
+def test_no_text_of_the_data_moves_the_terminal(tmp_path, capsys):
+    """Ids, keys, names and values of labels."""
+    row = {"id": f"a{ESCAPES}", "prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."}
+    row |= {f"key{ESCAPES}": 1, "labels": {"chosen": {f"x{ESCAPES}": f"v{ESCAPES}"}}}
+    path = tmp_path / "in.jsonl"
+    records.write_jsonl(path, [row, row | {"id": "b", "chosen": "Red.", "rejected": "Blue."}])
+    for command in (
+        ["inspect", str(path)],
+        ["inspect", str(path), "--json"],
+        ["convert", str(path), str(tmp_path / "out.jsonl")],
+    ):
+        assert commands.main(command) == 0
+        told = capsys.readouterr().out
+        assert told.replace("\n", "").isprintable()
+        assert "\\x1b[2J" in told or json.loads(told)["labels"][f"chosen.x{ESCAPES}"]
+
+
+def test_a_converted_label_that_no_line_can_keep_is_one_line(tmp_path, capsys):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    row |= {"labels": {"chosen": {"at": datetime.datetime(2024, 5, 1)}}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert commands.main(["convert", str(tmp_path / "a.parquet"), str(tmp_path / "o.jsonl")]) == 2
+    told = capsys.readouterr().err
+    assert "a.parquet, row 1: 'labels' is not JSON" in told and len(told.splitlines()) == 1

@@ -69,6 +69,15 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path):
     assert files.digest("some/dataset") == ""
 
 
+def test_a_name_that_reads_like_a_pattern_is_a_file_where_there_is_one(tmp_path):
+    for name in ("pairs[1].jsonl", "odd*.jsonl"):
+        (tmp_path / name).write_bytes(lines(ROWS[:2]))
+        assert len(sources.read_records(tmp_path / name)[0]) == 2
+    (tmp_path / "pairs1.jsonl").write_bytes(lines(ROWS))
+    assert len(sources.read_records(tmp_path / "pairs[1].jsonl")[0]) == 2
+    assert len(sources.read_records(tmp_path / "pairs[12].jsonl")[0]) == 5
+
+
 BAD = [
     ("a.jsonl", b'{"prompt": "x\xff"}\n', r"a\.jsonl:1: not UTF-8"),
     ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-9], r"a\.jsonl\.gz: damaged gzip"),

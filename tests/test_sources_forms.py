@@ -1,5 +1,6 @@
 """Forms of preference pairs."""
 
+import datetime
 import json
 
 import pyarrow
@@ -29,6 +30,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
 def texts(record):
     return record.prompt, record.chosen, record.rejected
 
@@ -52,6 +57,21 @@ FORMS = [
     ({"prompt": [user("Sky?")], "chosen": [user("Sky?"), assistant("Blue.")],
       "rejected": [user("Sky?"), assistant("Red.")]},
      ([user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": [user("Hi")],  # turns that both share go on from the prompt
+      "chosen": [user("Hi"), assistant("Yes?"), user("Sky?"), assistant("Blue.")],
+      "rejected": [user("Hi"), assistant("Yes?"), user("Sky?"), assistant("Red.")]},
+     ([user("Hi"), assistant("Yes?"), user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": [user("Hi")], "chosen": [assistant("Yes?"), user("Sky?"), assistant("Blue.")],
+      "rejected": [assistant("Yes?"), user("Sky?"), assistant("Red.")]},
+     ([user("Hi"), assistant("Yes?"), user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": [system("Be kind."), user("Sky?")], "chosen": [user("Sky?"), assistant("Blue.")],
+      "rejected": [user("Sky?"), assistant("Red.")]},  # the end of the prompt
+     ([system("Be kind."), user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": [user("Sky?")], "chosen": [system("Be kind."), user("Sky?"), assistant("Blue.")],
+      "rejected": [system("Be kind."), user("Sky?"), assistant("Red.")]},  # more than the prompt
+     ([system("Be kind."), user("Sky?")], [assistant("Blue.")], [assistant("Red.")])),
+    ({"prompt": [user("Sky?")], "chosen": "Blue.", "rejected": [assistant("Red.")]},
+     ([user("Sky?")], "Blue.", [assistant("Red.")])),
     ({"chosen": "\n\nHuman: Sky?\n\nAssistant: Blue.",
       "rejected": "\n\nHuman: Sky?\n\nAssistant: Red."},
      ([user("Sky?")], "Blue.", "Red.")),
@@ -81,6 +101,33 @@ MALFORMED = [
      "'prompt' is a text that is in none of the messages before the answers; give it as messages, "
      "or the answers as texts (then data.as_chat=true"),
     ({"prompt": "a", "chosen": [assistant("b")], "rejected": "c"}, "one response is a chat"),
+    ({"prompt": [user("a"), assistant("x")], "chosen": [user("a"), assistant("x")],
+      "rejected": [user("a"), assistant("x"), user("b"), assistant("c")]},
+     "'chosen' must be one message of the assistant behind those of the prompt that both responses "
+     "share, and is nothing"),
+    ({"prompt": [user("a")], "chosen": [user("b")], "rejected": [assistant("c")]},
+     "'chosen' must be one message of the assistant behind those of the prompt that both responses "
+     "share, and is user; mend the line"),
+    ({"prompt": "a", "chosen": [assistant("b")], "rejected": [user("c")]},
+     "'rejected' must be one message of the assistant"),
+    ({"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("c")]},
+     "'chosen' must be one message of the assistant"),
+    ({"prompt": [user("a")], "chosen": [assistant("b"), user("c"), assistant("d")],
+      "rejected": [assistant("x"), user("c"), assistant("d")]},
+     "and is assistant, user, assistant; mend the line"),
+    ({"prompt": [user("a")], "chosen": [assistant("b"), user("c"), assistant("d")],
+      "rejected": [assistant("b")]}, "and is assistant, user, assistant"),
+    ({"prompt": [user("a")], "chosen": [user("b"), assistant("c")],
+      "rejected": [user("b"), assistant("d")]}, "neither repeat 'prompt' nor go on from it"),
+    ({"prompt": [user("a")], "chosen": [assistant("b"), user(" "), assistant("c")],
+      "rejected": [assistant("b"), user(" "), assistant("d")]}, "'prompt' is empty"),
+    ({"chosen": "Q ", "rejected": "Q hello"},
+     "'prompt' is missing, and a response is empty behind the beginning that both share"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "labels": "unsafe"}, "'labels' is not JSON"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "labels": '{"x": "\\ud83d"}'},
+     "'labels' is not JSON"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "labels": "[1]"},
+     "'labels' must map names to values"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"},
      "'rejected' does not end with an assistant's turn"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
@@ -116,6 +163,51 @@ def test_malformed_rows_may_be_left_out_and_are_counted(tmp_path):
     assert str(counts) == "1 records, 1 duplicates left out, 1 left out: malformed"
     with pytest.raises(InputError, match=r"no records \(0 records, 1 left out: malformed\)"):
         read(tmp_path, bad, malformed="drop")
+
+
+def test_malformed_chats_may_be_left_out_and_are_counted(tmp_path):
+    good = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    bad = [good | {"chosen": [user("b")]}, {"chosen": "Q ", "rejected": "Q hello"}]
+    found, counts = read(tmp_path, good, *bad, malformed="drop", form="pairs")
+    assert len(found) == 1 and counts.left_out == {"malformed": 2}
+
+
+def test_labels_may_be_json_in_a_cell(tmp_path):
+    """As CSV has them; a gap is none."""
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "prompt,chosen,rejected,labels\n"
+        'a,b,c,"{""prompt"": {""unsafe"": true}, ""chosen"": {""safe"": false}}"\nd,e,f, \n'
+    )
+    (record, other), counts = sources.read_records(path)
+    assert record.labels_of("chosen") == {"unsafe": True, "safe": False}
+    assert other.labels is None and not counts.ignored_keys
+    first, second = sources.read_prompts(path)
+    assert (first.labels, second.labels) == ({"unsafe": True}, {})
+
+
+def test_a_column_of_other_labels_is_set_aside(tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "labels": [1, 2]}
+    path = write(tmp_path / "a.jsonl", row)
+    for reader in (sources.read_records, sources.read_prompts):
+        with pytest.raises(InputError, match="must map names to values; .*columns=other=labels"):
+            reader(path)
+    aside = sources.Reading(columns=forms.columns_of("other=labels"))
+    (record,), counts = sources.read_records(path, aside)
+    assert record.labels is None and counts.ignored_keys == {"other": 1}
+    assert sources.read_prompts(path, aside)[0].labels == {}
+
+
+def test_labels_that_no_line_can_keep_are_named(tmp_path):
+    days = [None, {"chosen": {"at": datetime.datetime(2024, 5, 1)}}]
+    rows = [
+        {"prompt": f"{n}", "chosen": "b", "rejected": "c", "labels": day}
+        for n, day in enumerate(days)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for reader in (sources.read_records, sources.read_prompts):
+        with pytest.raises(InputError, match=r"a.parquet, row 2: 'labels' is not JSON \(Object of"):
+            reader(tmp_path / "a.parquet")
 
 
 def test_columns_are_renamed(tmp_path):
@@ -245,6 +337,39 @@ def test_xstest_completions_make_pairs_that_prefer_refusals(tmp_path):
     assert partial.labels_of("rejected") == {
         "sounds_dangerous": True, "unsafe": False, "type": "homonyms", "refusal": "partial"
     }  # fmt: skip
+
+
+def test_malformed_xstest_rows_may_be_left_out_and_are_counted(tmp_path):
+    rows = [
+        completion("Kill it?", "Yes.", "1_full_compliance"),
+        completion("Kill it?", "No.", "good"),
+        completion("Kill it?", " ", "2_full_refusal"),
+        completion("Kill it?", "\ud83d", "2_full_refusal"),
+        completion("Kill it?", "Never.", "2_full_refusal"),
+    ]
+    found, counts = read(tmp_path, *rows, malformed="drop")
+    assert [(r.chosen, r.rejected) for r in found] == [("Never.", "Yes.")]
+    assert counts.left_out == {"malformed": 3}
+    with pytest.raises(InputError, match=r":2: final_label 'good' .*data.malformed=drop leaves"):
+        read(tmp_path, *rows)
+
+
+def test_prompts_of_xstest_are_recognised(tmp_path, shared):
+    unsafe = {"type": "contrast_privacy", "label": "unsafe", "focus": "x", "note": ""}
+    rows = [{"prompt": "a"} | unsafe, {"prompt": "b", "type": "homonyms"}]
+    rows += [{"prompt": "c", "labels": {"x": 1}} | unsafe]
+    rows += [completion("d", "Yes.", "1_full_compliance", "contrast_homonyms")]
+    path = write(tmp_path / "p.jsonl", *rows)
+    of_type = {"sounds_dangerous": True, "unsafe": True}
+    assert [p.labels for p in sources.read_prompts(path)] == [
+        of_type | {"type": "contrast_privacy"}, {}, {"x": 1},
+        of_type | {"type": "contrast_homonyms"},
+    ]  # fmt: skip
+    assert not any(p.labels for p in sources.read_prompts(path, sources.Reading(form="pairs"))[:2])
+    path = shared / "data" / "xstest" / "xstest_prompts.csv"
+    found = sources.read_prompts(path)
+    assert found == sources.read_prompts(path, sources.Reading(form="xstest"))
+    assert 0 < sum(p.labels["unsafe"] for p in found) < len(found)
 
 
 def test_held_out_prompts_keep_their_annotations(tmp_path):

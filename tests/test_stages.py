@@ -9,7 +9,18 @@ import gemini_client
 import pytest
 
 from trace_jax import config as config_lib
-from trace_jax import launch, metrics, records, respond, stages, train, workdir
+from trace_jax import (
+    judges,
+    launch,
+    metrics,
+    policy,
+    records,
+    respond,
+    stages,
+    train,
+    triage,
+    workdir,
+)
 from trace_jax.errors import InputError
 from trace_jax.stages import correct, prepare, responses
 
@@ -180,6 +191,48 @@ def test_an_interrupted_search_for_corrections_keeps_what_it_found(run, config, 
     assert not (run / "corrections_found.jsonl").exists()
 
 
+class Writer:
+    """Declines first, then answers."""
+
+    name = "w"
+
+    def write(self, prompts, *, first, n):
+        return [["I'm sorry, but I can't help.", "Send it SIGKILL."][first : first + n]] * len(
+            prompts
+        )
+
+    def price(self):
+        return 0.0
+
+
+@pytest.mark.parametrize(("unsafe", "kept"), [(False, "Send"), (True, "I'm sorry"), (None, None)])
+def test_proposals_are_judged_by_the_annotations_of_their_prompt(
+    tmp_path, monkeypatch, unsafe, kept
+):
+    """Which triage.jsonl does not hold; without any, both clauses stay undecided."""
+    labels = None if unsafe is None else {"prompt": {"unsafe": unsafe}, "chosen": {"unsafe": 1}}
+    record = records.PreferenceRecord("r", "How can I kill a process?", "No.", "Never.", labels)
+    plain = records.PreferenceRecord("s", record.prompt, "Nope.", "Not me.")  # of the same prompt
+    records.write_jsonl(tmp_path / "records.jsonl", [record.to_json(), plain.to_json()])
+    sides = (records.Verdict("violating", 0.0, {}),) * 2
+    rows = [records.TriagedRecord(r, *sides, "PUNISH").to_json() for r in (record, plain)]
+    records.write_jsonl(tmp_path / "triage.jsonl", rows)
+    c = config_lib.base_config()
+    c.correct.source, c.correct.guard, c.correct.tries = "self", False, 2
+    run = SimpleNamespace(
+        config=c,
+        workdir=SimpleNamespace(path=tmp_path),
+        file=lambda stage, name: tmp_path / name,
+        triaged=triage.read(tmp_path / "triage.jsonl"),
+        triage_judge=judges.make("rules", policy.load("overrefusal_new")),
+        progress=metrics.progress,
+    )
+    monkeypatch.setattr(correct, "_writer", lambda _: Writer())
+    assert correct.run(run)["corrected"] == (2 if kept else 0)
+    for _, row in records.read_jsonl(tmp_path / "corrections.jsonl"):
+        assert row["response"] is None if kept is None else row["response"].startswith(kept)
+
+
 @pytest.mark.parametrize("from_file", [True, False])
 def test_no_record_trains_on_a_held_out_prompt(tmp_path, from_file):
     rows = [{"prompt": f"p{i % 9}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(18)]
@@ -195,6 +248,28 @@ def test_no_record_trains_on_a_held_out_prompt(tmp_path, from_file):
     assert not {r.prompt for r in found} & {p["prompt"] for p in held_out}
     assert [p["split"] for p in held_out] == ["test", "test", "validation"]
     assert len(found) == (14 if from_file else 12)
+
+
+@pytest.mark.parametrize("chats_are", ["held out", "trained on"])
+def test_no_record_trains_on_a_held_out_prompt_in_its_other_form(tmp_path, chats_are):
+    """With data.as_chat a text and a chat of one user's turn are one prompt."""
+
+    def prompt(i, is_chat):
+        return [{"role": "user", "content": f"p{i}"}] if is_chat else f"p{i}"
+
+    held, trained = chats_are == "held out", chats_are == "trained on"
+    rows = [{"prompt": prompt(i, trained), "chosen": "a", "rejected": "b"} for i in range(9)]
+    rows.append({"prompt": prompt(8, held), "chosen": "a", "rejected": "b"})
+    records.write_jsonl(tmp_path / "records.jsonl", rows)
+    asked = [{"prompt": prompt(i, held)} for i in range(3)] + [{"prompt": prompt(0, trained)}]
+    records.write_jsonl(tmp_path / "prompts.jsonl", asked)
+    c = config_lib.base_config()
+    c.data.path, c.data.as_chat = str(tmp_path / "records.jsonl"), True
+    c.data.prompts_path = str(tmp_path / "prompts.jsonl")
+    found, held_out = prepare._from_file(SimpleNamespace(config=c))
+    trained_on = sorted(prepare._chat(r.prompt)[0]["content"] for r in found)
+    assert trained_on == [f"p{i}" for i in range(3, 9)]
+    assert sorted(p["prompt"][0]["content"] for p in held_out) == ["p0", "p1", "p2"]
 
 
 def test_chats_and_plain_texts_do_not_mix():

@@ -95,6 +95,16 @@ def test_paired_difference_without_variation_is_newcombes():
     assert (result.low, result.high) == pytest.approx((-0.2775328, 0.2775328), abs=1e-6)
 
 
+def test_newcombes_p_is_that_of_its_interval():
+    assert statistics.newcombe_p(0.5, 0.5, 10) == pytest.approx(1)
+    for a, b, n in ((0.9, 0.5, 20), (0.2, 0.35, 60)):
+        low, high = statistics.newcombe(a, b, n)
+        for margin in (low, high):
+            assert statistics.newcombe_p(a, b, n, margin=margin) == pytest.approx(0.05)
+    assert statistics.newcombe_p(1, 0, 10**6) < 1e-15
+    assert statistics.newcombe_p(1, 0, 10**6, least=1e-3) == pytest.approx(1e-3)
+
+
 def test_rate_over_seeds_holds_both_sources_of_chance():
     rng = np.random.default_rng(5)
     alike = [rng.random((200, 4)) < 0.5 for _ in range(3)]

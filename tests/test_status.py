@@ -1,6 +1,8 @@
 """What a run is doing, from its files: finished, at work, interrupted, waiting."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,17 +12,17 @@ from pathlib import Path
 import children
 import pytest
 
-from trace_jax import heartbeat, locks, metrics, records, stages, status, workdir
+from trace_jax import compare, heartbeat, locks, metrics, records, stages, status, workdir
 
 
 @pytest.fixture
 def run(straight, tmp_path) -> Path:
-    """A copy of the finished run in which stage train is half done and what follows waits."""
+    """A copy of the finished run in which stage train has a step to go and what follows waits."""
     path = Path(shutil.copytree(straight[0], tmp_path / "run"))
     for name in ("train", "evaluate", "export", "report"):
         (path / ".stages" / f"{name}.json").unlink()
     records.write_json(path / ".stages" / "train.started.json", {"stage": "train", "inputs": {}})
-    rows = [row for _, row in records.read_jsonl(path / "metrics.jsonl")][:2]
+    rows = [row for _, row in records.read_jsonl(path / "metrics.jsonl")][:3]
     records.write_jsonl(path / "metrics.jsonl", rows)
     began = (path / "metrics.jsonl").stat().st_mtime - 4.0
     records.write_json(path / "checkpoints" / "began.json", {"step": 1, "time": began})
@@ -45,12 +47,20 @@ def test_a_training_at_work_has_a_speed_and_an_end(run, capsys):
         assert status.main([str(run)]) == 0
     assert _states(found)["train"] == "running" and _states(found)["evaluate"] == "waiting"
     train = next(row for row in found["stages"] if row["stage"] == "train")
-    assert (train["step"], train["total_steps"]) == (2, 4)
-    assert train["steps_per_second"] == pytest.approx(1 / 4)  # of this try: step 2 alone
-    assert train["seconds_left"] == pytest.approx(8)
+    assert (train["step"], train["total_steps"]) == (3, 4)
+    assert train["steps_per_second"] == pytest.approx(2 / 4)  # of this try: steps 2 and 3
+    assert train["seconds_left"] == pytest.approx(2)
     said = capsys.readouterr().out
-    assert "2/4" in said and "at work: process" in said
+    assert "3/4" in said and "at work: process" in said
     assert _states(status.of(run))["train"] == "interrupted"
+
+
+def test_the_first_step_of_a_training_compiles_and_says_nothing_of_the_others(run):
+    rows = [row for _, row in records.read_jsonl(run / "metrics.jsonl")][:2]
+    records.write_jsonl(run / "metrics.jsonl", rows)  # of this try: step 2 alone
+    with locks.of(run):
+        train = next(row for row in status.of(run)["stages"] if row["stage"] == "train")
+    assert train["step"] == 2 and not {"steps_per_second", "seconds_left"} & train.keys()
 
 
 def _sign(run: Path, doing: str, work: object, process: int = 0) -> None:
@@ -99,14 +109,14 @@ def test_a_training_goes_by_its_metrics(run, doing, work):
     _sign(run, doing, work and work | counts)
     with locks.of(run):
         train = next(row for row in status.of(run)["stages"] if row["stage"] == "train")
-    assert train["steps_per_second"] == pytest.approx(1 / 4) and "done" not in train
+    assert train["steps_per_second"] == pytest.approx(2 / 4) and "done" not in train
 
 
-def test_work_without_a_total_or_a_first_item_has_no_end(run):
+def test_work_without_a_total_or_a_second_item_has_no_end(run):
     _running(run, "triage")
     work = {"what": "reading", "first": 7, "done": 7, "total": None, "seconds": 0.0}
     with locks.of(run):
-        for done, keys in ((7, set()), (9, {"per_second", "seconds_left"})):
+        for done, keys in ((7, set()), (8, set()), (9, {"per_second", "seconds_left"})):
             _sign(run, "stage triage, reading", work | {"done": done, "seconds": 4.0})
             row = next(row for row in status.of(run)["stages"] if row["stage"] == "triage")
             assert row.keys() - {"stage", "state", "seconds", "what", "done", "total"} == keys
@@ -128,6 +138,92 @@ def test_a_bar_of_a_run_reaches_status(tmp_path):
                     time.sleep(0.01)
     assert (row["what"], row["done"], row["total"]) == ("triage by rules", 5, 8)
     assert row["seconds_left"] == pytest.approx(3 / row["per_second"])
+
+
+def _marked(path: Path, stage: str, seconds: float) -> None:
+    run = workdir.Workdir(path)
+    run.start(stage, {})
+    run.finish(stage, {}, {}, seconds, {})
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Path:
+    """Prepared alone; of three runs one is done, one trains, one waits; another is an old one."""
+    for name in compare.SHARED:
+        _marked(tmp_path, name, 10.0)
+    records.write_json(tmp_path / "config.json", {})
+    folder = tmp_path / compare.FOLDER
+    for name in ("dpo-seed0", "trace+triage.noise=0.1-seed0"):
+        for stage in (*(compare.CHANGEABLE if "triage" in name else ()), *compare.OWN):
+            _marked(folder / name, stage, 2.0)
+    _marked(folder / "trace-seed0", "impact", 2.0)
+    workdir.Workdir(folder / "trace-seed0").start("train", {})
+    records.write_json(folder / compare.PLAN, {"runs": ["dpo-seed0", "trace-seed0", "sft-seed0"]})
+    return tmp_path
+
+
+def _shown(path: Path, capsys) -> str:
+    assert status.main([str(path)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_comparison_at_work(comparison, capsys):
+    run = comparison / compare.FOLDER / "trace-seed0"
+    records.write_json(run / "config.json", {"train": {"total_steps": 9}})
+    records.write_jsonl(run / "metrics.jsonl", [{"step": step} for step in (1, 2, 3)])
+    began = (run / "metrics.jsonl").stat().st_mtime - 6.0
+    (run / "checkpoints").mkdir()
+    records.write_json(run / "checkpoints" / "began.json", {"step": 0, "time": began})
+    with locks.of(comparison / compare.FOLDER), locks.of(run):
+        found, said = status.of(comparison), _shown(comparison, capsys)
+    told = found["comparison"]
+    assert (told["running"], told["done"], told["total"]) == (True, 1, 3)
+    assert found["running"] is False and told["owner"]["process"] == os.getpid()
+    states = {row["run"]: row["state"] for row in told["runs"]}
+    assert states == {
+        "dpo-seed0": "done", "trace-seed0": "running", "sft-seed0": "waiting",
+        "trace+triage.noise=0.1-seed0": "done",
+    }  # fmt: skip
+    running = told["runs"][1]
+    assert (running["stage"], running["step"], running["total_steps"]) == ("train", 3, 9)
+    assert running["seconds_left"] == pytest.approx(12)
+    assert "nobody" not in said and "a comparison is at work: process" in said
+    assert "comparison: 1 of 3 runs done" in said and "3/9" in said and "12 s" in said
+
+
+def test_a_comparison_that_stopped_says_what_is_left(comparison, capsys):
+    said = _shown(comparison, capsys)
+    assert "nobody is at work; next: 2 of the comparison's runs" in said and "interrupted" in said
+    for name, stage in (("trace", "train"), ("trace", "evaluate"), ("sft", "impact"),
+                        ("sft", "train"), ("sft", "evaluate")):  # fmt: skip
+        _marked(comparison / compare.FOLDER / f"{name}-seed0", stage, 1.0)
+    said = _shown(comparison, capsys)
+    assert "nobody is at work; the comparison is done" in said and "3 of 3 runs done" in said
+    _marked(comparison, "impact", 1.0)
+    assert "nobody is at work; next: train" in _shown(comparison, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("dpo-seed0", 3), ("trace+triage.noise=0.1-seed0", 5)],
+)
+def test_a_run_of_a_comparison_shares_stages(comparison, capsys, monkeypatch, name, own):
+    path = comparison / compare.FOLDER / name
+    found = status.of(path)
+    assert [row["stage"] for row in found["stages"]] == [*compare.SHARED, *compare.OWN]
+    assert set(_states(found).values()) == {"done"} and found["seconds"] == 2.0 * own
+    assert sum("shared" in row for row in found["stages"]) == 8 - own
+    monkeypatch.chdir(path)
+    assert "nobody is at work; all is done" in _shown(Path("."), capsys)
+
+
+def test_two_comparisons_in_one_workdir(comparison, capsys):
+    with contextlib.ExitStack() as both:
+        for runs in (["dpo-seed0"], ["sft-seed0"]):
+            both.enter_context(compare._told(comparison, runs))
+        told = status.of(comparison)["comparison"]
+    assert told["running"] and (told["done"], told["total"]) == (1, 1)
+    assert "status will not tell of this comparison: " in capsys.readouterr().err
 
 
 def test_json_alone_without_jax(run, tmp_path):

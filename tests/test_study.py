@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trace_jax import records, study
+from trace_jax.evaluate import statistics
 
 EVIL = '</script><img src=x onerror="document.title=1">{{ 7*7 }} <b>bold</b> \u202e'
 
@@ -109,6 +110,114 @@ def test_raters_vote_with_keys_and_mouse(runs, tmp_path, browser):
     assert found["systems"][items[ids[0]][1]]["chosen"] >= 1
 
 
+@pytest.fixture
+def tab(runs, tmp_path, browser):
+    """The page of two systems, on a phone, five prompts."""
+    out, _ = _make(runs, tmp_path, f"a={runs}:base", f"b={runs}")
+    context = browser.new_context(accept_downloads=True, viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    page.goto(out.as_uri())
+    yield page
+    context.close()
+
+
+def test_what_is_missing_is_said(tab):
+    assert tab.is_disabled("#save") and "vote on a prompt first" in tab.inner_text("#why")
+    assert tab.is_disabled("#anew")
+    tab.keyboard.press("1")
+    assert tab.inner_text("#why") == "1 of 5 voted. Enter your name and save the file."
+    for _ in range(4):
+        tab.keyboard.press("2")
+    assert tab.inner_text("#why") == "All 5 voted: enter your name and save the file."
+    assert tab.is_disabled("#save") and tab.locator("#why").is_visible()
+    box = tab.locator("#why").bounding_box()
+    assert 0 <= box["y"] <= 800 - box["height"]  # on the screen
+    tab.fill("#rater", "Ada")
+    assert tab.inner_text("#why") == "All 5 voted: save the file." and tab.is_enabled("#save")
+
+
+def _voted(tab, name: str) -> None:
+    tab.fill("#rater", name)
+    tab.press("#rater", "Enter")
+    for key in "121":
+        tab.locator("h1").click()
+        tab.keyboard.press(key)
+    assert tab.inner_text("#count") == "4 of 5, 3 voted"
+
+
+def test_another_rater_does_not_send_the_first_ones_votes(tab):
+    _voted(tab, "Ada")
+    tab.fill("#rater", "Bob")
+    assert tab.is_disabled("#save") and "they were cast as Ada" in tab.inner_text("#why")
+    tab.press("#rater", "Enter")
+    assert "3 votes that were cast as Ada" in tab.inner_text("#ask")
+    tab.keyboard.press("1")  # no vote while it is asked
+    tab.reload()  # and it is asked again
+    tab.click("#start")
+    assert tab.inner_text("#count") == "1 of 5, 0 voted" and tab.input_value("#rater") == "Bob"
+    tab.keyboard.press("2")
+    tab.reload()
+    assert tab.inner_text("#count") == "2 of 5, 1 voted"
+    with tab.expect_download() as found:
+        tab.click("#save")
+    sent = json.loads(Path(found.value.path()).read_text())
+    assert sent["rater"] == "Bob" and list(sent["votes"].values()) == [1]
+
+
+@pytest.mark.parametrize(
+    ("button", "name"), [("#same", "Ada Lovelace"), ("Escape", "Ada")], ids=["corrected", "escape"]
+)
+def test_who_only_mends_the_name_keeps_the_votes(tab, button, name):
+    _voted(tab, "Ada")
+    tab.fill("#rater", "Ada Lovelace")
+    tab.click("#card-0")  # asked at once, and no vote
+    if button.startswith("#"):
+        tab.click(button)
+    else:
+        tab.keyboard.press(button)
+    assert tab.input_value("#rater") == name and tab.is_enabled("#save")
+    assert tab.inner_text("#count") == "4 of 5, 3 voted" and not tab.is_visible("#ask")
+    tab.reload()
+    assert f"3 votes of {name}. If they are not yours, start anew" in tab.inner_text("#saved")
+    assert not tab.is_visible("#ask")
+
+
+def test_start_anew_asks_first(tab):
+    _voted(tab, "Ada")
+    tab.click("#anew")
+    assert "This deletes 3 votes of Ada" in tab.inner_text("#ask")
+    tab.click("#same")
+    assert tab.inner_text("#count") == "4 of 5, 3 voted"
+    tab.click("#anew")
+    tab.click("#start")
+    tab.reload()
+    assert tab.inner_text("#count") == "1 of 5, 0 voted" and tab.input_value("#rater") == ""
+
+
+_CONTRAST = """(id) => {
+  const luminance = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, k) => sum + c * [0.2126, 0.7152, 0.0722][k], 0);
+  const ground = getComputedStyle(document.body).backgroundColor;
+  const border = getComputedStyle(document.querySelector(id)).borderTopColor;
+  const [low, high] = [ground, border].map(luminance).sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_can_be_chosen_has_an_outline_that_is_seen(tab, scheme):
+    """At least 3:1 (WCAG 2.2, 1.4.11), and nothing is wider than the screen."""
+    tab.emulate_media(color_scheme=scheme)
+    for name in ("#card-0", "#card-1", "#tie", "#rater"):
+        assert tab.evaluate(_CONTRAST, name) >= 3, name
+    _voted(tab, "Ada")
+    tab.click("#anew")
+    box = tab.locator("#ask").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 KEY = {
     "study": "s",
     "items": [{"id": f"i{k}", "systems": ["x", "y"] if k % 2 else ["y", "x"]} for k in range(6)],
@@ -140,6 +249,23 @@ def test_triplets_count_for_the_pairs_they_decide():
     assert rates["x", "y"] == 1 and rates["y", "x"] == 0 and rates["y", "z"] is None
 
 
+def test_votes_that_all_agree_have_wilsons_interval():
+    """5 of 5 is not 100 % for certain; nor are votes on one prompt, however many."""
+    key = KEY | {"items": KEY["items"][:5]}
+    x, y = [1, 0, 1, 0, 1], [0, 1, 0, 1, 0]
+
+    def of(*votes: list) -> tuple[float, float, float]:
+        raters = [_votes(f"rater {n}", choices) for n, choices in enumerate(votes)]
+        row = next(r for r in study.score(key, raters)["win_rates"] if r["a"] == "x")
+        return row["rate"], row["low"], row["high"]
+
+    assert of(x) == (1, pytest.approx(0.5655, abs=1e-4), 1)
+    assert of(y) == (0, 0, pytest.approx(0.4345, abs=1e-4))
+    assert of(x, x, x) == of(x)  # prompts count, not votes
+    assert of(["tie"] * 5) == of(x, y) == (0.5, *statistics.wilson(2.5, 5))
+    assert of([1], [1], [0], [0]) == (0.5, *statistics.wilson(0.5, 1))
+
+
 @pytest.mark.parametrize(
     ("votes", "said"),
     [
@@ -148,6 +274,9 @@ def test_triplets_count_for_the_pairs_they_decide():
         ({"study": "s", "rater": "a", "votes": {"i0": 2}}, "is no choice"),
         ({"study": "s", "rater": "a", "votes": {"i0": True}}, "is no choice"),
         ({"study": "s", "rater": " ", "votes": {}}, "a rater's name"),
+        ({"study": "s", "rater": ["x"], "votes": {"i0": 0}}, "a rater's name is needed, a text"),
+        ({"study": "s", "rater": 7, "votes": {}}, "a text; it is 7"),
+        ({"study": "s", "rater": "a", "votes": [0]}, "votes are needed"),
         ([1], "not a file of votes"),
     ],
 )
@@ -175,3 +304,20 @@ def test_systems_that_cannot_be_compared_are_one_line(runs, tmp_path, capsys, sy
     given = [f"--system={s.format(run=runs)}" for s in systems]
     code = study.main(["make", *given, "--policy=synth_new", f"--out={tmp_path / 's.html'}"])
     assert code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 5], ids=["on the page", "where answers are equal"])
+def test_answers_to_different_prompts_are_not_put_side_by_side(runs, tmp_path, capsys, place):
+    """The ids of the other run are the same, one of its prompts is not."""
+    rows = [row for _, row in records.read_jsonl(runs / "samples.jsonl")]
+    for row in rows:
+        if row["id"] == f"p{place}":
+            row["prompt"] = "something else"
+    (tmp_path / "other").mkdir()
+    records.write_jsonl(tmp_path / "other" / "samples.jsonl", rows)
+    out = tmp_path / "study.html"
+    systems = [f"--system=a={runs}:ref", f"--system=b={tmp_path / 'other'}"]
+    assert study.main(["make", *systems, "--policy=synth_new", f"--out={out}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"different prompts under the id 'p{place}'" in said[0]
+    assert not out.exists()

@@ -113,6 +113,14 @@ def test_a_model_that_refuses_everything_ends_the_run(server, tmp_path):
     assert gemini_client.get(server)["longest"] == [80, 208]
 
 
+def test_proposals_that_are_all_cut_off_end_the_run(server, tmp_path):
+    gemini_client.get(server, "/set", {"faults": 0.0, "cut": 1})
+    said = r"cut off at 80 .* raise correct.max_new_tokens or lower correct.gemini_thinking_tokens"
+    with pytest.raises(InputError, match=said):
+        writer(tmp_path, concurrency=2).write(PROMPTS, first=0, n=1)
+    assert gemini_client.get(server)["requests"] <= 6
+
+
 def test_what_comes_and_goes_does_not_end_the_run(server, tmp_path):
     for status in (429, 503):
         gemini_client.get(server, "/set", {"refuse": status})

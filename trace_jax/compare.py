@@ -10,11 +10,12 @@ Writes comparison.json, comparison.md, comparison.tex and comparison.png.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -25,6 +26,7 @@ from trace_jax import config as config_lib
 from trace_jax import (
     errors,
     launch,
+    locks,
     methods,
     metrics,
     policy,
@@ -39,7 +41,8 @@ from trace_jax.stages import at_work, context
 
 SHARED = ("prepare", "align", "triage", "baseline", "correct")
 OWN = ("impact", "train", "evaluate")
-_CHANGEABLE = ("triage", "correct")  # a variant that changes one does it and what follows itself
+CHANGEABLE = ("triage", "correct")  # a variant that changes one does it and what follows itself
+FOLDER, PLAN = "compare", "runs.json"  # in the prepared workdir; in there, what is to be run
 _FIXED = (
     "parent",
     "model",
@@ -79,7 +82,7 @@ def parse_methods(text: str) -> list[Variant]:
 
 def folder(prepared: Path, variant: Variant, seed: int) -> Path:
     """Where a run of the comparison lives."""
-    return prepared / "compare" / f"{variant.name.replace('/', '_')}-seed{seed}"
+    return prepared / FOLDER / f"{variant.name.replace('/', '_')}-seed{seed}"
 
 
 def run_variant(config: dict, prepared: Path, target: Path, own: Sequence[str] = OWN) -> dict:
@@ -92,8 +95,12 @@ def run_variant(config: dict, prepared: Path, target: Path, own: Sequence[str] =
     directory = workdir.Workdir(target, workdir.Workdir(prepared), shared)
     target.mkdir(parents=True, exist_ok=True)
     run = context.Context(settings, directory)
+
+    def describe() -> None:
+        records.write_json(target / "config.json", settings.to_dict())
+
     with at_work.at_work(run):
-        stages.run(run, stages.chosen(",".join(own)), redo=True)
+        stages.run(run, stages.chosen(",".join(own)), redo=True, on_start=describe)
     return records.read_json(target / "eval.json")
 
 
@@ -102,25 +109,38 @@ def run_all(
 ) -> list[dict]:
     """Runs (folder, overrides) pairs, `jobs` at once, and returns their eval.json in order."""
     work = []
-    for target, overrides in todo:
+    for number, (target, overrides) in enumerate(todo, start=1):
         one = config_lib.with_overrides(config, overrides)
         validation.validate(one)
-        changed = {k: v for k, v in overrides.items() if k.split(".")[0] in _CHANGEABLE}
-        work.append((one.to_dict(), prepared, target, own_stages(Variant(target.name, changed))))
+        changed = {k: v for k, v in overrides.items() if k.split(".")[0] in CHANGEABLE}
+        own = own_stages(Variant(target.name, changed))
+        heading = f"== {_title(target, one.seed)} ({number} of {len(todo)})"
+        work.append((heading, one.to_dict(), prepared, target, own))
     with metrics.progress(len(work), "compare") as bar:
         if jobs == 1:
-            return [_counted(run_variant(*item), bar) for item in work]
-        cores = multiprocessing.Manager().Queue()
+            return [_counted(_run(*item), bar) for item in work]
+        spawn = multiprocessing.get_context("spawn")
+        cores = spawn.SimpleQueue()
         for core in sorted(os.sched_getaffinity(0)) * jobs:
             cores.put(core)
-        spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
             jobs, spawn, initializer=_pin, initargs=(cores,)
         ) as pool:
             return [
                 _counted(future.result(), bar)
-                for future in [pool.submit(run_variant, *item) for item in work]
+                for future in [pool.submit(_run, *item) for item in work]
             ]
+
+
+def _title(target: Path, seed: int) -> str:
+    """ "trace, seed 1" of .../trace-seed1."""
+    name = target.name.removesuffix(f"seed{seed}").removesuffix("-")
+    return f"{name}, seed {seed}" if name else f"seed {seed}"
+
+
+def _run(heading: str, *item) -> dict:
+    metrics.say(heading)
+    return run_variant(*item)
 
 
 def _pin(cores) -> None:
@@ -154,11 +174,28 @@ def compare(
         validation.validate(config_lib.with_overrides(config, variant.overrides))
     launch.realign(config, prepared, only=",".join(SHARED))
     todo = [(folder(prepared, v, s), v.overrides | {"seed": s}) for v in variants for s in seeds]
-    run_all(config, prepared, todo, jobs)
-    found = summary(config, prepared, variants, seeds, winrate=winrate)
-    write(found, prepared)
-    _report_anew(config, prepared)
+    with _told(prepared, [target.name for target, _ in todo]):
+        run_all(config, prepared, todo, jobs)
+        found = summary(config, prepared, variants, seeds, winrate=winrate)
+        write(found, prepared)
+        _report_anew(config, prepared)
     return found
+
+
+@contextlib.contextmanager
+def _told(prepared: Path, runs: Sequence[str]) -> Iterator[None]:
+    """In here `status` finds the comparison at work, and the runs that it will do, in order.
+
+    Several comparisons may work in one folder; it tells of the first one.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locks.of(prepared / FOLDER))
+        except InputError as error:
+            metrics.say(f"  status will not tell of this comparison: {error}")
+        else:
+            records.write_json(prepared / FOLDER / PLAN, {"runs": list(runs)})
+        yield
 
 
 def _report_anew(config: ml_collections.ConfigDict, prepared: Path) -> None:
@@ -182,9 +219,9 @@ def own_stages(variant: Variant) -> tuple[str, ...]:
             f"--methods={variant.name}: {fixed[0]} has to be the same for all methods; prepare "
             "another workdir for it"
         )
-    changed = {k.split(".")[0] for k in variant.overrides} & set(_CHANGEABLE)
-    first = min((_CHANGEABLE.index(name) for name in changed), default=len(_CHANGEABLE))
-    return (*_CHANGEABLE[first:], *OWN)
+    changed = {k.split(".")[0] for k in variant.overrides} & set(CHANGEABLE)
+    first = min((CHANGEABLE.index(name) for name in changed), default=len(CHANGEABLE))
+    return (*CHANGEABLE[first:], *OWN)
 
 
 def summary(

@@ -95,8 +95,9 @@ def summary(
     *,
     ref: Sequence[dict] = (),
 ) -> dict[str, Any]:
-    """{"methods", "tests", "statements", "gap_closed"} of comparison.json, without win rates.
+    """{"methods", "methods_order", "tests", "statements", "gap_closed"}, without win rates.
 
+    As in comparison.json, whose keys are sorted: methods_order is the order in which they came.
     The first method is tested against every other. chosen: answers to `choices.questions` of each
     seed, of the methods that have them. ref: M_ref's rows, for what may be said of the gap.
     """
@@ -112,7 +113,8 @@ def summary(
     for name, of in chosen.items():
         methods[name]["choice_accuracy"] = choices.rate_over_seeds(of)
     statements = _statements(runs, perplexity, chosen)
-    found = {"methods": methods, "tests": tests, "statements": statements}
+    found: dict[str, Any] = {"methods": methods, "methods_order": list(runs)}
+    found |= {"tests": tests, "statements": statements}
     if {first, LOWER, UPPER} <= runs.keys() and first not in (LOWER, UPPER):
         found["gap_closed"] = _gap(first, runs, ref)
     return found

@@ -18,6 +18,8 @@ BEFORE = {
     "train.patience": 0,
     "train.perplexity_limit": 1.1,
 }
+_SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True)
+_SWITCH |= dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -177,7 +179,7 @@ def _asking() -> ml_collections.ConfigDict:
     c.outage_seconds = 120.0  # without any answer of the service: stop, go on by a rerun
     c.budget_usd = 0.0  # the most that all calls in the store may have cost; 0: no limit
     c.budget_calls = 0  # the most attempts in the store; 0: no limit
-    c.price_input = 0.30  # US dollars for a million tokens of the model
+    c.price_input = 0.30  # US dollars for a million tokens of gemini-2.5-flash; give your model's
     c.price_cached = 0.03  # the same of input tokens that the service had in its cache
     c.price_output = 2.50  # thinking included
     c.batch = False  # gemini: Batch API, half the price, answers within a day
@@ -278,7 +280,7 @@ def _impact() -> ml_collections.ConfigDict:
     c.normalisation = "mean_one"  # mean_one | sum_to_one (as the paper)
     c.within = "all"  # weights are normalised over: all conflicts | action (each has mean 1)
     c.strength = 0.25  # share of a weight that its score decides, the rest is 1; 1: as the paper
-    c.clamp = True  # negative scores weigh 0; False: they stay (mean absolute weight 1)
+    c.clamp = True  # negative scores count as 0; False: they stay (mean absolute weight 1)
     c.curvature = "identity"  # scores along (H + damping)^-1 g_J: identity (as the paper) |
     # fisher_diag | cg (conjugate gradients on Hessian-vector products)
     c.damping = 0.1  # of the mean diagonal (fisher_diag), of the curvature along g_J (cg)
@@ -345,6 +347,9 @@ def with_overrides(
             kind = type(target[name])
         except (KeyError, AttributeError, TypeError) as error:
             raise InputError(f"unknown config key {key!r} (see trace_jax/config.py)") from error
+        if issubclass(kind, config_dict.ConfigDict):
+            inner = ", ".join(f"{key}.{of}" for of in list(target[name])[:3])
+            raise InputError(f"{key} is a section of the config; set a key of it, as in {inner}")
         target[name] = (
             _converted(key, value, kind) if isinstance(value, str) and kind is not str else value
         )
@@ -353,7 +358,9 @@ def with_overrides(
 
 def _converted(key: str, value: str, kind: type):
     if kind is bool:
-        return value.lower() in ("1", "true", "yes")
+        if value.lower() not in _SWITCH:
+            raise InputError(f"{key}={value[:60]!r} is no switch; use one of {', '.join(_SWITCH)}")
+        return _SWITCH[value.lower()]
     try:
         return kind(value)
     except (TypeError, ValueError) as error:

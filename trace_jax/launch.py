@@ -91,6 +91,7 @@ def main(argv: list[str]) -> int:
 def _plan(values: flags.FlagValues) -> int:
     config = config_lib.resolved(values.config)
     validation.validate(config, planning=True)
+    stages.chosen(values.stages)  # a name that is none is a mistake here as well
     with bucket.opened(_directory(values), read_only=True) as directory:
         run = context.Context(config, workdir.Workdir(directory))
         workload.check(run)

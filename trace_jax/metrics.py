@@ -142,11 +142,13 @@ class _LiveProgress:
 class _PlainProgress:
     def __init__(self, total: int | None, description: str, start: int):
         self._total, self._description = total, description
-        self._first = self._done = start
+        self._done = start
         self._began = self._shown = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first item ended, and what was done
 
     def advance(self, n: int = 1) -> None:
         self._done += n
+        self._first = self._first or (time.monotonic(), self._done)
         heartbeat.moved(self._count, self._done)
         is_last = self._done == self._total
         if not is_last and time.monotonic() - self._shown >= _PLAIN_INTERVAL_S:
@@ -154,11 +156,17 @@ class _PlainProgress:
 
     def show(self) -> None:
         self._shown = time.monotonic()
-        seconds, done = self._shown - self._began, self._done - self._first
-        left = ""
-        if self._total is not None and 0 < done and self._done < self._total:
-            left = f", about {duration(seconds * (self._total - self._done) / done)} left"
-        say(f"{self._description}: {self._count} in {duration(seconds)}{left}")
+        said = f"{self._description}: {self._count} in {duration(self._shown - self._began)}"
+        left = self._left()
+        say(said if left is None else f"{said}, about {duration(left)} left")
+
+    def _left(self) -> float | None:
+        """Seconds, by the items after the first, which compiles; None before there is one."""
+        if self._total is None or self._first is None:
+            return None
+        ended, first = self._first
+        made, left = self._done - first, self._total - self._done
+        return (self._shown - ended) * left / made if made > 0 and left > 0 else None
 
     @property
     def _count(self) -> str:

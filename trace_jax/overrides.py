@@ -19,6 +19,7 @@ from trace_jax.errors import InputError
 
 _SIDES = ("chosen", "rejected")
 _STATUSES = ("compliant", "violating")
+_SHORT = 20  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,11 @@ def read(path: records.AnyPath, known: Collection[str]) -> dict[str, Override]:
 
 def _said(row: Mapping[str, Any], where: str) -> dict[str, str]:
     said = {side: row[side] for side in _SIDES if row.get(side) in _STATUSES}
+    for side in _SIDES:
+        if side not in said and _is_meant(row.get(side), beside=bool(said)):
+            raise InputError(
+                f"{where}: {side} is {row[side]!r}; use compliant or violating, or leave it out"
+            )
     verdict = row.get("verdict")
     if verdict in records.ACTIONS:
         said["action"] = verdict
@@ -100,3 +106,14 @@ def _said(row: Mapping[str, Any], where: str) -> dict[str, str]:
     if said:
         said |= {key: str(row[key]) for key in ("by", "note") if row.get(key)}
     return said
+
+
+def _is_meant(value: Any, *, beside: bool) -> bool:
+    """Whether it is a verdict that is misspelt, not the text of a response.
+
+    beside: the other response has a verdict, so that what is short here is hardly a text.
+    """
+    if isinstance(value, str):
+        word = value.strip()
+        return word.casefold() in _STATUSES or (beside and 0 < len(word) <= _SHORT)
+    return beside and isinstance(value, bool | int | float)

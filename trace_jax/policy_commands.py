@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from trace_jax import commands, policy
+from trace_jax import commands, errors, policy
 from trace_jax.errors import InputError
 
 _KEYS = ("tier", "when", "rules", "labels")
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _printing(lines: Callable[[argparse.Namespace], Iterator[str]]) -> Callable[..., None]:
     """All lines or, after an error, none."""
-    return lambda arguments: print("\n".join(lines(arguments)))
+    return lambda arguments: print("\n".join([errors.printable(x) for x in lines(arguments)]))
 
 
 def _list() -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What a run is doing: `python -m trace_jax.status WORKDIR [--json]`. Reads its files alone.
 
 Done, running and waiting stages; of the running one how far it is, its speed and when it will end;
-who holds the workdir; what the judge has cost. Imports no jax.
+the same of a comparison's runs; who holds the workdir; what the judge has cost. Imports no jax.
 """
 
 import argparse
@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import bucket, commands, heartbeat, locks, metrics, records, stages, workdir
+from trace_jax import (
+    bucket,
+    commands,
+    compare,
+    heartbeat,
+    locks,
+    metrics,
+    records,
+    stages,
+    workdir,
+)
 from trace_jax.errors import InputError
 
 # Of each stage that trains: its section of the config, its metrics and its checkpoints.
@@ -39,40 +49,106 @@ def main(argv: Sequence[str]) -> int:
 def of(
     directory: Path, now: float | None = None, owner: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """{"workdir", "running", "owner", "processes", "stages": [...], "judge", "seconds"}.
+    """{"workdir", "running", "owner", "processes", "stages", "comparison", "judge", "seconds"}.
 
-    A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting.
+    A stage is {"stage", "state", "seconds"}, state one of done, running, interrupted, waiting; one
+    that a run of a comparison shares with all others has {"shared": True}, and no seconds.
     While it trains it has "step", "total_steps", "steps_per_second" and "seconds_left" as well.
     Whatever else the running one counts is in "what", "done", "total", "per_second" and
     "seconds_left"; a stage of several parts (answers, verdicts, likelihoods) tells of the present
     one. These are as old as the sign of life of the first process: up to ten seconds.
+
+    The comparison over the workdir is None or {"running", "owner", "done", "total", "runs"}; a run
+    is {"run", "state", "seconds"}, and while it is under way what its stage is and has. "running"
+    of the whole is of the workdir's own stages alone.
     """
     path = Path(directory)
     if not (path / "config.json").exists() and not (path / ".stages").is_dir():
         raise InputError(f"{path}: no run there (no config.json, no .stages)")
-    config = records.read_json(path / "config.json") if (path / "config.json").exists() else {}
     owner = owner or _owner(path)
-    processes = heartbeat.read(path) if owner is not None else []
-    found, run = [], workdir.Workdir(path)
-    for name in stages.NAMES:
-        done, begun = run.finished(name), path / ".stages" / f"{name}.started.json"
-        row: dict[str, Any] = {"stage": name, "state": "waiting", "seconds": None}
-        if done is not None:
-            row |= {"state": "done", "seconds": done["seconds"]}
-        elif begun.exists():
-            seconds = (now or time.time()) - begun.stat().st_mtime
-            row |= {"state": "running" if owner else "interrupted", "seconds": seconds}
-            row |= _work(name, processes) or _steps(path, name, config)
-        found.append(row)
+    rows = _rows(path, owner is not None, now or time.time())
     return {
         "workdir": str(path),
         "running": owner is not None,
         "owner": owner,
-        "processes": processes,
-        "stages": found,
-        "seconds": sum(row["seconds"] or 0.0 for row in found if row["state"] == "done"),
-        "judge": _judge(path, config),
+        "processes": _signs(path, owner is not None),
+        "stages": rows,
+        "comparison": _comparison(path, now or time.time()),
+        "seconds": sum(row["seconds"] or 0.0 for row in rows if row["state"] == "done"),
+        "judge": _judge(path, _config(path)),
     }
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return records.read_json(path / "config.json") if (path / "config.json").exists() else {}
+
+
+def _signs(path: Path, at_work: bool) -> list[dict[str, Any]]:
+    return heartbeat.read(path) if at_work else []
+
+
+def _rows(path: Path, at_work: bool, now: float) -> list[dict[str, Any]]:
+    """The stages of a run."""
+    config, processes = _config(path), _signs(path, at_work)
+    found, run = [], _opened(path)
+    names = stages.NAMES if run.shared is None else (*compare.SHARED, *compare.OWN)
+    for name in names:
+        done, begun = run.finished(name), path / ".stages" / f"{name}.started.json"
+        row: dict[str, Any] = {"stage": name, "state": "waiting", "seconds": None}
+        if name in run.shared_stages:
+            row |= {"state": "done" if done is not None else "waiting", "shared": True}
+        elif done is not None:
+            row |= {"state": "done", "seconds": done["seconds"]}
+        elif begun.exists():
+            seconds = now - begun.stat().st_mtime
+            row |= {"state": "running" if at_work else "interrupted", "seconds": seconds}
+            row |= _work(name, processes) or _steps(path, name, config)
+        found.append(row)
+    return found
+
+
+def _opened(path: Path) -> workdir.Workdir:
+    """The run in `path`. One of a comparison reads what it does not do itself where it was done."""
+    here = path.resolve()
+    prepared = here.parent.parent
+    if here.parent.name != compare.FOLDER or not (prepared / ".stages").is_dir():
+        return workdir.Workdir(path)
+    begun = [any((path / ".stages").glob(f"{name}.*json")) for name in compare.CHANGEABLE]
+    own = compare.CHANGEABLE[begun.index(True) :] if any(begun) else ()
+    return workdir.Workdir(path, workdir.Workdir(prepared), frozenset(compare.SHARED) - set(own))
+
+
+def _comparison(path: Path, now: float) -> dict[str, Any] | None:
+    """The runs that were asked for last, in order, then all others that are there."""
+    folder = path / compare.FOLDER
+    plan = folder / compare.PLAN
+    planned = records.read_json(plan)["runs"] if plan.exists() else []
+    there = sorted(marks.parent.name for marks in folder.glob("*/.stages"))
+    if not (planned or there):
+        return None
+    runs = [_run(folder / name, now) for name in dict.fromkeys([*planned, *there])]
+    counted = runs[: len(planned)] or runs
+    owner = _owner(folder)
+    return {
+        "running": owner is not None,
+        "owner": owner,
+        "done": sum(run["state"] == "done" for run in counted),
+        "total": len(counted),
+        "runs": runs,
+    }
+
+
+def _run(path: Path, now: float) -> dict[str, Any]:
+    owner = _owner(path)
+    told: dict[str, Any] = {"run": path.name, "state": "running" if owner else "waiting"}
+    if not (path / ".stages").is_dir():
+        return told | {"seconds": None}
+    rows = _rows(path, owner is not None, now)
+    here = next((row for row in rows if row["state"] != "done"), None)
+    seconds = sum(row["seconds"] or 0.0 for row in rows)
+    if here is None:
+        return told | {"state": "running" if owner else "done", "seconds": seconds}
+    return here | told | {"state": "running" if owner else "interrupted", "seconds": seconds}
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
@@ -105,7 +181,7 @@ def _work(stage: str, processes: list[dict[str, Any]]) -> dict[str, Any]:
         return {}  # its metrics say it to the step
     found = {"what": what, "done": done, "total": total}
     made = done - work["first"]
-    if made <= 0:
+    if made <= 1:  # it compiled
         return found
     speed = made / max(1e-9, work["seconds"])
     left = None if total is None else max(0, total - done) / speed
@@ -126,7 +202,7 @@ def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
     step = int(rows[-1]["step"]) if rows else 0
     found = {"step": step, "total_steps": total}
     made = step - begin["step"]
-    if made <= 0:
+    if made <= 1:  # it compiled
         return found
     speed = made / max(1e-9, file.stat().st_mtime - begin["time"])
     return found | {"steps_per_second": speed, "seconds_left": (total - step) / speed}
@@ -154,16 +230,18 @@ def _tell(arguments: argparse.Namespace) -> None:
         metrics.show(json.dumps(found))
         return
     metrics.table(found["workdir"], [_line(row) for row in found["stages"]])
-    owner = found["owner"]
-    if owner:
-        metrics.show(
-            f"at work: process {owner['process']} on {owner['host']} since {owner['since']}"
-        )
-    elif found["running"]:
-        metrics.show("at work")
-    else:
-        rest = [row["stage"] for row in found["stages"] if row["state"] != "done"]
-        metrics.show("nobody is at work; " + (f"next: {rest[0]}" if rest else "all is done"))
+    comparison = found["comparison"] or {"running": False}
+    if found["comparison"]:
+        title = f"comparison: {comparison['done']} of {comparison['total']} runs done"
+        lines = [{"run": row["run"]} | _line({"stage": ""} | row) for row in comparison["runs"]]
+        metrics.table(title, lines)
+    for told, what in ((found, "at work"), (comparison, "a comparison is at work")):
+        if told["running"]:
+            owner = told["owner"]
+            by = owner and f": process {owner['process']} on {owner['host']} since {owner['since']}"
+            metrics.show(what + (by or ""))
+    if not (found["running"] or comparison["running"]):
+        metrics.show(f"nobody is at work; {_next(found)}")
     for row in found["processes"]:
         still = metrics.duration(max(0.0, time.time() - row["since"]))
         gone = "; gives no sign of life" if heartbeat.is_dead(row) else ""
@@ -176,6 +254,18 @@ def _tell(arguments: argparse.Namespace) -> None:
         metrics.show(f"judge: {j['calls']} calls, {j['price_usd']:.4f} US dollars")
 
 
+def _next(found: dict[str, Any]) -> str:
+    comparison = found["comparison"]
+    rest = [row["stage"] for row in found["stages"] if row["state"] != "done"]
+    begun = any(row["state"] == "interrupted" for row in found["stages"])
+    if comparison and (not rest or (rest[0] == compare.OWN[0] and not begun)):
+        left = comparison["total"] - comparison["done"]
+        if left:
+            return f"next: {left} of the comparison's runs, by its command"
+        return "the comparison is done" if rest else "all is done"
+    return f"next: {rest[0]}" if rest else "all is done"
+
+
 def _line(row: dict[str, Any]) -> dict[str, str]:
     left, speed = row.get("seconds_left"), row.get("steps_per_second", row.get("per_second"))
     done, total = row.get("step", row.get("done")), row.get("total_steps", row.get("total"))
@@ -186,7 +276,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
         "done": "" if done is None else str(done) if total is None else f"{done}/{total}",
         "a second": "" if speed is None else f"{speed:.2f}",
         "left": "" if left is None else metrics.duration(left),
-        "of": row.get("what", "steps" if "step" in row else ""),
+        "of": row.get("what", "steps" if "step" in row else "shared" if "shared" in row else ""),
     }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from trace_jax import commands, records
 from trace_jax.errors import InputError
-from trace_jax.evaluate import agreement
+from trace_jax.evaluate import agreement, statistics
 
 RESAMPLES = 2000
 TIE = "tie"
@@ -69,9 +69,18 @@ def items(
     """n prompts that all systems answered differently, in random order, their answers shuffled.
 
     answers: system -> prompt id -> row of samples.jsonl.
+
+    Raises:
+      InputError: other prompts under one id, or nothing to choose between.
     """
     first, *others = answers.values()
     shared = [i for i in first if all(i in other for other in others)]
+    for name in shared:
+        if any(other[name]["prompt"] != first[name]["prompt"] for other in others):
+            raise InputError(
+                f"the systems were asked different prompts under the id {name!r}; give runs that "
+                "were evaluated on one data set"
+            )
     rng = np.random.default_rng([seed, 0x57D])
     made = []
     for name in (shared[k] for k in rng.permutation(len(shared))):
@@ -129,7 +138,8 @@ def score(key: Mapping[str, Any], votes: Sequence[Mapping[str, Any]]) -> dict[st
     """Win rates of every ordered pair of systems, and Krippendorff's alpha of the raters.
 
     A vote for one of two or three answers is a win over each of the others; a tie is half a win for
-    each. Intervals (95 %) draw whole prompts, whose votes resemble each other.
+    each. Intervals (95 %) draw whole prompts, whose votes resemble each other; where all draws give
+    one rate, Wilson's interval on the number of prompts takes their place.
 
     Returns:
       {"n_items", "raters", "votes", "systems": {name: {"chosen", "n"}}, "win_rates": [{"a", "b",
@@ -148,7 +158,7 @@ def score(key: Mapping[str, Any], votes: Sequence[Mapping[str, Any]]) -> dict[st
     raters = [v["rater"] for v in votes]
     systems = sorted({s for of in order.values() for s in of})
     flat = [c for of in chosen.values() for c in of.values()]
-    units = [[of.get(r) for r in raters] for of in chosen.values()]
+    ratings = [[of.get(r) for of in chosen.values()] for r in raters]
     return {
         "n_items": len(order),
         "raters": raters,
@@ -157,7 +167,7 @@ def score(key: Mapping[str, Any], votes: Sequence[Mapping[str, Any]]) -> dict[st
         "win_rates": [
             {"a": a, "b": b} | _rate(a, b, chosen) for a, b in itertools.permutations(systems, 2)
         ],
-        "alpha": agreement.krippendorff_alpha(units) if len(raters) > 1 else None,
+        "alpha": agreement.krippendorff_alpha(ratings) if len(raters) > 1 else None,
         "position": [float(x) for x in places / max(1.0, places.sum())],
     }
 
@@ -171,10 +181,14 @@ def _rate(a: str, b: str, chosen: Mapping[str, Mapping[str, str]]) -> dict[str, 
         return {"rate": None, "low": None, "high": None, "n": 0}
     rng = np.random.default_rng(0)
     drawn = sums[rng.integers(0, len(sums), (RESAMPLES, len(sums)))].sum(axis=1)
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], (2.5, 97.5))
+    rates = drawn[:, 0] / drawn[:, 1]
     total = sums.sum(axis=0)
-    return {"rate": float(total[0] / total[1]), "low": float(low), "high": float(high),
-            "n": int(total[1])}  # fmt: skip
+    rate = float(total[0] / total[1])
+    if statistics.all_equal(rates):
+        low, high = statistics.wilson(rate * len(sums), len(sums))
+    else:
+        low, high = np.percentile(rates, (2.5, 97.5))
+    return {"rate": rate, "low": float(low), "high": float(high), "n": int(total[1])}
 
 
 def read_votes(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,8 +198,10 @@ def read_votes(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"{path}: not a file of votes (study, rater, votes)")
     if found["study"] != key["study"]:
         raise InputError(f"{path}: votes of study {found['study']}, the key is of {key['study']}")
-    if not isinstance(found["votes"], dict) or not str(found["rater"]).strip():
-        raise InputError(f"{path}: a rater's name and votes are needed")
+    if not isinstance(found["rater"], str) or not found["rater"].strip():
+        raise InputError(f"{path}: a rater's name is needed, a text; it is {found['rater']!r}")
+    if not isinstance(found["votes"], dict):
+        raise InputError(f"{path}: votes are needed, a choice an item")
     known = {item["id"]: len(item["systems"]) for item in key["items"]}
     for item, choice in found["votes"].items():
         if item not in known:

@@ -99,6 +99,7 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
                 f"{key}={_section(config, key)} leaves no room for a prompt in data.max_length="
                 f"{config.data.max_length}; lower the one or raise the other"
             )
+    _validate_files(config.data)
     if planning:
         return
     if config.data.source in FROM_FILE and not config.data.path:
@@ -109,6 +110,18 @@ def _validate(config: ml_collections.ConfigDict, *, planning: bool) -> None:
     if config.data.source in FROM_FILE and not files.exists(config.data.path):
         raise InputError(f"data.path={config.data.path}: no such file")
     _validate_model(config)
+
+
+def _validate_files(c: ml_collections.ConfigDict) -> None:
+    """A parent decides data.path itself, and its own prompts are asked."""
+    if c.source in (*FROM_FILE, "parent"):
+        return
+    for key in ("path", "prompts_path"):
+        if c[key]:
+            raise InputError(
+                f"data.{key} is given, but data.source={c.source!r} reads none: add "
+                "--config.data.source=file"
+            )
 
 
 def _validate_rows(c: ml_collections.ConfigDict) -> None:

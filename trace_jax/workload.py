@@ -27,7 +27,6 @@ from trace_jax.sources import files
 from trace_jax.stages import context
 
 _CHARACTERS_A_TOKEN = 4.0  # of English under the tokenizers of these models
-_REPLY_TOKENS = 150  # of a judge, about
 _SAMPLE = 2000  # records whose tokens are counted; the rest is taken to be like them
 
 
@@ -86,7 +85,7 @@ def of(run: context.Context) -> Work:
     examples = methods.examples(
         run.config.train.method,
         sample,
-        corrections={},
+        corrections=_corrections(run, sample),
         weights=None,
         alpha_kl=run.config.train.alpha_kl,
         punish=run.config.train.punish,
@@ -121,12 +120,31 @@ def _triaged(run: context.Context) -> tuple[list[records.TriagedRecord], dict[st
     if path.exists() and run.workdir.finished("triage"):
         found = triage.read(path)
         return found, dict(triage.summary(found).actions)
-    unknown = records.Verdict(status="abstain", probability=None, clauses={})
-    actions = ("INVERT", "PUNISH", "RETAIN")
-    return [
-        records.TriagedRecord(record, unknown, unknown, actions[i % 3])
-        for i, record in enumerate(_records(run))
-    ], None
+    statuses = {
+        "INVERT": ("violating", "compliant"),
+        "PUNISH": ("violating", "violating"),
+        "RETAIN": ("compliant", "violating"),
+    }
+    assumed = [
+        (action, *(records.Verdict(status, None, {}) for status in of))
+        for action, of in statuses.items()
+    ]
+    found = []
+    for i, record in enumerate(_records(run)):
+        action, chosen, rejected = assumed[i % 3]
+        found.append(records.TriagedRecord(record, chosen, rejected, action))
+    return found, None
+
+
+def _corrections(
+    run: context.Context, sample: Sequence[records.TriagedRecord]
+) -> dict[str, records.Text]:
+    """Those that were made; before that every PUNISH record has one, as long as its response."""
+    if run.workdir.finished("correct"):
+        return run.corrections
+    if run.config.correct.source == "none":
+        return {}
+    return {t.record.id: t.record.rejected for t in sample if t.action == "PUNISH"}
 
 
 def _records(run: context.Context) -> list[records.PreferenceRecord]:
@@ -216,9 +234,9 @@ def _asks_gemini(run: context.Context) -> bool:
 
 
 def _asking_gemini(run: context.Context, items: Sequence[judges.Item]) -> dict[str, Any]:
-    from trace_jax.judges import gemini, gemini_job, reading, store, template
+    from trace_jax.judges import gemini, reading, store, template
 
-    settings = gemini_job.Settings(**run.config.judge.gemini.to_dict())
+    settings = _settings(run)
     path = run.store_path
     judge = reading.ReadingJudge(
         run.new_policy,
@@ -231,21 +249,31 @@ def _asking_gemini(run: context.Context, items: Sequence[judges.Item]) -> dict[s
         len(template.instruction(q.clauses)) + len(template.material(q.prompt, q.response))
         for q in questions
     )
-    return _priced(run, len(questions), characters, _reply_tokens(run))
+    written = sum(settings.reply_tokens(len(q.clauses)) for q in questions)
+    return _priced(run, settings.model, len(questions), characters, written)
 
 
-def _reply_tokens(run: context.Context) -> int:
-    return _REPLY_TOKENS + max(0, run.config.judge.gemini.thinking_tokens)
+def _settings(run: context.Context) -> Any:
+    from trace_jax.judges import gemini_job
+
+    return gemini_job.Settings(**run.config.judge.gemini.to_dict())
 
 
 def _priced(
-    run: context.Context, calls: int, characters: int, reply: int, *, batch: bool = True
+    run: context.Context,
+    model: str,
+    calls: int,
+    characters: int,
+    written: int,
+    *,
+    batch: bool = True,
 ) -> dict[str, Any]:
-    """characters: of all calls. reply: tokens of one. batch: whether they may go as a batch."""
+    """characters, written: of all calls, and tokens of all replies. batch: they may go as one."""
     from trace_jax.judges import gemini_job
 
     asking = gemini_job.Asking.of(run.config.asking.to_dict())
-    given, written = int(characters / _CHARACTERS_A_TOKEN), reply * calls
+    gemini_job.check_prices(model, asking)
+    given = int(characters / _CHARACTERS_A_TOKEN)
     discount = asking.batch_discount if asking.batch and batch else 1.0
     price = discount * asking.price(given, 0, written)
     return {"calls": calls, "tokens": given + written, "price": price}
@@ -315,23 +343,26 @@ def _most(
     from trace_jax.judges import template
 
     material = template.material("x" * prompt, "x" * int(_CHARACTERS_A_TOKEN * response))
-    calls = characters = 0
+    settings = _settings(run)
+    calls = characters = written = 0
     for clauses in (of.clauses for of in rules):
-        size = run.config.judge.gemini.clauses_per_call or len(clauses)
+        size = settings.clauses_per_call or len(clauses)
         parts = [clauses[i : i + size] for i in range(0, len(clauses), size)]
         calls += len(parts)
         characters += sum(len(template.instruction(part)) + len(material) for part in parts)
-    return _priced(run, items * calls, items * characters, _reply_tokens(run))
+        written += sum(settings.reply_tokens(len(part)) for part in parts)
+    return _priced(run, settings.model, *(items * n for n in (calls, characters, written)))
 
 
 def _writing(run: context.Context, proposals: int, prompt: int) -> dict[str, Any]:
     """Of corrections that Gemini writes."""
-    from trace_jax.writers import instruction
+    from trace_jax.writers import gemini, instruction
 
     config = run.config.correct
     one = len(instruction.system(run.new_policy)) + len(instruction.material("x" * prompt))
-    reply = config.max_new_tokens + max(0, config.gemini_thinking_tokens)
-    return _priced(run, proposals, proposals * one, reply, batch=False)
+    reply = gemini.longest(config.max_new_tokens, config.gemini_thinking_tokens)
+    model = config.gemini_model
+    return _priced(run, model, *(proposals * n for n in (1, one, reply)), batch=False)
 
 
 class _Unasked(NamedTuple):

@@ -114,6 +114,7 @@ def _attacks(arguments: argparse.Namespace) -> None:
         "prompts": {"harmful": len(harmful), "safe": len(safe)},
         "files": [*arguments.harmful, arguments.safe],
     }
+    attacks.warn_of_undecided(result)
     records.write_json(arguments.out / "attacks.json", result)
     (arguments.out / "attacks.md").write_text(attacks.markdown(result) + "\n")
     print(attacks.markdown(result))
@@ -122,7 +123,7 @@ def _attacks(arguments: argparse.Namespace) -> None:
 
 def _judge_pair(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The judge under policy `attacks` and under policy `answers`."""
-    from trace_jax import judges, policy
+    from trace_jax import judges, policy, workdir
     from trace_jax.evaluate import attacks
     from trace_jax.judges import settings
 
@@ -139,7 +140,7 @@ def _judge_pair(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
             policy.load(which),
             found.judge.to_dict(),
             asking=found.asking.to_dict(),
-            store=None if name == "rules" else arguments.out / "judgements.sqlite",
+            store=None if name == "rules" else workdir.store(arguments.out, found),
         )
         for which in ("attacks", "answers")
     )

@@ -17,8 +17,8 @@ def krippendorff_alpha(
     """1 - observed / expected disagreement: 1 perfect, 0 as by chance, below 0 systematic.
 
     Args:
-      ratings: one row a unit, one entry a rater, None where a rater is missing. Units with fewer
-        than two ratings count nowhere.
+      ratings: raters x units, NaN or None where a rating is missing. Units with fewer than two
+        ratings count nowhere.
       level: nominal (equal or not), ordinal (by rank), interval (by squared difference of numbers).
       order: the values from lowest to highest, for ordinal; None: as they sort.
 
@@ -26,12 +26,11 @@ def krippendorff_alpha(
       None where it is not defined: nothing to pair, or all ratings are one value.
 
     Raises:
-      ValueError: an unknown level, or a rating that is not in `order`.
+      ValueError: ratings that are no table, an unknown level, or a rating that is not in `order`.
     """
     if level not in LEVELS:
         raise ValueError(f"level={level!r} is unknown; use one of {', '.join(LEVELS)}")
-    units = [[value for value in unit if value is not None] for unit in ratings]
-    units = [unit for unit in units if len(unit) >= 2]
+    units = [unit for unit in _by_unit(ratings) if len(unit) >= 2]
     found = {value for unit in units for value in unit}
     values = list(order) if order is not None else sorted(found)
     if missing := found - set(values):
@@ -44,6 +43,18 @@ def krippendorff_alpha(
     distances = _DISTANCES[level](values, totals)
     expected = (np.outer(totals, totals) - np.diag(totals)) / (n - 1)
     return float(1 - (observed * distances).sum() / (expected * distances).sum())
+
+
+def _by_unit(ratings: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The ratings that each unit has."""
+    table = np.array(ratings, dtype=object)
+    if table.size and table.ndim != 2:
+        raise ValueError(
+            "ratings are raters x units: one row a rater, all of one length, with NaN or None "
+            "where a rating is missing"
+        )
+    # NaN alone is not equal to itself.
+    return [[value for value in unit if value is not None and value == value] for unit in table.T]
 
 
 def _coincidences(units: Sequence[Sequence[Any]], values: Sequence[Any]) -> np.ndarray:

@@ -8,6 +8,7 @@ the decisions.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,9 +86,7 @@ def measure(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _alpha(ratings: Sequence[Sequence[str | None]]) -> float | None:
-    width = max(map(len, ratings), default=0)
-    rows = [[*row, *[None] * (width - len(row))] for row in ratings]
-    return agreement.krippendorff_alpha(rows) if rows else None
+    return agreement.krippendorff_alpha(list(itertools.zip_longest(*ratings)))
 
 
 def _precision_and_recall(rated: Sequence[Answer]) -> dict[str, float | None]:

@@ -20,6 +20,7 @@ from lm_eval.api.model import TemplateLM
 
 from trace_jax import batches, encoding, logprobs, losses, metrics, sampling, sharding
 from trace_jax.errors import InputError
+from trace_jax.evaluate import statistics
 
 Request = tuple[Any, list[int], list[int]]  # the texts, context tokens, continuation tokens
 
@@ -232,13 +233,17 @@ def _scores(graphdef, state, rows: batches.Rows, n_responses: int) -> jax.Array:
 def paired(a: Sequence[dict], b: Sequence[dict], metric: str) -> dict[str, Any]:
     """Mean difference of a metric over the documents both were asked, with its 95 % interval.
 
-    Rows of one filter: a document of both once.
+    Rows of one filter: a document of both once. A bootstrap over documents; `newcombe` where they
+    all differ by the same, if the metric is a rate.
     """
     of_b = {row["doc_id"]: row[metric] for row in b}
     pairs = [(row[metric], of_b[row["doc_id"]]) for row in a if row["doc_id"] in of_b]
-    difference = np.array([float(x) - float(y) for x, y in pairs])
-    rng = np.random.default_rng(0)
-    means = difference[rng.integers(0, len(difference), (2000, len(difference)))].mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {"difference": float(difference.mean()), "low": float(low), "high": float(high),
-            "n": len(difference)}  # fmt: skip
+    values = np.array(pairs, np.float64)
+    difference, n = values[:, 0] - values[:, 1], len(pairs)
+    if statistics.all_equal(difference) and values.min() >= 0 and values.max() <= 1:
+        low, high = statistics.newcombe(*(float(x) for x in values.mean(axis=0)), n)
+    else:
+        rng = np.random.default_rng(0)
+        means = difference[rng.integers(0, n, (2000, n))].mean(axis=1)
+        low, high = np.percentile(means, (2.5, 97.5))
+    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "n": n}

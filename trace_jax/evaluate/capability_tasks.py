@@ -60,12 +60,14 @@ _CHOICE = {
     "doc_to_target": "{{gold}}",
     "metric_list": [_metric("acc"), _metric("acc_norm")],
 }
+# As the harness's own gsm8k: what is left out of the answer and of the target alike.
+_IGNORED = [",", r"\$", "(?s).*#### ", r"\.$"]
 _GENERATED = {
     "output_type": "generate_until",
     "doc_to_text": "{{query}}",
     "doc_to_target": "{{answer}}",
     "generation_kwargs": {"until": ["Question:", "</s>"], "do_sample": False, "max_gen_toks": 256},
-    "metric_list": [_metric("exact_match", ignore_case=True)],
+    "metric_list": [_metric("exact_match", ignore_case=True, regexes_to_ignore=_IGNORED)],
     "filter_list": [
         {
             "name": "strict-match",

@@ -1,7 +1,8 @@
 """Methods against each other on the same prompts: differences, tests, effect sizes, gaps.
 
 Legend: K seeds, P prompts, R resamples. Every resample draws seeds and, independently, prompts, as
-`statistics.rate_over_seeds` does; a method's seed k is paired with another's seed k.
+`statistics.rate_over_seeds` does; a method's seed k is paired with another's seed k. Where all
+resamples give one difference, Newcombe's interval on the number of prompts takes their place.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ class Paired:
 
     Attributes:
       difference, low, high: in -1..1, with the 95 % interval.
-      p: two-sided, of the difference being `margin`, from the same resamples; at least 2 /
-        (resamples + 1).
+      p: two-sided, of the difference being `margin`, from the same resamples, or as that interval
+        allows; at least 2 / (resamples + 1).
       cohens_h: of the two rates (0.2 small, 0.5 medium, 0.8 large).
       n, seeds: prompts, and pairs of runs.
     """
@@ -37,19 +38,18 @@ def compare(a: Sequence[np.ndarray], b: Sequence[np.ndarray], *, margin: float =
     """From outcomes [prompts, samples] 0/1 of each seed, in the order of the same prompts."""
     difference_KP = _means(a) - _means(b)
     rate_a, rate_b = float(_means(a).mean()), float(_means(b).mean())
+    K, P = difference_KP.shape
     found = _resampled_means(difference_KP)
-    mean = float(difference_KP.mean())
-    low, high = (float(x) for x in np.percentile(found, (2.5, 97.5)))
-    beyond = min((found <= margin).sum(), (found >= margin).sum())
-    return Paired(
-        mean,
-        max(-1.0, low),
-        min(1.0, high),
-        float(min(1.0, 2 * (beyond + 1) / (len(found) + 1))),
-        cohens_h(rate_a, rate_b),
-        n=difference_KP.shape[1],
-        seeds=difference_KP.shape[0],
-    )
+    least = 2 / (len(found) + 1)
+    if statistics.all_equal(found):
+        low, high = statistics.newcombe(rate_a, rate_b, P)
+        p = statistics.newcombe_p(rate_a, rate_b, P, margin=margin, least=least)
+    else:
+        low, high = (float(x) for x in np.percentile(found, (2.5, 97.5)))
+        beyond = min((found <= margin).sum(), (found >= margin).sum())
+        p = float(min(1.0, 2 * (beyond + 1) / (len(found) + 1)))
+    mean, h = float(difference_KP.mean()), cohens_h(rate_a, rate_b)
+    return Paired(mean, max(-1.0, low), min(1.0, high), p, h, n=P, seeds=K)
 
 
 def cohens_h(a: float, b: float) -> float:

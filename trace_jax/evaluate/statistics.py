@@ -46,7 +46,7 @@ def rate(outcomes_PS: np.ndarray) -> Rate:
     mean_P = outcomes_PS.mean(axis=1)
     P, S = outcomes_PS.shape
     mean = float(mean_P.mean())
-    if S == 1 or _all_equal(mean_P):
+    if S == 1 or all_equal(mean_P):
         return Rate(mean, *wilson(mean * P, P), n=P)
     return Rate(mean, *_bootstrap_mean(mean_P), n=P)
 
@@ -57,27 +57,51 @@ def rate_of_means(mean_P: np.ndarray) -> Rate:
     if mean_P.ndim != 1 or not mean_P.size or not ((mean_P >= 0) & (mean_P <= 1)).all():
         raise ValueError("needs one value in 0..1 a prompt, and at least one prompt")
     mean, P = float(mean_P.mean()), len(mean_P)
-    interval = wilson(mean * P, P) if _all_equal(mean_P) else _bootstrap_mean(mean_P)
+    interval = wilson(mean * P, P) if all_equal(mean_P) else _bootstrap_mean(mean_P)
     return Rate(mean, *interval, n=P)
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval for successes out of n, at 95 %."""
+def wilson(successes: float, n: int, z: float = _Z) -> tuple[float, float]:
+    """Wilson's score interval for successes out of n, at 95 %, or of z standard deviations."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes out of {n} is not a rate")
     share = successes / n
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # At the ends rounding would leave the share itself outside by 1e-18.
     return float(min(share, max(0.0, centre - half))), float(max(share, min(1.0, centre + half)))
+
+
+def newcombe(a: float, b: float, n: int, z: float = _Z) -> tuple[float, float]:
+    """Interval of a - b, two rates of n each, at 95 %, or of z standard deviations.
+
+    From the two Wilson intervals (Newcombe, Statistics in Medicine 17, 1998, method 10), which
+    supposes independence and so is wide for pairs.
+    """
+    (a_low, a_high), (b_low, b_high) = wilson(a * n, n, z), wilson(b * n, n, z)
+    low = a - b - float(np.hypot(a - a_low, b_high - b))
+    high = a - b + float(np.hypot(a_high - a, b - b_low))
+    return max(-1.0, low), min(1.0, high)
+
+
+def newcombe_p(a: float, b: float, n: int, *, margin: float = 0.0, least: float = 0.0) -> float:
+    """Two-sided p of a - b being `margin`, not below `least`.
+
+    The largest p whose interval of level 1 - p, `newcombe`'s, still holds the margin: below 0.05
+    exactly where the 95 % interval does not.
+    """
+    held, beyond = least, 1.0
+    for _ in range(60):
+        p = (held + beyond) / 2
+        low, high = newcombe(a, b, n, -statistics.NormalDist().inv_cdf(p / 2))
+        held, beyond = (p, beyond) if low <= margin <= high else (held, p)
+    return beyond
 
 
 def paired_difference(a_PS: np.ndarray, b_PS: np.ndarray) -> Difference:
     """rate(a) - rate(b) on the same prompts; the numbers of samples may differ.
 
-    A bootstrap of the difference per prompt. Where that is the same for every prompt: Newcombe's
-    interval from the two Wilson intervals (Statistics in Medicine 17, 1998, method 10), which
-    supposes independence and so is wide.
+    A bootstrap of the difference per prompt; `newcombe` where that is the same for every prompt.
     """
     a_PS, b_PS = _checked(a_PS), _checked(b_PS)
     P = len(a_PS)
@@ -85,13 +109,9 @@ def paired_difference(a_PS: np.ndarray, b_PS: np.ndarray) -> Difference:
         raise ValueError(f"paired outcomes need the same prompts: {P} against {len(b_PS)}")
     difference_P = a_PS.mean(axis=1) - b_PS.mean(axis=1)
     difference = float(difference_P.mean())
-    if not _all_equal(difference_P):
-        return Difference(difference, *_bootstrap_mean(difference_P), n=P)
-    a, b = float(a_PS.mean()), float(b_PS.mean())
-    (a_low, a_high), (b_low, b_high) = wilson(a * P, P), wilson(b * P, P)
-    low = difference - float(np.hypot(a - a_low, b_high - b))
-    high = difference + float(np.hypot(a_high - a, b - b_low))
-    return Difference(difference, max(-1.0, low), min(1.0, high), n=P)
+    if all_equal(difference_P):
+        return Difference(difference, *newcombe(float(a_PS.mean()), float(b_PS.mean()), P), n=P)
+    return Difference(difference, *_bootstrap_mean(difference_P), n=P)
 
 
 def rate_over_seeds(outcomes: Sequence[np.ndarray]) -> Rate:
@@ -123,7 +143,7 @@ def rate_of_means_over_seeds(mean_KP: np.ndarray) -> Rate:
     if K == 1:
         return rate_of_means(mean_KP[0])
     mean = float(known.mean())
-    if _all_equal(known):
+    if all_equal(known):
         return Rate(mean, *wilson(mean * P, P), n=P)
     seed_K1 = np.nanmean(mean_KP, axis=1, keepdims=True)
     widened_KP = mean_KP + (np.sqrt(K / (K - 1)) - 1) * (seed_K1 - mean)
@@ -150,7 +170,7 @@ def effective_sample_size(weight_N: np.ndarray) -> float:
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
     """Rank correlation with averaged ties; NaN for a constant side, a NaN, or fewer than 2."""
     a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
-    if len(a_N) < 2 or _all_equal(a_N) or _all_equal(b_N) or np.isnan([a_N, b_N]).any():
+    if len(a_N) < 2 or all_equal(a_N) or all_equal(b_N) or np.isnan([a_N, b_N]).any():
         return float("nan")
     return float(np.corrcoef(ranks(a_N), ranks(b_N))[0, 1])
 
@@ -172,7 +192,8 @@ def _checked(outcomes_PS: np.ndarray) -> np.ndarray:
     return outcomes_PS
 
 
-def _all_equal(values: np.ndarray) -> bool:
+def all_equal(values: np.ndarray) -> bool:
+    """Whether nothing varies, but for rounding."""
     return bool(np.ptp(values) < 1e-12)
 
 

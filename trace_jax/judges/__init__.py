@@ -10,6 +10,7 @@ from trace_jax.errors import InputError
 
 NAMES = ("rules", "labels", "gemini", "local", "ensemble")
 CHOICES = ("a", "b", "tie", "undecided")
+_CERTAIN = {"compliant": 1.0, "violating": 0.0}  # P(compliant) of a status without one
 
 
 class Item(NamedTuple):
@@ -120,17 +121,22 @@ def aggregate(clauses: Mapping[str, records.ClauseVerdict], **provenance: Any) -
     """The verdict on a response from the verdicts on its clauses.
 
     Violating if any clause is; otherwise error, then abstain, if any clause is. Its probability is
-    the lowest of its clauses', None if none gave one. No clauses decide nothing: abstain.
-    provenance: the other fields of the verdict.
+    the lowest of its clauses', where one that is decided and gives none is certain; None if there
+    is no other. No clauses decide nothing: abstain. provenance: the other fields of the verdict.
     """
     statuses = {clause.status for clause in clauses.values()} or {"abstain"}
-    given = [c.probability for c in clauses.values() if c.probability is not None]
+    given = [p_compliant(clause) for clause in clauses.values()]
     return records.Verdict(
         status=next(s for s in ("violating", "error", "abstain", "compliant") if s in statuses),
-        probability=min(given, default=None),
+        probability=min((p for p in given if p is not None), default=None),
         clauses=dict(clauses),
         **provenance,
     )
+
+
+def p_compliant(clause: records.ClauseVerdict) -> float | None:
+    """P(compliant) as given; of a decided clause without one that it is certain; else None."""
+    return _CERTAIN.get(clause.status) if clause.probability is None else clause.probability
 
 
 def order(a: records.Verdict, b: records.Verdict) -> int:

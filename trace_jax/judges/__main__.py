@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", default="rules", help=", ".join(judges.NAMES))
     parser.add_argument("--policy", required=True, help="a shipped name or a file")
-    parser.add_argument("--store", type=Path, help="judgement store; none: answers are not kept")
+    parser.add_argument(
+        "--store", type=Path, help="judgement store; none: asking.store, or one beside --out"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="a key of judge.* or asking.*, as judge.local.model=DIR or asking.concurrency=64",
@@ -78,7 +80,7 @@ def _made(arguments: argparse.Namespace) -> tuple[judges.Judge, policies.Policy,
     given = settings.of(arguments.set)
     store = arguments.store
     if store is None and arguments.judge not in ("rules", "labels"):
-        store = arguments.out.with_suffix(".sqlite")
+        store = Path(given.asking.store or arguments.out.with_suffix(".sqlite"))
     found = judges.make(
         arguments.judge,
         policy,
@@ -160,6 +162,12 @@ def _winrate(arguments: argparse.Namespace) -> None:
     shared = [name for name in a if name in b]
     if not shared:
         raise InputError(f"{arguments.a} and {arguments.b} have no held-out prompt in common")
+    other = [name for name in shared if a[name]["prompt"] != b[name]["prompt"]]
+    if other:
+        raise InputError(
+            f"{arguments.a} and {arguments.b} have other prompts under the same ids ({len(other)} "
+            f"of {len(shared)}, such as {other[0]!r}); compare runs with the same held-out prompts"
+        )
     pairs = [winrate.Pair(a[i]["prompt"], a[i]["response"], b[i]["response"]) for i in shared]
     judge, policy, _ = _made(arguments)
     found = winrate.outcomes(judge, pairs)

@@ -62,7 +62,8 @@ class EnsembleJudge:
     def agreement(self) -> dict[str, float | None]:
         """Clause id -> Krippendorff's alpha (nominal) of the members on all they judged so far."""
         return {
-            name: agreement.krippendorff_alpha(ratings) for name, ratings in self._statuses.items()
+            name: agreement.krippendorff_alpha(list(zip(*units, strict=True)))
+            for name, units in self._statuses.items()
         }
 
     def _vote(self, verdicts: Sequence[records.Verdict]) -> records.Verdict:
@@ -85,7 +86,7 @@ class EnsembleJudge:
 
     def _of_clause(self, answers: Sequence[records.ClauseVerdict]) -> records.ClauseVerdict:
         counts = collections.Counter(a.status for a in answers)
-        probabilities = [a.probability for a in answers if a.probability is not None]
+        probabilities = [p for p in map(judges.p_compliant, answers) if p is not None]
         p = sum(probabilities) / len(probabilities) if probabilities else None
         yes, no = counts["compliant"], counts["violating"]
         if not yes + no and counts["error"]:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 
 from trace_jax import records
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_reply, gemini_service, reading, template
+from trace_jax.judges import gemini_out, gemini_reply, gemini_service, reading, template
 from trace_jax.judges import store as stores
 from trace_jax.judges.gemini_job import Asking, Job, Settings
+
+_KEYS = "judge.gemini.max_output_tokens", "judge.gemini.thinking_tokens"
 
 
 def identity(settings: Settings) -> stores.Reader:
@@ -40,9 +42,9 @@ class GeminiReader(gemini_service.Service):
                 "asking.batch needs the Developer API, and asking.vertex_project asks Vertex AI, "
                 "whose batches go through buckets; unset one of the two"
             )
-        super().__init__(settings, asking, kept)
+        super().__init__(settings, asking, kept, identity(settings), _KEYS)
         self.clauses_per_call = settings.clauses_per_call
-        self.identity = identity(settings)
+        self._last_call = 0  # in the store when it was last asked
 
     def ask(
         self,
@@ -50,6 +52,7 @@ class GeminiReader(gemini_service.Service):
         answered: Callable[[reading.Question, stores.Call, reading.Verdicts], None],
     ) -> None:
         """Answers all questions; see `reading.Reader`."""
+        self._last_call = self.store.last_call()
         if self.asking.batch:
             from trace_jax.judges import gemini_batch
 
@@ -71,6 +74,7 @@ class GeminiReader(gemini_service.Service):
                 gemini_reply.better,
                 lambda call, answer, q=q: answered(q, call, answer),
                 None,
+                self.settings.reply_tokens(1),
             )
             for q in questions
         ]
@@ -83,6 +87,12 @@ class GeminiReader(gemini_service.Service):
     ) -> Job:
         """The question, ready to be sent."""
         clauses = question.clauses
+
+        def kept() -> bool:
+            if found := self.kept(question):
+                answered(question, stores.KEPT, found)
+            return bool(found)
+
         return Job(
             template.instruction(clauses),
             template.material(question.prompt, question.response),
@@ -90,4 +100,27 @@ class GeminiReader(gemini_service.Service):
             lambda response: gemini_reply.verdicts(response, clauses),
             lambda call, verdicts: answered(question, call, verdicts or {}),
             dict.fromkeys(clauses, records.ClauseVerdict("error", None)),
+            self.settings.reply_tokens(len(clauses)),
+            kept,
+            hashlib.sha256(f"{self.identity} {gemini_out.key(question)}".encode()).hexdigest(),
         )
+
+    def kept(self, question: reading.Question) -> reading.Verdicts:
+        """What another process has answered since this was asked; nothing where a clause is open.
+
+        Abstentions of before are no answer: it may have been asked because of them.
+        """
+        if not self.store.others_wrote():
+            return {}
+        item = stores.item_hash(question.prompt, question.response)
+        answers = self.store.find(self.identity, question.clauses, [item]).get(item, {})
+        found = {
+            clause: answers[clause.id].verdict
+            for clause in question.clauses
+            if clause.id in answers and self._is_answer(answers[clause.id])
+        }
+        return found if len(found) == len(question.clauses) else {}
+
+    def _is_answer(self, answer: stores.Answer) -> bool:
+        status = answer.verdict.status
+        return status != "error" and (status != "abstain" or answer.call > self._last_call)

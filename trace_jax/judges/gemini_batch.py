@@ -20,6 +20,7 @@ from trace_jax.judges import store as stores
 _MOST_BYTES = 15_000_000  # of one batch; the service takes 20 MB inline
 _MOST_QUESTIONS = 10_000
 _LONGEST_PAUSE = 30.0  # seconds between two looks
+_LOOK = 0.2  # seconds between two looks at who else submits
 _ENDED = {
     "JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED", "JOB_STATE_FAILED",
     "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED",
@@ -62,8 +63,8 @@ class _Batches:
 
     async def all(self) -> None:
         await self._collect()
-        at_work = {key for keys in self._out().values() for key in keys}
-        await self._submit([q for key, q in self.open.items() if key not in at_work])
+        if self._unasked():
+            await self._submit()
         pause = 1.0
         deadline = time.monotonic() + 60 * self.reader.asking.batch_wait_minutes
         while names := self._awaited():
@@ -82,16 +83,34 @@ class _Batches:
         """Those with an open question of this call; others are no reason to wait."""
         return [n for n, keys in self._out().items() if not self.open.keys().isdisjoint(keys)]
 
-    async def _submit(self, questions: Sequence[reading.Question]) -> None:
+    def _unasked(self) -> list[reading.Question]:
+        """Questions that no batch has, and whose answers nobody has kept in the meantime."""
+        at_work = {key for keys in self._out().values() for key in keys}
+        for key, question in list(self.open.items()):
+            if key not in at_work and (found := self.reader.kept(question)):
+                self.answered(question, stores.KEPT, found)
+                del self.open[key]
+        return [question for key, question in self.open.items() if key not in at_work]
+
+    async def _submit(self) -> None:
+        """Submits what is not asked yet; of several processes one does, then the next one looks."""
         reader, budget = self.reader, self.reader.budget()
-        for part in _parts(reader, questions):
-            price = _reserve(reader, budget, part)
-            batch = await self._create(part)
-            asked = [question for question, _ in part]
-            items = [(q.prompt, q.response) for q in asked]
-            text = gemini_out.written(asked, price)
-            reader.store.add_batch(reader.identity, batch.name, text, items)
-            metrics.say(f"  {len(part)} questions are in batch {batch.name}")
+        while not budget.begin_submitting():
+            await asyncio.sleep(_LOOK)
+        try:
+            for part in _parts(reader, self._unasked()):
+                price = await _reserve(reader, budget, part)
+                try:
+                    batch = await self._create(part)
+                    asked = [question for question, _ in part]
+                    items = [(q.prompt, q.response) for q in asked]
+                    text = gemini_out.written(asked, price)
+                    reader.store.add_batch(reader.identity, batch.name, text, items)
+                finally:
+                    budget.settle(price, len(part))
+                metrics.say(f"  {len(part)} questions are in batch {batch.name}")
+        finally:
+            budget.end_submitting()
 
     async def _create(self, part: Part) -> Any:
         from google.genai import errors, types
@@ -187,26 +206,30 @@ class _Batches:
         )
         found = [row for row in rows if row[2] is not None]
         with store.taking_in(name) as is_out:
-            for row in found if is_out else ():
-                self._keep(*row)
+            calls = [self._keep(*row) for row in found if is_out]
         for key, *_ in found:
             self.open.pop(key, None)
         if is_out:
             metrics.say(f"  batch {name} ended as {state}: {len(found)} of {len(keys)} replies")
+        if calls and all(call.outcome == gemini_run.CUT_OFF for call in calls):
+            length, thinking = self.reader.keys
+            metrics.say(f"  warning: all were cut off; raise {length} or lower {thinking}")
 
-    def _keep(self, key: str, question: reading.Question | None, reply: Any) -> None:
-        """Keeps one reply. Where nobody knows its question any more, it was paid for all the same.
+    def _keep(self, key: str, question: reading.Question | None, reply: Any) -> stores.Call:
+        """Keeps one reply, and returns what it took.
 
-        question: as the store has it.
+        Where nobody knows its question any more, it was paid for all the same. question: as the
+        store has it.
         """
         reader = self.reader
         question = self.open.get(key, question)
         call, verdicts = _read(reader, question, reply)
         if question is None:
             reader.store.add_call(reader.identity, call)
-            return
+            return call
         job = reader.job(question, self.answered if key in self.open else self._store)
         job.attempted(call, job.failed if verdicts is None else verdicts)
+        return call
 
     def _store(
         self, question: reading.Question, call: stores.Call, verdicts: reading.Verdicts
@@ -223,18 +246,21 @@ def _at_work(names: Sequence[str]) -> InputError:
     )
 
 
-def _reserve(reader: Any, budget: pacing.Budget, part: Part) -> float:
+async def _reserve(reader: Any, budget: pacing.Budget, part: Part) -> float:
     """US dollars that the batch is expected to cost; they and its calls count from now on."""
-    asking, spent = reader.asking, f"{budget.calls} calls and {budget.price:.4f}"
-    prices = [asking.batch_discount * reader.expected_price(job) for _, job in part]
-    if not all(budget.reserve(price) for price in prices):
+    asking = reader.asking
+    price = sum(asking.batch_discount * reader.expected_price(job) for _, job in part)
+    while not (found := budget.reserve(price, len(part))):
+        if found is None:  # what others have in flight may turn out cheaper
+            await asyncio.sleep(_LOOK)
+            continue
         raise InputError(
-            f"a batch of {len(part)} questions would cost about {sum(prices):.4f} US dollars and "
-            f"go beyond the budget ({spent} US dollars are spent or at work; asking.budget_usd="
-            f"{asking.budget_usd}, asking.budget_calls={asking.budget_calls}); raise it"
+            f"a batch of {len(part)} questions would cost about {price:.4f} US dollars and "
+            f"go beyond the budget ({budget.calls} calls and {budget.price:.4f} US dollars are "
+            f"spent or at work; asking.budget_usd={asking.budget_usd}, asking.budget_calls="
+            f"{asking.budget_calls}); raise it"
         )
-    budget.settle(sum(prices), sum(prices))
-    return sum(prices)
+    return price
 
 
 def _parts(reader: Any, questions: Sequence[reading.Question]) -> Iterator[Part]:

@@ -18,6 +18,8 @@ _BLOCKED = {
 _REASON = {"type": "string", "description": "one short sentence"}
 _CONFIDENCE = {"type": "number", "description": "probability that the verdict is right, 0.5 to 1"}
 
+_LEAST_CONFIDENCE = 0.51
+
 
 class Malformed(Exception):
     """A reply that is not what was asked for; its text says how. The question is asked again."""
@@ -137,6 +139,13 @@ def _reply(response: Any) -> Mapping[str, Any]:
 
 
 def _answer(answer: Any) -> tuple[str, records.ClauseVerdict]:
+    """The clause and the verdict on it, with P(compliant) on the verdict's side of 1/2.
+
+    A confidence below 1/2 denies its own verdict. The verdict is what was asked for and comes from
+    an enum, so it stays, as unsure as one can be: asked again at temperature 0 the service would
+    say the same, be paid for it, and leave an error in the end. At 1/2 itself, triage by
+    probability would call compliant what the verdict calls violating.
+    """
     if not isinstance(answer, dict):
         raise Malformed("an answer that is no object")
     name, verdict, confidence = (answer.get(k) for k in ("clause", "verdict", "confidence"))
@@ -153,6 +162,7 @@ def _answer(answer: Any) -> tuple[str, records.ClauseVerdict]:
         raise Malformed("a confidence that is no number")
     if not 0 <= confidence <= 1:  # NaN is not either
         raise Malformed("a confidence that is no probability")
+    confidence = max(confidence, _LEAST_CONFIDENCE)
     probability = confidence if status == "compliant" else 1 - confidence
     return name, records.ClauseVerdict(status, float(probability))
 

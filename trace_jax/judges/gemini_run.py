@@ -5,10 +5,12 @@ Errors of the service are sorted here: asked again, given up, or the reason to s
 
 import asyncio
 import collections
+import contextlib
+import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trace_jax.errors import InputError
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from trace_jax.judges.gemini_service import Service
 
 _UNREACHABLE = 10  # attempts in a row that reach nobody, at least, before the service is down
+_ALIKE = 5  # refusals, or replies cut off, before any good one: the settings are wrong
+CUT_OFF = "malformed: finished by MAX_TOKENS"  # the outcome of a reply that was longer than it may
+_LOOK = 0.05  # seconds between two looks at what others have in flight
 
 
 class _Stopped(Exception):
@@ -27,21 +32,18 @@ class _Stopped(Exception):
 
 
 class Run:
-    """One run over jobs: workers that share a pace, a budget and a reason to stop.
+    """One run over jobs: workers that share a pace, a budget and a reason to stop."""
 
-    Args:
-      refusals: like ones before any reply that are the reason to stop; 0: none are.
-    """
-
-    def __init__(self, reader: "Service", jobs: Sequence[Job], refusals: int = 0):
+    def __init__(self, reader: "Service", jobs: Sequence[Job]):
         self.reader, self.total, self.done = reader, len(jobs), 0
-        self.most_refusals = refusals
+        self.works = False  # there was a good reply
         self.refusals: collections.Counter[int] = collections.Counter()  # by HTTP status
-        self.jobs: Iterator[Job] = iter(jobs)
+        self.cut_off = 0  # replies
+        self.jobs = collections.deque(jobs)
         self.http = reader.http()
         self.client = reader.client(self.http)
         self.pace = pacing.Pace(reader.asking.requests_per_minute)
-        self.budget = reader.budget()
+        self.budget, self.reserving = reader.budget(), asyncio.Lock()
         self.rng = random.Random(0)
         self.in_vain, self.last_answer = 0, time.monotonic()  # attempts in a row without an answer
         self.stopped: InputError | None = None
@@ -59,41 +61,65 @@ class Run:
         await self.http.aclose()
 
     async def _work(self) -> None:
-        for job in self.jobs:
+        while self.jobs:
+            job = self.jobs.popleft()
             try:
-                await self._answer(job)
+                answered = await self._answer(job)
             except _Stopped:
                 return
-            self.done += 1
+            finally:
+                self.budget.release(job.question)
+            self.done += answered
+            if not answered:
+                self.jobs.append(job)
+                await asyncio.sleep(_LOOK)
 
-    async def _answer(self, job: Job) -> None:
-        """Attempts until there is a result; the last failure gives the failed one."""
-        for attempt in range(1, self.reader.asking.tries + 1):
+    async def _answer(self, job: Job) -> bool:
+        """Attempts until there is a result; the last failure gives the failed one.
+
+        Returns:
+          False where another process is asking just now, and will keep an answer, or fail.
+        """
+        settings, asking, cut_off = self.reader.settings, self.reader.asking, 0
+        for attempt in itertools.count(1):
+            if job.kept():
+                return True
             await self.pace.turn()
-            call, result, again, wish = await self._attempt(job)
-            last = result is None and (not again or attempt == self.reader.asking.tries)
-            job.attempted(call, job.failed if last else result)
+            async with self._reserved(job):
+                if not self.budget.claim(job.question):
+                    return False
+                if job.kept():
+                    return True
+                call, result, again, wish = await self._send(job)
+                cut_off += call.outcome == CUT_OFF
+                again &= cut_off < 2 or settings.temperature > 0  # it would be cut off again
+                last = result is None and (not again or attempt >= asking.tries)
+                job.attempted(call, job.failed if last else result)
             if result is not None or last:
-                return
-            await asyncio.sleep(
-                pacing.delay(attempt, wish, self.reader.asking.backoff_seconds, self.rng)
-            )
+                return True
+            if self.stopped is not None:
+                raise _Stopped
+            await asyncio.sleep(pacing.delay(attempt, wish, asking.backoff_seconds, self.rng))
 
-    async def _attempt(self, job: Job) -> tuple[stores.Call, Any, bool, float | None]:
-        """(call, result or None, whether to try again, seconds that the service asks to wait)."""
+    @contextlib.asynccontextmanager
+    async def _reserved(self, job: Job) -> AsyncIterator[None]:
+        """Within, an attempt counts in the budget; it begins once there is room for it."""
         expected = self.reader.expected_price(job)
-        if self.stopped is None and not self.budget.reserve(expected):
-            self._stop(self._out_of_budget())
+        async with self.reserving:  # one of the workers looks
+            while self.stopped is None and not (found := self.budget.reserve(expected)):
+                if found is None:
+                    await asyncio.sleep(_LOOK)
+                else:
+                    self._stop(self._out_of_budget(expected))
         if self.stopped is not None:
             raise _Stopped
-        call = stores.Call("cancelled")
         try:
-            call, result, again, wish = await self._send(job)
-            return call, result, again, wish
+            yield
         finally:
-            self.budget.settle(expected, call.price)
+            self.budget.settle(expected)
 
     async def _send(self, job: Job) -> tuple[stores.Call, Any, bool, float | None]:
+        """(call, result or None, whether to try again, seconds that the service asks to wait)."""
         import pydantic
         from google.genai import errors
 
@@ -117,12 +143,15 @@ class Run:
                 raise
             return self._unreached(error), None, True, None
         self._answered()
-        self.most_refusals = 0
         try:
             outcome, reason, result = job.read(response)
         except gemini_reply.Malformed as error:
             call = self.reader.call(response, f"malformed: {error}", "")
+            self.cut_off += call.outcome == CUT_OFF
+            if self.cut_off >= _ALIKE and not self._ever_worked():
+                self._stop(self._all_cut_off())
             return call, None, True, None
+        self.works = True
         return self.reader.call(response, outcome, reason), result, False, None
 
     def _refused(self, job: Job, error: Any) -> tuple[stores.Call, Any, bool, float | None]:
@@ -143,13 +172,20 @@ class Run:
         else:
             self._answered()
         self.refusals[error.code] += not again
-        if 0 < self.most_refusals <= self.refusals[error.code]:
+        # Refusals come faster than replies: of single questions there are less than are in flight.
+        most = max(_ALIKE, min(self.reader.asking.concurrency, self.total))
+        if self.refusals[error.code] >= most and not self._ever_worked():
             self._stop(self._all_refused(error.code, said))
         headers = getattr(error.response, "headers", None) or {}
         if self.stopped is not None:
             job.attempted(call, None)
             raise _Stopped
         return call, None, again, pacing.wish(headers, error.details)
+
+    def _ever_worked(self) -> bool:
+        """In this run or an earlier one: then single questions may be refused for good."""
+        self.works = self.works or self.reader.store.has_answered(self.reader.identity)
+        return self.works
 
     def _answered(self) -> None:
         self.in_vain, self.last_answer = 0, time.monotonic()
@@ -174,19 +210,28 @@ class Run:
         if self.stopped is None:
             self.stopped = error
 
-    def _out_of_budget(self) -> InputError:
+    def _out_of_budget(self, expected: float) -> InputError:
         asking = self.reader.asking
         limits = f"asking.budget_usd={asking.budget_usd}, asking.budget_calls={asking.budget_calls}"
         return InputError(
             f"the judge's budget is spent ({self.budget.calls} calls, {self.budget.price:.4f} US "
-            f"dollars in all; {limits}); raise it and {self._progress()}"
+            f"dollars in all, the next takes up to {expected:.4f}; {limits}); raise it and "
+            f"{self._progress()}"
         )
 
     def _all_refused(self, code: int, said: str) -> InputError:
         return InputError(
             f"model {self.reader.settings.model!r} refuses what it is sent (HTTP {code} to "
-            f"{self.most_refusals} requests and no reply to any; {said}); mend its settings, such "
-            "as correct.gemini_thinking_tokens, and run the same command again"
+            f"{self.refusals[code]} requests and no good reply to any; the service says: {said}); "
+            f"mend that, perhaps by {' or '.join(self.reader.keys)}, and run the same command again"
+        )
+
+    def _all_cut_off(self) -> InputError:
+        settings, (length, thinking) = self.reader.settings, self.reader.keys
+        return InputError(
+            f"model {settings.model!r}: {self.cut_off} replies were cut off at "
+            f"{settings.max_output_tokens} tokens, thinking included, and none was whole; raise "
+            f"{length} or lower {thinking}, and run the same command again"
         )
 
     def _progress(self) -> str:

@@ -10,37 +10,47 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from trace_jax.errors import InputError
-from trace_jax.judges import gemini_out, gemini_reply, gemini_run, pacing
+from trace_jax.judges import gemini_reply, gemini_run, pacing
 from trace_jax.judges import store as stores
-from trace_jax.judges.gemini_job import KEYS, Asking, Job, Settings
+from trace_jax.judges.gemini_job import KEYS, Asking, Job, Settings, check_prices
 
 _TOKEN = 4.0  # characters, for what an attempt is expected to cost
-_EXPECTED_OUTPUT = 150  # tokens
 _HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
 
 
 class Service:
     """A model of the service, how it is asked, and the store that counts what it takes.
 
+    Args:
+      identity: under what its calls are stored.
+      keys: of the config: the one for the length of a reply, the one for thinking.
+
     Raises:
       InputError: no key, or the settings ask for the impossible.
     """
 
-    def __init__(self, settings: Settings, asking: Asking, kept: stores.Store):
+    def __init__(
+        self,
+        settings: Settings,
+        asking: Asking,
+        kept: stores.Store,
+        identity: stores.Reader,
+        keys: tuple[str, str],
+    ):
         self.settings, self.asking, self.store = settings, asking, kept
+        self.identity, self.keys = identity, keys
         if asking.concurrency < 1 or asking.tries < 1:
             raise InputError("asking.concurrency and asking.tries must be at least 1")
         self._key = check_access(asking.vertex_project)
+        check_prices(settings.model, asking)
 
-    def run(self, jobs: Sequence[Job], *, refusals: int = 0) -> None:
+    def run(self, jobs: Sequence[Job]) -> None:
         """Sends all jobs, at the pace and within the budget of `asking`.
-
-        refusals: like ones before any reply that end the run; 0: none do.
 
         Raises:
           InputError: nothing can be asked any more; what was answered was told to its job.
         """
-        run_to_end(self._ask_all(jobs, refusals))
+        run_to_end(self._ask_all(jobs))
 
     def http(self) -> Any:
         """The connections of a client, to be closed by whoever made them.
@@ -109,20 +119,19 @@ class Service:
     def expected_price(self, job: Job) -> float:
         """US dollars, roughly."""
         characters = len(job.instruction) + len(job.material)
-        return self.asking.price(int(characters / _TOKEN), 0, _EXPECTED_OUTPUT)
+        return self.asking.price(int(characters / _TOKEN), 0, job.reply_tokens)
 
     def budget(self) -> pacing.Budget:
         """What is left after everything in the store, batches that are out among it."""
-        spent, (price, calls) = self.store.spent(), gemini_out.expected(self.store)
         return pacing.Budget(
+            self.store,
             price=self.asking.budget_usd,
             calls=self.asking.budget_calls,
-            spent_price=spent.price + price,
-            spent_calls=spent.calls + calls,
+            seconds=self.asking.timeout_seconds,
         )
 
-    async def _ask_all(self, jobs: Sequence[Job], refusals: int) -> None:
-        run = gemini_run.Run(self, jobs, refusals)
+    async def _ask_all(self, jobs: Sequence[Job]) -> None:
+        run = gemini_run.Run(self, jobs)
         try:
             await run.all()
         finally:
@@ -133,17 +142,28 @@ def check_access(vertex_project: str) -> str:
     """The key in the environment; "" for Vertex AI, which has credentials of its own.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none, or it has a character that no key has; it is never shown.
     """
     if vertex_project:
         return ""
     for name in KEYS:
-        if os.environ.get(name, "").strip():
-            return os.environ[name].strip()
+        if key := os.environ.get(name, "").strip():
+            _check_characters(name, key)
+            return key
     raise InputError(
         f"gemini needs a key in the environment: export {KEYS[0]}=... (a key of Google AI "
         "Studio), or set asking.vertex_project for Vertex AI"
     )
+
+
+def _check_characters(name: str, key: str) -> None:
+    """Others cannot stand in the header of a request, such as quotes that a program made curly."""
+    for place, character in enumerate(key, start=1):
+        if not (character.isascii() and character.isprintable()):
+            raise InputError(
+                f"{name}: character {place} of {len(key)} is none of a key (a curly quote, an "
+                "accent or a line break that was copied along); copy the key again"
+            )
 
 
 def run_to_end(work: Coroutine[Any, Any, None]) -> None:

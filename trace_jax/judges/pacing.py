@@ -2,10 +2,15 @@
 
 import asyncio
 import random
+import sqlite3
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from trace_jax.judges import gemini_out, store_file
+from trace_jax.judges import store as stores
+
+_GRACE = 30.0  # seconds for which a reservation outlasts the longest attempt
 _LONGEST_DELAY = 60.0  # seconds between two attempts, unless the service asks for more
 _LONGEST_WISH = 600.0  # seconds that a service may ask for
 
@@ -56,28 +61,91 @@ def wish(headers: Mapping[str, str], body: Any) -> float | None:
 
 
 class Budget:
-    """What may still be spent; attempts in flight count with what they are expected to cost.
+    """What may still be spent by all who share a judgement store.
 
-    price, calls: the most in US dollars and attempts, 0 for no limit; spent ones count.
+    Attempts in flight, also those of other processes, count with what they are expected to cost,
+    and of two processes with the same question one asks.
+
+    price, calls: the most in US dollars and attempts of the whole store, batches that are out among
+    them; 0 for no limit. seconds: that an attempt may take.
+
+    Attributes:
+      price, calls: what was spent when it was last looked at.
     """
 
-    def __init__(self, *, price: float, calls: int, spent_price: float, spent_calls: int):
-        self._limits = price, calls
-        self.price, self.calls = spent_price, spent_calls
-        self._reserved = 0.0
+    def __init__(self, kept: stores.Store, *, price: float, calls: int, seconds: float):
+        self.price, self.calls = 0.0, 0
+        self._kept, self._limits, self._seconds = kept, (price, calls), seconds + _GRACE
+        self._owner = store_file.owner()
+        self._open_price, self._open_calls, self._submits = 0.0, 0, False
+        self._newest, self._done = 0, (0.0, 0)  # attempts so far, and what they took
+        self._names: frozenset[str] | None = None  # of batches that are out
+        self._out = 0.0, 0
 
-    def reserve(self, expected: float) -> bool:
-        """Whether one more attempt of this expected price is within the budget; if so it counts."""
+    def reserve(self, expected: float, n: int = 1) -> bool | None:
+        """Whether n more attempts, together of this price, are within it; if so they count.
+
+        None: not yet; it depends on what those in flight will have cost.
+        """
+        if not any(self._limits) and not self._submits:
+            return True
         price, calls = self._limits
-        if calls and self.calls >= calls:
-            return False
-        if price and self.price + self._reserved + expected > price:
-            return False
-        self._reserved += expected
-        self.calls += 1
+        with self._kept.writing() as db:
+            self._look(db)
+            held = store_file.held(db, self._owner)
+            for more, now in ((store_file.Held(0, 0.0, False), False), (held, None)):
+                if calls and self.calls + more.calls + n > calls:
+                    return now
+                if price and self.price + more.price + expected > price:
+                    return now
+            self._hold(db, n, expected)
         return True
 
-    def settle(self, expected: float, price: float) -> None:
-        """The attempt is over and cost this."""
-        self._reserved -= expected
-        self.price += price
+    def settle(self, expected: float, n: int = 1) -> None:
+        """The attempts are over, and what they cost is in the store."""
+        if any(self._limits) or self._submits:
+            with self._kept.writing() as db:
+                self._hold(db, -n, -expected)
+
+    def claim(self, question: str) -> bool:
+        """Whether nobody else asks this now; if so others wait until `release`, or for a while."""
+        if not question or self._kept.path == ":memory:":
+            return True
+        with self._kept.writing() as db:
+            return store_file.claim(db, self._owner, question, self._seconds)
+
+    def release(self, question: str) -> None:
+        """The question is answered, or given up; nothing where it was not claimed."""
+        if question and self._kept.path != ":memory:":
+            with self._kept.writing() as db:
+                store_file.release(db, self._owner, question)
+
+    def begin_submitting(self) -> bool:
+        """Whether this one may submit batches now, as nobody else does; until `end_submitting`."""
+        with self._kept.writing() as db:
+            if store_file.held(db, self._owner).batch:
+                return False
+            self._submits = True
+            self._hold(db, 0, 0.0)
+        return True
+
+    def end_submitting(self) -> None:
+        """Others may submit batches."""
+        self._submits = False
+        with self._kept.writing() as db:
+            self._hold(db, 0, 0.0)
+
+    def _look(self, db: sqlite3.Connection) -> None:
+        """Brings `price` and `calls` up to date."""
+        self._newest, n, price = store_file.spent_since(db, self._newest)
+        self._done = self._done[0] + price, self._done[1] + n
+        names = store_file.batch_names(db)
+        if names != self._names:
+            self._names, self._out = names, gemini_out.expected(self._kept)
+        self.price, self.calls = (a + b for a, b in zip(self._done, self._out, strict=True))
+
+    def _hold(self, db: sqlite3.Connection, calls: int, price: float) -> None:
+        self._open_calls += calls
+        self._open_price = self._open_price + price if self._open_calls else 0.0
+        open_ = self._open_calls, self._open_price
+        store_file.hold(db, self._owner, *open_, self._seconds, self._submits)

@@ -35,6 +35,16 @@ class Comparison(NamedTuple):
     clauses: tuple[policies.Clause, ...]
 
 
+class _Case(NamedTuple):
+    """The hash of a prompt with its response, and the ids of the clauses that apply to it.
+
+    Equal texts are several cases where their annotations make different clauses apply.
+    """
+
+    key: bytes
+    ids: tuple[str, ...]
+
+
 class Reader(Protocol):
     """Who answers questions.
 
@@ -96,30 +106,26 @@ class ReadingJudge:
           InputError: nothing can be asked any more; answers so far are in the store.
         """
         items = [judges.Item(*item) for item in items]
-        hashes = [stores.item_hash(item.prompt, item.response) for item in items]
-        wanted = {key: self._clauses(item) for key, item in zip(hashes, items, strict=True)}
-        questions = self._questions(wanted, dict(zip(hashes, items, strict=True)))
+        cases = [self._case(item) for item in items]
+        questions = self._questions(cases, items)
         if questions:
-            self._ask(questions, hashes, progress)
+            self._ask(questions, [key for key, _ in cases], progress)
         elif progress is not None:
             progress(len(items))
-        rows = processes.from_first(lambda: self._verdicts(wanted))
-        verdicts = {key: _from_row(row) for key, row in rows.items()}
-        return [verdicts[key.hex()] for key in hashes]
+        unique = list(dict.fromkeys(cases))
+        rows = processes.from_first(lambda: self._verdicts(unique))
+        verdicts = dict(zip(unique, map(_from_row, rows), strict=True))
+        return [verdicts[case] for case in cases]
 
     def questions(self, items: Iterable[judges.Item]) -> list[Question]:
         """What `judge` would ask of these items: each once, without what the store knows."""
-        unique = {stores.item_hash(item.prompt, item.response): item for item in items}
-        wanted = {key: self._clauses(item) for key, item in unique.items()}
-        return self._questions(wanted, unique)
+        items = list(items)
+        return self._questions([self._case(item) for item in items], items)
 
-    def _questions(
-        self,
-        wanted: Mapping[bytes, Sequence[policies.Clause]],
-        unique: Mapping[bytes, judges.Item],
-    ) -> list[Question]:
-        open_ = processes.from_first(lambda: self._open(wanted))
-        return [Question(*unique[bytes.fromhex(key)][:2], self._of_ids(ids)) for key, ids in open_]
+    def _questions(self, cases: Sequence[_Case], items: Sequence[judges.Item]) -> list[Question]:
+        texts = {key: item[:2] for (key, _), item in zip(cases, items, strict=True)}
+        open_ = processes.from_first(lambda: self._open(cases))
+        return [Question(*texts[bytes.fromhex(key)], self._of_ids(ids)) for key, ids in open_]
 
     def compare(
         self, pairs: Sequence[tuple[records.Text, records.Text, records.Text]]
@@ -142,26 +148,34 @@ class ReadingJudge:
         known = processes.from_first(found)
         return [known.get(key.hex(), "undecided") for key in keys]
 
-    def _clauses(self, item: judges.Item) -> tuple[policies.Clause, ...]:
-        """Those that ask for something here; where it is not known whether they do, they do."""
+    def _case(self, item: judges.Item) -> _Case:
+        """The clauses ask for something here; where it is not known whether they do, they do."""
         texts = judges.prompt_text(item.prompt), judges.response_text(item.response)
-        return tuple(
-            clause
+        ids = tuple(
+            clause.id
             for clause in self.policy.clauses
             if clause.applies is None or clause.applies(*texts, item.labels) is not False
         )
+        return _Case(stores.item_hash(item.prompt, item.response), ids)
 
-    def _open(self, wanted: Mapping[bytes, Sequence[policies.Clause]]) -> list:
-        """[item hash as hex, clause ids] of every question to ask, like clauses together."""
+    def _open(self, cases: Iterable[_Case]) -> list:
+        """[item hash as hex, clause ids] of every question to ask, like clauses together.
+
+        Of equal texts with other annotations all is asked that is wanted of any.
+        """
+        wanted: dict[bytes, set[str]] = {}
+        for key, ids in cases:
+            wanted.setdefault(key, set()).update(ids)
         known = self.store.find(self.reader.identity, self.policy.clauses, wanted)
         again = {"error", "abstain"} if self.reask_abstentions else {"error"}
         found = []
-        for key, clauses in wanted.items():
+        for key, of_key in wanted.items():
             answers = known.get(key, {})
             ids = [
                 clause.id
-                for clause in clauses
-                if clause.id not in answers or answers[clause.id].verdict.status in again
+                for clause in self.policy.clauses
+                if clause.id in of_key
+                and (clause.id not in answers or answers[clause.id].verdict.status in again)
             ]
             found += [[key.hex(), part] for part in self._calls(ids)]
         return sorted(found, key=lambda question: question[1])
@@ -207,17 +221,13 @@ class ReadingJudge:
             key = _comparison_hash(question)
             self.store.add_comparison(self.reader.identity, key, call, answer)
 
-    def _verdicts(self, wanted: Mapping[bytes, Sequence[policies.Clause]]) -> dict[str, dict]:
-        """Item hash as hex -> fields of its Verdict, ready for JSON."""
-        known = self.store.find(self.reader.identity, self.policy.clauses, wanted)
-        return {
-            key.hex(): self._verdict(clauses, known.get(key, {})) for key, clauses in wanted.items()
-        }
+    def _verdicts(self, cases: Sequence[_Case]) -> list[dict]:
+        """Fields of the Verdict on each, ready for JSON."""
+        keys = [key for key, _ in cases]
+        known = self.store.find(self.reader.identity, self.policy.clauses, keys)
+        return [self._verdict(set(ids), known.get(key, {})) for key, ids in cases]
 
-    def _verdict(
-        self, applying: Sequence[policies.Clause], answers: Mapping[str, stores.Answer]
-    ) -> dict:
-        asked = {clause.id for clause in applying}
+    def _verdict(self, asked: set[str], answers: Mapping[str, stores.Answer]) -> dict:
         clauses = {
             clause.id: _of_clause(answers.get(clause.id), clause.id in asked)
             for clause in self.policy.clauses

@@ -56,6 +56,9 @@ class Call:
     raw: str = ""
 
 
+KEPT = Call("kept")  # no attempt: another process had asked, and kept the answer
+
+
 class Answer(NamedTuple):
     """A stored verdict on one clause, with what its call said and took."""
 
@@ -95,6 +98,7 @@ class Store:
         connect = store_file.connect_to_read if read_only else store_file.connect
         with self._mended():
             self._db = connect(self.path)
+            self._opened = self._db.execute("PRAGMA data_version").fetchall()
         self._ids: dict[tuple[str, object], int] = {}  # rows that are there, by table and key
 
     def close(self) -> None:
@@ -161,10 +165,12 @@ class Store:
     ) -> None:
         """Keeps an attempt and the verdicts it gave, if any; on return nothing can lose them.
 
-        An error never takes the place of an answer.
+        An error never takes the place of an answer. call: KEPT adds nothing.
         """
+        if call is KEPT:
+            return
         digest = item_hash(prompt, response)
-        with self._writing() as db:
+        with self.writing() as db:
             item = self._item(db, prompt, response)
             number, who = self._add_call(db, reader, item, call), self._reader(db, reader)
             rows = []
@@ -209,7 +215,7 @@ class Store:
         self, reader: Reader, question: bytes, call: Call, answer: str | None
     ) -> None:
         """Keeps an attempt at a comparison, and its answer unless that is None."""
-        with self._writing() as db:
+        with self.writing() as db:
             number = self._add_call(db, reader, None, call)
             if answer is not None:
                 who = self._reader(db, reader)
@@ -218,7 +224,7 @@ class Store:
 
     def add_call(self, reader: Reader, call: Call) -> None:
         """Keeps an attempt that was no judgement, for what it took."""
-        with self._writing() as db:
+        with self.writing() as db:
             self._add_call(db, reader, None, call)
 
     def spent(self, reader: Reader | None = None) -> Spent:
@@ -230,6 +236,22 @@ class Store:
             values = reader
         ((n, *sums),) = self._select(query, values)
         return Spent(n, *(value or 0 for value in sums))
+
+    def has_answered(self, reader: Reader) -> bool:
+        """Whether this reader ever gave a reply that was one, be it that it was withheld."""
+        query = (
+            "SELECT EXISTS(SELECT 1 FROM calls WHERE (outcome = 'ok' OR outcome LIKE 'blocked%') "
+            f"AND reader IN (SELECT id FROM readers WHERE {_IS_READER}))"
+        )
+        return bool(self._select(query, reader)[0][0])
+
+    def last_call(self) -> int:
+        """The number of the newest attempt, 0 where there is none."""
+        return self._select("SELECT MAX(id) FROM calls")[0][0] or 0
+
+    def others_wrote(self) -> bool:
+        """Whether another process, or store of this one, changed the file since it was opened."""
+        return self._select("PRAGMA data_version") != self._opened
 
     def item(self, digest: bytes) -> tuple[records.Text, records.Text] | None:
         """(prompt, response) of this hash; None where it is not here, or damaged."""
@@ -252,7 +274,7 @@ class Store:
 
         items: (prompt, response) of the questions, for `item`.
         """
-        with self._writing() as db:
+        with self.writing() as db:
             for prompt, response in items:
                 self._item(db, prompt, response)
             row = (name, self._reader(db, reader), _now(), questions)
@@ -275,41 +297,12 @@ class Store:
 
         False: it is not out any more, another process took it in.
         """
-        with self._writing() as db:
+        with self.writing() as db:
             yield db.execute("DELETE FROM batches WHERE name = ?", (name,)).rowcount > 0
 
     def export(self, path: records.AnyPath) -> int:
         """Writes all verdicts with what was asked and replied as Parquet; returns how many rows."""
-        import pyarrow
-        from pyarrow import parquet
-
-        names, cursor = self._export_rows()
-        kinds = {"probability": pyarrow.float64(), "price": pyarrow.float64()}
-        whole = ("input_tokens", "cached_tokens", "output_tokens")
-        kinds |= dict.fromkeys(whole, pyarrow.int64())
-        schema = pyarrow.schema([(n, kinds.get(n, pyarrow.string())) for n in names])
-        total = 0
-        try:
-            with parquet.ParquetWriter(path, schema) as writer:
-                while rows := cursor.fetchmany(10_000):
-                    columns = zip(zip(*rows, strict=True), schema, strict=True)
-                    arrays = [pyarrow.array(column, field.type) for column, field in columns]
-                    writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
-                    total += len(rows)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error}); use another file") from error
-        return total
-
-    def _export_rows(self) -> tuple[list[str], sqlite3.Cursor]:
-        cursor = self._db.execute(
-            "SELECT judge, model, parameters, template, name AS clause, requirement, prompt, "
-            "response, status, probability, rationale, raw, outcome, calls.date, input_tokens, "
-            "cached_tokens, output_tokens, price FROM verdicts "
-            "JOIN readers ON readers.id = verdicts.reader JOIN clauses ON clauses.id = clause "
-            "JOIN items ON items.id = verdicts.item JOIN calls ON calls.id = call "
-            "ORDER BY verdicts.item, verdicts.reader, clause"
-        )
-        return [column[0] for column in cursor.description], cursor
+        return store_file.export(self._db, path)
 
     def _clause_names(self, clauses: Sequence[policies.Clause]) -> dict[int, str]:
         by_hash = {clause.text_hash: clause.id for clause in clauses}
@@ -361,8 +354,12 @@ class Store:
             return self._db.execute(query, tuple(values)).fetchall()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of it or nothing; within another it is a part of that."""
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing; within another it is a part of that.
+
+        Raises:
+          InputError: the file cannot be written.
+        """
         if self._db.in_transaction:
             yield self._db
             return

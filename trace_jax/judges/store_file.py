@@ -1,12 +1,23 @@
-"""The SQLite file of the judgement store: its schema, its versions, sums against damage."""
+"""The SQLite file of the judgement store: its schema, its versions, sums against damage.
 
+Reservations are what processes that share the file have in flight, so that all keep one budget, and
+claims the questions that they ask just now. They end by what their owner says; with its process,
+where that was on this machine; or by the time.
+"""
+
+import contextlib
+import functools
 import json
+import os
+import secrets
+import socket
 import sqlite3
 import time
 import urllib.parse
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from trace_jax.errors import InputError
 
@@ -30,6 +41,14 @@ CREATE TABLE comparisons(reader INTEGER NOT NULL, question BLOB NOT NULL, answer
 CREATE TABLE batches(name TEXT PRIMARY KEY, reader INTEGER NOT NULL, date TEXT NOT NULL,
   questions TEXT NOT NULL);
 """
+# Files of version 2 may be without: it was added later, and means nothing to who does not know it.
+_IN_FLIGHT = """
+CREATE TABLE IF NOT EXISTS reservations(owner TEXT PRIMARY KEY, calls INTEGER NOT NULL,
+  price REAL NOT NULL, until REAL NOT NULL, batch INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS claims(question TEXT PRIMARY KEY, owner TEXT NOT NULL,
+  until REAL NOT NULL) WITHOUT ROWID;
+"""
+_LONGEST = 3600.0  # seconds that a reservation may hold
 
 
 def checksum(*values: object) -> int:
@@ -58,6 +77,9 @@ def connect(path: str) -> sqlite3.Connection:
             _add_sums(db)
         elif version != VERSION:
             raise _other_version(path, version)
+        for statement in _IN_FLIGHT.split(";"):
+            db.execute(statement)
+        db.execute("DELETE FROM claims WHERE NOT (until > ? AND until <= ?)", _times())
         db.execute("COMMIT")
     except BaseException:
         db.rollback()
@@ -129,3 +151,132 @@ def _add_sums(db: sqlite3.Connection) -> None:
         [(checksum(*row), row[1], row[0]) for row in rows],
     )
     db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def export(db: sqlite3.Connection, path: str | Path) -> int:
+    """Writes all verdicts with what was asked and replied as Parquet; returns how many rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    names, cursor = _export_rows(db)
+    kinds = {"probability": pyarrow.float64(), "price": pyarrow.float64()}
+    whole = ("input_tokens", "cached_tokens", "output_tokens")
+    kinds |= dict.fromkeys(whole, pyarrow.int64())
+    schema = pyarrow.schema([(n, kinds.get(n, pyarrow.string())) for n in names])
+    total = 0
+    try:
+        with parquet.ParquetWriter(path, schema) as writer:
+            while rows := cursor.fetchmany(10_000):
+                columns = zip(zip(*rows, strict=True), schema, strict=True)
+                arrays = [pyarrow.array(column, field.type) for column, field in columns]
+                writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+                total += len(rows)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); use another file") from error
+    return total
+
+
+def _export_rows(db: sqlite3.Connection) -> tuple[list[str], sqlite3.Cursor]:
+    cursor = db.execute(
+        "SELECT judge, model, parameters, template, name AS clause, requirement, prompt, "
+        "response, status, probability, rationale, raw, outcome, calls.date, input_tokens, "
+        "cached_tokens, output_tokens, price FROM verdicts "
+        "JOIN readers ON readers.id = verdicts.reader JOIN clauses ON clauses.id = clause "
+        "JOIN items ON items.id = verdicts.item JOIN calls ON calls.id = call "
+        "ORDER BY verdicts.item, verdicts.reader, clause"
+    )
+    return [column[0] for column in cursor.description], cursor
+
+
+class Held(NamedTuple):
+    """What all owners of reservations together have in flight.
+
+    batch: somebody else submits a batch.
+    """
+
+    calls: int
+    price: float
+    batch: bool
+
+
+def owner() -> str:
+    """A new name for who makes reservations, by which others see whether it is still there."""
+    return f"{_machine()}/{os.getpid()}/{secrets.token_hex(4)}"
+
+
+def hold(
+    db: sqlite3.Connection, who: str, calls: int, price: float, seconds: float, batch: bool
+) -> None:
+    """Reserves this in place of what the owner had; it holds so long, if the owner is there."""
+    if not calls and not batch:
+        db.execute("DELETE FROM reservations WHERE owner = ?", (who,))
+        return
+    row = (who, calls, price, time.time() + min(seconds, _LONGEST), batch)
+    db.execute("INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?)", row)
+
+
+def held(db: sqlite3.Connection, who: str) -> Held:
+    """Everybody's reservations, this owner's among them; those that are over are forgotten."""
+    db.execute("DELETE FROM reservations WHERE NOT (until > ? AND until <= ?)", _times())
+    for (other,) in db.execute("SELECT owner FROM reservations").fetchall():
+        if _is_gone(other):
+            db.execute("DELETE FROM reservations WHERE owner = ?", (other,))
+    sums = "SELECT TOTAL(calls), TOTAL(price), TOTAL(batch AND owner != ?) FROM reservations"
+    calls, price, batch = db.execute(sums, (who,)).fetchone()
+    return Held(int(calls), price, batch > 0)
+
+
+def claim(db: sqlite3.Connection, who: str, question: str, seconds: float) -> bool:
+    """Whether nobody else has this question; if so this owner has, for so long."""
+    query = "SELECT owner FROM claims WHERE question = ? AND until > ? AND until <= ?"
+    for (other,) in db.execute(query, (question, *_times())).fetchall():
+        if other != who and not _is_gone(other):
+            return False
+    row = (question, who, time.time() + min(seconds, _LONGEST))
+    db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", row)
+    return True
+
+
+def release(db: sqlite3.Connection, who: str, question: str) -> None:
+    """The owner has the question no longer."""
+    db.execute("DELETE FROM claims WHERE question = ? AND owner = ?", (question, who))
+
+
+def spent_since(db: sqlite3.Connection, call: int) -> tuple[int, int, float]:
+    """(the newest attempt, how many after the one of this number, their US dollars)."""
+    query = "SELECT MAX(id), COUNT(*), TOTAL(price) FROM calls WHERE id > ?"
+    newest, n, price = db.execute(query, (call,)).fetchone()
+    return newest or call, n, price
+
+
+def batch_names(db: sqlite3.Connection) -> frozenset[str]:
+    """Those of the batches that are out."""
+    return frozenset(name for (name,) in db.execute("SELECT name FROM batches"))
+
+
+def _times() -> tuple[float, float]:
+    """Between which ends lie that hold: of a clock that was days ahead nothing stays."""
+    now = time.time()
+    return now, now + _LONGEST
+
+
+@functools.cache
+def _machine() -> str:
+    """Where a number names one process."""
+    space = ""
+    with contextlib.suppress(OSError):  # containers may share a name, and number by themselves
+        space = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {space}"
+
+
+def _is_gone(who: str) -> bool:
+    machine, _, process = who.rpartition("/")[0].rpartition("/")
+    if machine != _machine() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from trace_jax import records
@@ -135,18 +135,22 @@ class Records:
         first = next(rows, None)
         if first is None:
             return
-        columns, form = self.reading.columns, self.reading.form
-        begin = forms.renamed(first[1], columns, first[0])
+        form, begin = self.reading.form, forms.renamed(first[1], self.reading.columns, first[0])
         every = itertools.chain([first], rows)
         if forms.is_xstest(form, begin):
             from trace_jax.sources import xstest
 
-            yield from xstest.pairs((w, _named(row, columns, w)) for w, row in every)
+            yield from xstest.pairs(self._each(every, xstest.read))
             return
-        read = forms.reader(form, begin, first[0])
-        for where, row in every:
+        yield from self._each(every, forms.reader(form, begin, first[0]))
+
+    def _each(
+        self, rows: Iterable[tuple[str, files.Row]], read: Callable[[files.Row, str], Any]
+    ) -> Iterator[tuple[str, Any]]:
+        """What `read` makes of every row that is well-formed."""
+        for where, row in rows:
             try:
-                yield where, read(_named(row, columns, where), where)
+                yield where, read(_named(row, self.reading.columns, where), where)
             except forms.Skipped as reason:
                 self._left_out[str(reason)] += 1
             except InputError as error:
@@ -198,15 +202,17 @@ def read_prompts(path: records.AnyPath, reading: Reading | None = None) -> list[
     lines: dict[str, str] = {}
     found: dict[str, HeldOutPrompt] = {}
     reading = reading or Reading()
-    columns = {ours: theirs for ours, theirs in reading.columns.items() if ours == "prompt"}
+    columns = reading.columns.items()
+    columns = [(o, t) for o, t in columns if o in ("prompt", "labels") or t == "labels"]
     for where, row in files.rows(path, reading.split):
         _check_unicode(row, where)
-        row = forms.renamed(row, columns, where) if columns.get("prompt") in row else row
+        row = forms.renamed(row, {o: t for o, t in columns if t in row}, where)
         prompt = forms.text(row, "prompt", where)
         content = records.content_id(prompt)
         if content not in found:
             name = _claim_id(row.get("id", forms.ABSENT), content, lines, where)
-            found[content] = HeldOutPrompt(name, prompt, forms.prompt_labels(row, reading.form))
+            labels = forms.prompt_labels(row, reading.form, where)
+            found[content] = HeldOutPrompt(name, prompt, labels)
     if not found:
         raise InputError(f"{path}: no prompts; a line needs prompt")
     return list(found.values())

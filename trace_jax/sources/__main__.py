@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import commands, judges, records, sources
+from trace_jax import commands, errors, judges, records, sources
 from trace_jax.errors import InputError
 from trace_jax.sources import forms
 
@@ -90,10 +90,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _found(arguments), count if encoder else None, max_length=arguments.max_length
     )
     if arguments.json:
-        print(json.dumps(found.to_json(), ensure_ascii=False, indent=1))
+        print(json.dumps(found.to_json(), indent=1))
         return
     for line in inspection.lines(found, arguments.path):
-        print(line)
+        print(errors.printable(line))
     if encoder is not None:
         _show(shown, encoder, arguments)
 
@@ -134,14 +134,14 @@ def _show(shown: Sequence[records.PreferenceRecord], encoder: Any, arguments: An
 def _convert(arguments: argparse.Namespace) -> None:
     found = _found(arguments)
     records.write_jsonl(arguments.out, (record.to_json() for record in found))
-    print(f"{found.counts}: {arguments.out}")
+    print(errors.printable(f"{found.counts}: {arguments.out}"))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from trace_jax.sources import export
 
     for name, n in export.export(arguments.workdir, arguments.out, arguments.format).items():
-        print(f"{n} rows: {arguments.out / name}.{arguments.format}")
+        print(errors.printable(f"{n} rows: {arguments.out / name}.{arguments.format}"))
 
 
 if __name__ == "__main__":

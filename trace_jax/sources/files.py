@@ -36,12 +36,12 @@ def rows(path: records.AnyPath, split: str = "train") -> Iterator[tuple[str, Row
     path = str(remote.local(path))
     here = Path(path)
     try:
-        if any(c in path for c in "*?["):
-            yield from _every(path)
-        elif here.is_dir():
+        if here.is_dir():
             yield from _folder(here, split)
-        elif here.exists():
+        elif here.exists():  # also one whose name reads like a pattern
             yield from _file(here)
+        elif any(c in path for c in "*?["):
+            yield from _every(path)
         elif _HUB.fullmatch(path):
             yield from _hub(path, split)
         else:

@@ -12,6 +12,7 @@ Every form gives `Pair`s. What is malformed is an InputError; what the data mean
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from trace_jax.sources.files import Row
 NAMES = ("auto", "pairs", "hh", "pku", "xstest")
 ABSENT: Any = object()  # the id of a row without one
 _TURNS = ("\n\nHuman:", "\n\nAssistant:")
+_XSTEST_PROMPT = {"type", "label", "focus", "note"}  # columns of its file of prompts
+_ASIDE = "set the column aside with data.columns=other=labels"
 _NO_CHAT = "'prompt' is no list of messages, as the responses are"
 
 
@@ -58,16 +61,37 @@ def is_xstest(name: str, first: Row) -> bool:
     return name == "xstest" or (name == "auto" and {"completion", "final_label"} <= first.keys())
 
 
-def prompt_labels(row: Row, name: str) -> Mapping[str, Any]:
+def prompt_labels(row: Row, name: str, where: str) -> Mapping[str, Any]:
     """Annotations of a held-out prompt: column `labels`, or what form xstest makes of its type."""
-    if name == "xstest":
+    of_xstest = name == "auto" and "labels" not in row and row.keys() >= _XSTEST_PROMPT
+    if of_xstest or is_xstest(name, row):
         from trace_jax.sources import xstest
 
         return xstest.prompt_labels(row)
-    labels = row.get("labels")
-    if isinstance(labels, Mapping) and isinstance(labels.get("prompt"), Mapping):
-        return labels["prompt"]
-    return labels if isinstance(labels, Mapping) else {}
+    found = labels(row, where) or {}
+    return found["prompt"] if isinstance(found.get("prompt"), Mapping) else found
+
+
+def labels(row: Row, where: str) -> Mapping[str, Any] | None:
+    """Column `labels`: a mapping, or one as JSON, which is how CSV has it; None where it is blank.
+
+    Raises:
+      InputError: it is something else, or holds what no JSON file can keep.
+    """
+    found = row.get("labels")
+    try:
+        if isinstance(found, str) and found.strip():
+            found = json.loads(found)
+        elif isinstance(found, str) or found != found:  # NaN, a gap in a data frame
+            found = None
+        json.dumps(found, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: 'labels' is not JSON ({error}); mend it, or {_ASIDE}"
+        ) from error
+    if found is not None and not isinstance(found, Mapping):
+        raise InputError(f"{where}: 'labels' must map names to values; mend it, or {_ASIDE}")
+    return found
 
 
 def _recognised(row: Row, where: str) -> str:
@@ -150,12 +174,16 @@ def _pair(row: Row, where: str) -> Pair:
             _check_alike(chosen, rejected, where)
             prompt, chosen, rejected = _in_chats(prompt, chosen, rejected, where)
         chosen, rejected = (_without(prompt, response) for response in (chosen, rejected))
+        prompt, chosen, rejected = _with_shared(prompt, chosen, rejected, where)
     else:
         chosen, rejected = (text(row, key, where) for key in ("chosen", "rejected"))
         _check_alike(chosen, rejected, where)
         split = _split_messages if isinstance(chosen, list) else _split_texts
         prompt, chosen, rejected = split(chosen, rejected, f"{where}: {_missing_prompt(row)}")
-    return Pair(prompt, chosen, rejected, row.get("id", ABSENT), row.get("labels"), ignored)
+    for key, response in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(response, f"{where}: {key!r}")
+    prompt = text({"prompt": prompt}, "prompt", where)  # it may end with a turn of the responses
+    return Pair(prompt, chosen, rejected, row.get("id", ABSENT), labels(row, where), ignored)
 
 
 def _check_alike(chosen: records.Text, rejected: records.Text, where: str) -> None:
@@ -187,10 +215,42 @@ def _missing_prompt(row: Row) -> str:
 
 
 def _without(prompt: records.Text, response: records.Text) -> records.Text:
-    """A response given as the whole conversation, without the prompt that it repeats."""
+    """A response given as the whole conversation, without the prompt, or end of it, it repeats."""
     if not (isinstance(response, list) and isinstance(prompt, list)) or len(response) < 2:
         return response
-    return response[len(prompt) :] if response[: len(prompt)] == prompt else response
+    ends = (prompt[n:] for n in range(len(prompt)))
+    return next((response[len(x) :] for x in ends if response[: len(x)] == x), response)
+
+
+def _with_shared(
+    prompt: records.Text, chosen: records.Text, rejected: records.Text, where: str
+) -> tuple[records.Text, records.Text, records.Text]:
+    """The turns before the answers that both responses begin with are the prompt's."""
+    if not all(isinstance(text, list) for text in (prompt, chosen, rejected)):
+        return prompt, chosen, rejected
+    n = 0
+    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+        n += 1
+    shared = chosen[:n]
+    if shared[-len(prompt) :] == prompt:  # behind a system message, say
+        return shared, chosen[n:], rejected[n:]
+    if n and shared[0]["role"] in (prompt[-1]["role"], "system"):
+        raise InputError(
+            f"{where}: the responses neither repeat 'prompt' nor go on from it; mend the line"
+        )
+    return prompt + shared, chosen[n:], rejected[n:]
+
+
+def _check_answer(response: records.Text, where: str) -> None:
+    """Of a chat one message is left once the turns before it are the prompt's."""
+    if isinstance(response, str):
+        return
+    if [message["role"] for message in response] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in response) or "nothing"
+        raise InputError(
+            f"{where} must be one message of the assistant behind those of the prompt that both "
+            f"responses share, and is {roles}; mend the line"
+        )
 
 
 def _split_messages(chosen: list, rejected: list, where: str) -> tuple[Any, Any, Any]:
@@ -215,6 +275,11 @@ def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]
         raise InputError(
             f"{where}, and chosen and rejected have no common beginning; give the prompt"
         )
+    if not (chosen[cut:].strip() and rejected[cut:].strip()):
+        raise InputError(
+            f"{where}, and a response is empty behind the beginning that both share; give the "
+            "prompt"
+        )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -234,7 +299,7 @@ def _hh(row: Row, where: str) -> Pair:
         chosen[-1]["content"],
         rejected[-1]["content"],
         row.get("id", ABSENT),
-        row.get("labels"),
+        labels(row, where),
         ignored,
     )
 

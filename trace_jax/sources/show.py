@@ -5,7 +5,7 @@ Text comes from anybody, so control characters are written out, never sent to th
 
 from collections.abc import Iterator
 
-from trace_jax import encoding, records
+from trace_jax import encoding, errors, records
 
 _RESET = "\x1b[0m"
 _COLOURS = {
@@ -28,7 +28,8 @@ def lines(
 ) -> Iterator[str]:
     """A record in tokens, each behind a thin bar; with colours, or with marks instead."""
     encoded = encoder.encode(found.prompt, [found.chosen, found.rejected], found.id)
-    yield f"record {found.id}: {encoded.row_length} positions of a row, the prompt written once"
+    name = errors.printable(found.id)
+    yield f"record {name}: {encoded.row_length} positions of a row, the prompt written once"
     yield _painted(encoder, encoded.prompt, "prompt", colour)
     for side, branch, skip in zip(
         ("chosen", "rejected"), encoded.branches, encoded.skip, strict=True
@@ -46,13 +47,7 @@ def legend(*, colour: bool) -> str:
 
 
 def _painted(encoder: encoding.Encoder, tokens: tuple[int, ...], kind: str, colour: bool) -> str:
-    pieces = [_printable(encoder.tokenizer.decode([token])) for token in tokens]
+    pieces = [errors.printable(encoder.tokenizer.decode([token])) for token in tokens]
     if colour:
         return f"{_COLOURS[kind]}{'|'.join(pieces)}{_RESET}"
     return "".join(f"{_BARS[kind]}{piece}" for piece in pieces)
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )

@@ -10,7 +10,7 @@ those of a type that begins with "contrast" are unsafe indeed.
 import collections
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from trace_jax.errors import InputError
 from trace_jax.sources import forms
@@ -20,21 +20,34 @@ KINDS = {"1_full_compliance": "none", "3_partial_refusal": "partial", "2_full_re
 _DEGREE = {kind: n for n, kind in enumerate(KINDS.values())}
 
 
-def pairs(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, forms.Pair]]:
-    """All pairs of answers of different kinds, by prompt; the rows are held in memory.
+class Answer(NamedTuple):
+    """A model's answer and what people called it; labels: annotations of the prompt."""
+
+    prompt: str
+    text: str
+    kind: str
+    labels: dict[str, Any]
+
+
+def read(row: Row, where: str) -> Answer:
+    """The answer of a row.
 
     Raises:
-      InputError: a row without prompt, completion and a final label that is known.
+      InputError: it is without prompt, completion or a final label that is known.
     """
+    prompt, text = (forms.text(row, key, where) for key in ("prompt", "completion"))
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        raise InputError(f"{where}: prompt and completion must be texts (form xstest)")
+    return Answer(prompt, text, kind_of(row, where), prompt_labels(row))
+
+
+def pairs(found: Iterable[tuple[str, Answer]]) -> Iterator[tuple[str, forms.Pair]]:
+    """All pairs of answers of different kinds, by prompt; the answers are held in memory."""
     by_prompt: dict[str, dict[str, str]] = collections.defaultdict(dict)  # answer -> kind
     about: dict[str, tuple[str, dict[str, Any]]] = {}
-    for where, row in rows:
-        prompt, answer = (forms.text(row, key, where) for key in ("prompt", "completion"))
-        if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise InputError(f"{where}: prompt and completion must be texts (form xstest)")
-        kind = kind_of(row, where)
-        about.setdefault(prompt, (where, prompt_labels(row)))
-        by_prompt[prompt].setdefault(answer, kind)
+    for where, answer in found:
+        about.setdefault(answer.prompt, (where, answer.labels))
+        by_prompt[answer.prompt].setdefault(answer.text, answer.kind)
     for prompt, answers in by_prompt.items():
         where, labels = about[prompt]
         for a, b in itertools.combinations(answers.items(), 2):

@@ -1,8 +1,10 @@
 """Stage correct: y_c for PUNISH records, proposed by a writer, kept when the judge agrees."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from trace_jax import judges, metrics, records, respond, workdir, writers
+from trace_jax import judges, metrics, predicates, records, respond, workdir, writers
 from trace_jax.evaluate import guard
 from trace_jax.stages import context
 
@@ -10,6 +12,13 @@ Candidate = tuple[str, records.Text, str]  # prompt id, prompt, proposal
 
 _FOUND = "corrections_found.jsonl"  # an interrupted search goes on from here
 _PROPOSALS = "corrections_proposals.jsonl"  # what a paid writer wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class _Annotated(respond.Prompt):
+    """A prompt with the data set's annotations of it, which clauses may ask for."""
+
+    labels: Mapping[str, Any]
 
 
 def run(run: context.Context) -> dict:
@@ -25,7 +34,8 @@ def run(run: context.Context) -> dict:
         return {"corrected": 0, "of": len(punished)}
     writer = _writer(run)
     by_prompt = {records.content_id(r.prompt): r.prompt for r in punished}
-    prompts = [respond.Prompt(i, x) for i, x in by_prompt.items()]
+    labels = _labels(run, by_prompt)
+    prompts = [_Annotated(i, x, labels[i]) for i, x in by_prompt.items()]
     found, tries, failed, unjudged = _search(run, writer, prompts)
     rows = []
     for record in punished:
@@ -43,6 +53,17 @@ def run(run: context.Context) -> dict:
         "failed_prompts": lost,
         "judge_errors": open_,
     }
+
+
+def _labels(run: context.Context, prompts: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Prompt id -> annotations of the prompt, of all records on it; triage.jsonl has none."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in prompts}
+    for _, row in records.read_jsonl(run.file("prepare", "records.jsonl")):
+        record = records.PreferenceRecord.from_json(row)
+        key = records.content_id(record.prompt)
+        if key in found:
+            found[key] |= record.labels_of("prompt")
+    return found
 
 
 def _tell_failed(what: str, n: int, prompts: int) -> None:
@@ -179,10 +200,10 @@ def _accepted(
         for s in of_prompt
         if s and s.strip()
     ]
-    labels = {
-        records.content_id(t.record.prompt): t.record.labels_of("prompt") for t in run.triaged
-    }
-    verdicts = run.triage_judge.judge([judges.Item(prompt, s, labels[i]) for i, prompt, s in items])
+    labels = {p.id: p.labels for p in prompts if isinstance(p, _Annotated)}
+    verdicts = run.triage_judge.judge(
+        [judges.Item(prompt, s, labels.get(i, predicates.NO_LABELS)) for i, prompt, s in items]
+    )
     for verdict, (prompt_id, *_) in zip(verdicts, items, strict=True):
         unjudged[prompt_id] += verdict.status == "error"
     complying = [(v.p_compliant, x) for x, v in zip(items, verdicts, strict=True) if v.compliant]

@@ -127,9 +127,9 @@ def _write(
         share = per_action[action]["clamped_share"]
         if config.clamp and run.scored_method != "u2a" and share > config.clamp_warning:
             warnings.append(
-                f"{share:.0%} of the {action} scores are negative "
-                "and clamped to weight 0; that action hardly trains (corrections, a larger "
-                "gold_size or impact.weights=uniform change that)"
+                f"{share:.0%} of the {action} scores are negative and count as 0, which leaves a "
+                f"weight of {1 - config.strength:g} (impact.strength); corrections, a larger "
+                "gold_size or impact.weights=uniform change that"
             )
     rows = [
         {

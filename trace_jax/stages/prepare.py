@@ -128,12 +128,13 @@ def _from_file(run: context.Context) -> tuple[list, list[dict]]:
     reading = sources.Reading.of(data, run.config.seed)
     found, counts = sources.read_records(data.path, reading)
     metrics.say(f"  {data.path}: {counts}")
+    asked = sources.read_prompts(data.prompts_path, reading) if data.prompts_path else []
+    if data.as_chat:  # before prompts are compared: a text and a chat may be one
+        found = _as_chats(found, "prompt", "chosen", "rejected")
+        asked = _as_chats(asked, "prompt")
     rng = np.random.default_rng([run.config.seed, 0x5711])
     if data.prompts_path:
-        held_out = [
-            _held_out(p.id, p.prompt, p.labels)
-            for p in sources.read_prompts(data.prompts_path, reading)
-        ]
+        held_out = [_held_out(p.id, p.prompt, p.labels) for p in asked]
         held_out = [held_out[i] for i in rng.permutation(len(held_out))]
     else:
         by_prompt = {records.content_id(r.prompt): r for r in found}
@@ -153,6 +154,15 @@ def _from_file(run: context.Context) -> tuple[list, list[dict]]:
         data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
     )
     return kept, _with_splits(held_out[:total], n_test)
+
+
+def _as_chats(found: list, *parts: str) -> list:
+    """Plain prompts as chats; of those that are then equal in these parts the first."""
+    once = {}
+    for one in found:
+        one = dataclasses.replace(one, prompt=_chat(one.prompt))
+        once.setdefault(records.content_id(*(getattr(one, part) for part in parts)), one)
+    return list(once.values())
 
 
 def _held_out(name: str, prompt: records.Text, labels: Mapping[str, Any]) -> dict[str, Any]:

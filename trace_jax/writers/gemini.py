@@ -18,7 +18,12 @@ from trace_jax.judges.gemini_job import Asking, Job, Settings
 from trace_jax.writers import instruction
 
 _THOUGHTS = 8192  # tokens of room for thinking where the model decides how much
-_REFUSALS = 5  # that are alike, before this writer ever had a reply: the settings are wrong
+_KEYS = "correct.max_new_tokens", "correct.gemini_thinking_tokens"
+
+
+def longest(max_new_tokens: int, thinking_tokens: int) -> int:
+    """Tokens of the longest reply: a proposal, with its room for thinking."""
+    return max_new_tokens + (thinking_tokens if thinking_tokens >= 0 else _THOUGHTS)
 
 
 class GeminiWriter:
@@ -40,9 +45,8 @@ class GeminiWriter:
     ):
         self.name = f"gemini:{settings.model}"
         self._longest = settings.max_output_tokens
-        self._thoughts = settings.thinking_tokens if settings.thinking_tokens >= 0 else _THOUGHTS
-        whole = dataclasses.replace(settings, max_output_tokens=self._longest + self._thoughts)
-        self._service = gemini_service.Service(whole, asking, kept)
+        whole = longest(self._longest, settings.thinking_tokens)
+        self._thinks = whole > self._longest
         self._system = instruction.system(policy)
         self._proposals = proposals
         digest = hashlib.sha256(self._system.encode()).hexdigest()[:16]
@@ -50,6 +54,13 @@ class GeminiWriter:
         del parameters["model"], parameters["clauses_per_call"]
         self._identity = stores.Reader(
             "gemini-writer", settings.model, json.dumps(parameters, sort_keys=True), digest
+        )
+        self._service = gemini_service.Service(
+            dataclasses.replace(settings, max_output_tokens=whole),
+            asking,
+            kept,
+            self._identity,
+            _KEYS,
         )
         named = json.dumps(list(self._identity))
         self._writer = hashlib.sha256(named.encode()).hexdigest()[:16]  # whose a proposal is
@@ -63,9 +74,7 @@ class GeminiWriter:
             missing = [(p, k) for p, k in wanted if self._key(p, k) not in out.ids]
             if missing:
                 jobs = [self._job(p, k, out) for p, k in missing]
-                new = not any(name.startswith(f"{self._writer}-") for name in out.ids)
-                most = _REFUSALS if new else 0
-                processes.from_first(lambda: self._service.run(jobs, refusals=most))
+                processes.from_first(lambda: self._service.run(jobs))
         rows = (row for _, row in records.read_jsonl(self._proposals))
         found = {row["id"]: row["response"] for row in rows}
         return [[found.get(self._key(p, k)) for k in range(first, first + n)] for p in prompts]
@@ -84,7 +93,8 @@ class GeminiWriter:
                 out.append([{"id": self._key(prompt, number), "response": text}])
 
         material = instruction.material(prompt.prompt)
-        return Job(self._system, material, {}, self._read, attempted, None)
+        most = self._service.settings.max_output_tokens
+        return Job(self._system, material, {}, self._read, attempted, None, most)
 
     def _read(self, response: Any) -> tuple[str, str, str]:
         """(outcome, reason, text); a reply that the service withholds is an empty text."""
@@ -94,6 +104,6 @@ class GeminiWriter:
         text = gemini_reply.finished_text(response).strip()
         usage = response.usage_metadata
         written = (usage.candidates_token_count or 0) if usage is not None else 0
-        if self._thoughts and written > self._longest:  # it filled the room for thinking
+        if self._thinks and written > self._longest:  # it filled the room for thinking
             raise gemini_reply.Malformed("longer than was asked for")
         return "ok", "", text
