@@ -117,6 +117,32 @@ _SHORT = (
 )
 
 
+def judge_costs() -> str:
+    """Markdown: verdicts a second by calls in flight, and what a store costs by its size."""
+    found = records.read_json(RESULTS / "judge.json")
+    throughput = [row for row in found["rows"] if row["what"] == "throughput"]
+    lines = [
+        "| calls in flight | verdicts a second | the server's limit | share |",
+        "|---" * 4 + "|",
+    ]
+    for row in throughput:
+        speed, limit = row["verdicts_per_second"], row["server_limit"]
+        cells = (f"{row['concurrency']}", f"{speed:.0f}", f"{limit:.0f}", f"{speed / limit:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| verdicts in the store | triaged in, s | MiB |", "|---" * 3 + "|"]
+    for row in found["rows"]:
+        if row["what"] == "store":
+            cells = (f"{2 * row['pairs']:,}", f"{row['seconds']:.1f}", f"{row['mebibytes']:,.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    saved, each = (found["headline"][k] for k in ("calls_saved_pku", "triage_bytes_per_pair"))
+    return "\n".join([
+        *lines, "",
+        f"On PKU pairs repetition saves {saved:.0%} of the calls; a triage holds its records, "
+        f"{each / 1024:.1f} KiB a pair (`bench/results/judge.json`, commit {found['commit']}, "
+        f"{found['machine']}).",
+    ])  # fmt: skip
+
+
 def in_short() -> str:
     """The rows of a README."""
     return table([row for row in ROWS if row[:2] in _SHORT], folder="bench/results/")

@@ -43,6 +43,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "xstest": overrefusal.tables,
     },
     "docs/speed.md": {"headlines": headlines.table, "plans": plans.table},
+    "docs/judges.md": {"judge": headlines.judge_costs},
     "docs/replication.md": {"methods": realign.beside_the_paper},
     "docs/config.md": {"keys": config_keys.tables},
 }
