@@ -87,3 +87,16 @@ def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, told):
     (tmp_path / heartbeat.FOLDER).write_text("a file where the folder should be")
     with heartbeat.beating(tmp_path, stuck_after=0.05, interval=0.01, say=told.append):
         _until(lambda: told)
+
+
+def test_a_speed_is_counted_from_the_first_item_on(monkeypatch):
+    """What comes before it is compilation."""
+    clock = iter([0.0, 0.0, 60.0, 62.0, 64.0])
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: next(clock))
+    with heartbeat.doing("train", total=10, first=3):
+        heartbeat.moved(done=4)
+        first = heartbeat._state.counted()
+        assert (first["first"], first["done"], first["seconds"]) == (4, 4, 0.0)
+        heartbeat.moved(done=6)
+        later = heartbeat._state.counted()
+        assert (later["first"], later["done"], later["seconds"]) == (4, 6, 2.0)

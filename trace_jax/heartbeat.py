@@ -28,8 +28,8 @@ class _Work:
 
     what: str
     total: int | None
-    first: int  # items that an earlier run had done
-    began: float  # time.monotonic
+    first: int  # items that an earlier run had done; of speeds, that were done when `began`
+    began: float  # time.monotonic; from the first count on of that
     done: int | None = None
     counted: float = 0.0  # time.monotonic of the last count
 
@@ -75,7 +75,10 @@ def moved(detail: str = "", done: int | None = None) -> None:
     """
     _state.move(detail)
     if done is not None and _state.doing:
-        _state.doing[-1].done, _state.doing[-1].counted = done, _state.moved
+        work = _state.doing[-1]
+        if work.done is None and done > work.first:  # what was compiled for it is no speed
+            work.first, work.began = done, _state.moved
+        work.done, work.counted = done, _state.moved
 
 
 @contextlib.contextmanager

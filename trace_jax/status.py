@@ -180,8 +180,8 @@ def _work(stage: str, processes: list[dict[str, Any]]) -> dict[str, Any]:
     if stage in _TRAINING and what == f"train {_TRAINING[stage][2]}":
         return {}  # its metrics say it to the step
     found = {"what": what, "done": done, "total": total}
-    made = done - work["first"]
-    if made <= 1:  # it compiled
+    made = done - work["first"]  # since the first count, as what came before was compiled, too
+    if made < 1:
         return found
     speed = made / max(1e-9, work["seconds"])
     left = None if total is None else max(0, total - done) / speed
