@@ -368,7 +368,7 @@ def test_a_plan_warns_of_prices_of_another_model(planned, capsys):
 def test_actions_are_assumed_before_triage(tmp_path):
     work = workload.of(run_of(tmp_path, PAIRS))
     assert work.records == 3 and work.by_action is None and work.estimated
-    assert len(work.conflict) == 2 and len(work.retain) == 1
+    assert len(work.conflict) == 3 and len(work.retain) == 1  # which is a pair as well
 
 
 def test_a_shape_that_nobody_gave_is_one_line(tmp_path):
@@ -401,7 +401,13 @@ def test_weights_that_are_not_what_was_planned_are_refused():
 
 @pytest.mark.parametrize(
     ("method", "pairs", "anchors"),
-    [("dpo", 30, 0), ("dpo_gold", 20, 0), ("sft", 30, 0), ("trace", 30, 10)],
+    [
+        ("dpo", 30, 0),
+        ("dpo_gold", 30, 0),
+        ("dpo_gold_uncorrected", 20, 0),
+        ("sft", 30, 0),
+        ("trace", 30, 10),
+    ],
 )
 def test_assumed_records_are_the_examples_of_every_method(tmp_path, method, pairs, anchors):
     """30 records in thirds; trace has a RETAIN record as a pair and as an anchor."""
