@@ -15,6 +15,7 @@ gold    dpo_gold on exact verdicts; the others and the controls see only such a 
         share of the gap closed means what the paper means
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -106,9 +107,17 @@ def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int,
             str(x): paired.gap_closed(of("gold", "trace", x), of("gold", "u2a", x), exact)
             for x in ERROR
         }
+        out["weights_minus_none"] = {
+            str(x): dataclasses.asdict(
+                paired.compare(of("gold", "trace", x), of("gold", "trace_no_impact", x))
+            )
+            for x in ERROR
+        }
     if "soft" in studies:
         out["soft_minus_hard"] = {
-            str(x): vars(paired.compare(of("soft", "trace, soft", x), of("soft", "trace, hard", x)))
+            str(x): dataclasses.asdict(
+                paired.compare(of("soft", "trace, soft", x), of("soft", "trace, hard", x))
+            )
             for x in ERROR
         }
     return out
@@ -173,10 +182,15 @@ def table(found: dict) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
     text += f"\nPercent [95 % interval]; {found['split']} prompts; seeds {seeds}; "
     text += f"commit {found['commit']}.\n"
-    for x, d in found.get("soft_minus_hard", {}).items():
-        mean, low, high = (100 * d[e] for e in ("difference", "low", "high"))
-        text += f"\nSoft minus hard triage, a judge that errs on {float(x):.0%}: "
-        text += f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}].\n"
+    named = {
+        "soft_minus_hard": "Soft minus hard triage",
+        "weights_minus_none": "trace minus trace_no_impact",
+    }
+    for key, what in named.items():
+        for x, d in found.get(key, {}).items():
+            mean, low, high = (100 * d[e] for e in ("difference", "low", "high"))
+            text += f"\n{what}, a judge that errs on {float(x):.0%}: "
+            text += f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}].\n"
     for x, gap in found.get("gap_closed", {}).items():
         rate, low, high = (100 * gap[e] for e in ("rate", "low", "high"))
         text += "\nGap from u2a to exact dpo_gold that trace closes with a judge that errs on "
