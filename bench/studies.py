@@ -134,7 +134,7 @@ def plot(found: dict, path: Path) -> None:
     labels = {"noise": "share of records corrupted", "size": "share of the records",
               "soft": "mean error of the judge", "gold": "mean error of the judge"}  # fmt: skip
     figure, panels = pyplot.subplots(
-        1, len(studies), figsize=(4.2 * len(studies), 3.8), layout="constrained", squeeze=False
+        1, len(studies), figsize=(4.2 * len(studies), 4.4), layout="constrained", squeeze=False
     )
     for axes, study in zip(panels[0], studies, strict=True):
         of_study = [p for p in found["points"] if p["study"] == study]
@@ -157,7 +157,7 @@ def plot(found: dict, path: Path) -> None:
         axes.set_title(study)
         axes.set_xlabel(labels[study])
         axes.set_xticks(sorted({p["x"] for p in of_study if p["x"] or study == "noise"}))
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("guarded compliance, T=1 (%)")
     figure.savefig(path, dpi=110)
