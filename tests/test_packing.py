@@ -36,7 +36,7 @@ def test_pack_rows_of_many_examples_takes_seconds():
     lengths = np.random.default_rng(0).integers(10, 500, 60_000).tolist()
     start = time.process_time()
     packing.pack_rows(lengths, 1024, 64)
-    assert time.process_time() - start < 8  # 23 s where every row is looked at
+    assert time.process_time() - start < 4  # 0.3 s, and 13 where every row is looked at
 
 
 def test_pack_rows_is_first_fit_decreasing():

@@ -5,6 +5,7 @@ jax.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -29,6 +30,11 @@ def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:
         return remote.local(name)
     if not is_hub_name(name):
         return Path(name)
+    return _downloaded(name, revision)
+
+
+@functools.cache  # a process sees one state of it, and asks the hub once
+def _downloaded(name: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 

@@ -75,7 +75,7 @@ def of(
         "stages": rows,
         "comparison": _comparison(path, now or time.time()),
         "seconds": sum(row["seconds"] or 0.0 for row in rows if row["state"] == "done"),
-        "judge": _judge(path, _config(path)),
+        "judge": judge(path),
     }
 
 
@@ -208,9 +208,9 @@ def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
     return found | {"steps_per_second": speed, "seconds_left": (total - step) / speed}
 
 
-def _judge(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def judge(path: Path) -> dict[str, Any] | None:
     """What the judgement store of the run has counted, None where there is none."""
-    store = workdir.store(path, config)
+    store = workdir.store(path, _config(path))
     if not store.exists():
         return None
     from trace_jax.judges import store as stores

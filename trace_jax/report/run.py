@@ -84,7 +84,7 @@ def judge_cost(workdir: Path, settings: Settings) -> dict[str, Any] | None:
     """
     if not (workdir / "config.json").exists():
         return None
-    found = status.of(workdir)["judge"]
+    found = status.judge(workdir)
     if found is None and settings.get("judge.name") in ("rules", "labels"):
         found = dict.fromkeys(("calls", "input_tokens", "output_tokens", "price_usd"), 0)
     return found and found | {"shared": bool(settings.get("asking.store"))}
