@@ -264,9 +264,10 @@ describe_job() {
 
 # All workers at once, since they wait for each other only so long; each on its own, because each has the secrets on its own
 # stdin. All of them, or none.
+STARTS=0
 start() {
   local id worker tasks=() failed=false
-  id=$JOB_NAME-$(date +%s)
+  id=$JOB_NAME-$(date +%s).$$.$((++STARTS)) # a job may end within the second in which it began
   SEEN=()
   for ((worker = 0; worker < WORKERS; worker++)); do
     set -m # a process group of its own, so that none tries on once this script has ended

@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 
 import children
+import jax.numpy as jnp
 import pytest
 from faults import runs
+from flax import nnx
 
-from trace_jax import bucket, errors, policy, processes, records, remote
+from trace_jax import bucket, checkpoints, errors, metrics, policy, processes, records, remote
 from trace_jax.errors import InputError
 from trace_jax.judges import store
 
@@ -304,6 +306,19 @@ def test_a_model_in_a_bucket_is_fetched_once_and_again_when_it_changes(machine, 
     remote._fetched.cache_clear()  # as in another process
     assert {p.name for p in remote.local("gs://bucket/models/tiny").iterdir()} == {"config.json"}
     assert (remote.local("gs://bucket/models/tiny") / "config.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.fault
+def test_a_checkpoint_in_the_bucket_has_the_metrics_of_its_steps_beside_it(machine):
+    url = "gs://bucket/runs/checkpoint"
+    with bucket.opened(url) as path, checkpoints.Checkpoints(path / "c", keep=1) as saved:
+        for step in (1, 2):
+            with (path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step}) + "\n")
+            saved.save(step, nnx.State({"w": nnx.Param(jnp.ones(3))}))
+            with bucket.opened(url, read_only=True) as there:  # as another machine after a kill
+                rows = metrics.read_metrics(there / "metrics.jsonl")
+            assert [row["step"] for row in rows] == list(range(1, step + 1))
 
 
 @pytest.mark.fault

@@ -250,6 +250,17 @@ def test_the_exit_code_of_the_job_decides(cloud, code, starts, ends):
     assert (again in said) == (ends == 0)
 
 
+def test_a_job_that_ends_in_the_second_in_which_it_began_is_another_one_next_time(cloud):
+    clock = cloud.folder / "clock"
+    clock.mkdir()
+    (clock / "date").write_text("#!/bin/sh\necho 1700000000\n")  # all within one second
+    (clock / "date").chmod(0o755)
+    cloud.write(job='[ -f "$HOME/again" ] || { touch "$HOME/again"; exit 1; }')
+    path = f"{clock}:{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    code, said = cloud.run(PATH=path)
+    assert code == 0 and cloud.starts() == 2, said
+
+
 def test_a_slice_taken_away_under_the_job(cloud):
     cloud.write(
         turns="sh follow => wait_for_file second; kill_jobs; put slice PREEMPTED\n",

@@ -74,7 +74,8 @@ class Checkpoints:
         """Saves the state after `step` updates with the position of the Grain iterator `data`.
 
         The position is the same in every process, so any number of them can go on from it.
-        Returns once the state is copied; it is on disk after `wait`, the next `save` or the end.
+        Returns once the state is copied; it is on disk after `wait`, the next `save` or the end. In
+        a bucket, what a run that goes on from it has to find (its metrics) is there before it is.
 
         Raises:
           InputError: this one or the one before cannot be written.
@@ -82,6 +83,7 @@ class Checkpoints:
         if self.latest_step == step:
             return
         self.wait()
+        bucket.publish()
         about = {"shapes": _shapes(state)} | ({} if data is None else {"data": data.get_state()})
         try:
             response = self._checkpointer.save_checkpointables_async(
