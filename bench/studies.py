@@ -18,8 +18,10 @@ gold    dpo_gold on exact verdicts; the others and the controls see only such a 
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from bench import realign, results
@@ -29,8 +31,18 @@ from trace_jax.errors import InputError
 NOISE, SIZE, ERROR = (0.0, 0.1, 0.2), (0.25, 0.5, 1.0), (0.1, 0.2)
 
 NOISY = (
-    "trace", "u2a", "trace_no_impact", "trace_paper", "naive_oracle_dpo", "npo", "sft",
+    "trace", "u2a", "trace_no_impact", "trace_full_weights", "trace_shuffled", "trace_paper",
+    "naive_oracle_dpo", "npo", "sft",
 )  # fmt: skip  # methods of study gold that see the judge that errs
+
+# Key in the JSON -> (study, line a, line b, what a minus b is).
+DIFFERENCES = {
+    "soft_minus_hard": ("soft", "trace, soft", "trace, hard", "Soft minus hard triage"),
+    "weights_minus_none": ("gold", "trace", "trace_no_impact", "trace minus trace_no_impact"),
+    "weights_minus_shuffled": (
+        "gold", "trace_full_weights", "trace_shuffled", "Whole weights minus the same at random"
+    ),
+}  # fmt: skip
 
 
 def _point(study: str, method: str, x: float, label: str, **overrides: object) -> dict:
@@ -73,54 +85,57 @@ def variant(point: dict, tuned: dict, config) -> compare.Variant:
 
 
 def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int, jobs: int) -> dict:
-    """Figures of every point, and the gap closed under each error."""
+    """Figures of every point, and what `answers` makes of them."""
     from trace_jax import comparison
-    from trace_jax.evaluate import paired
 
     chosen = [p for p in points() if p["study"] in studies]
     of_point = [variant(p, tuned, config) for p in chosen]
     variants = {v.name: v for v in of_point}
     found = compare.compare(config, prepared, list(variants.values()), seeds, jobs, winrate=False)
+    outcomes = {}
+    for at in variants.values():
+        paths = [compare.folder(prepared, at, s) / "samples.jsonl" for s in found["seeds"]]
+        rows = [comparison.rows_of(path, "trained", found["split"], ()) for path in paths]
+        outcomes[at.name] = comparison.outcomes(rows, "compliance_guarded")
     rows = []
     for p, at in zip(chosen, of_point, strict=True):
         of = found["methods"][at.name]
         figures = {k: {n: of[k][n] for n in ("rate", "low", "high")} for k in comparison.TESTED}
         rows.append({k: p[k] for k in ("study", "line", "x")} | figures
                     | {"perplexity": of["perplexity"]})  # fmt: skip
-    out = {"points": rows, "seeds": found["seeds"], "split": found["split"]}
+    said = {
+        (p["study"], p["line"], p["x"]): outcomes[at.name]
+        for p, at in zip(chosen, of_point, strict=True)
+    }
+    return {"points": rows, "seeds": found["seeds"], "split": found["split"], **answers(said)}
 
-    def outcomes(target: compare.Variant):
-        paths = [compare.folder(prepared, target, s) / "samples.jsonl" for s in found["seeds"]]
-        rows = [comparison.rows_of(path, "trained", found["split"], ()) for path in paths]
-        return comparison.outcomes(rows, "compliance_guarded")
 
-    def of(study: str, line: str, x: float):
-        asked = (study, line, x)
-        return outcomes(
-            next(v for p, v in zip(chosen, of_point, strict=True)
-                 if (p["study"], p["line"], p["x"]) == asked)
-        )  # fmt: skip
+def answers(outcomes: Mapping[tuple[str, str, float], Sequence[np.ndarray]]) -> dict:
+    """What the studies that are there were made to say, at every error of the judge.
 
-    if "gold" in studies:
-        exact = of("gold", "dpo_gold, exact", 0.0)
-        out["gap_closed"] = {
-            str(x): paired.gap_closed(of("gold", "trace", x), of("gold", "u2a", x), exact)
-            for x in ERROR
-        }
-        out["weights_minus_none"] = {
-            str(x): dataclasses.asdict(
-                paired.compare(of("gold", "trace", x), of("gold", "trace_no_impact", x))
+    outcomes: (study, line, x) of a point -> [prompts, samples] 0/1 of each seed.
+    """
+    from trace_jax.evaluate import paired
+
+    studied = {study for study, _, _ in outcomes}
+    found: dict[str, dict] = {}
+    if "gold" in studied:
+        exact = outcomes["gold", "dpo_gold, exact", 0.0]
+        found["gap_closed"] = {
+            str(x): paired.gap_closed(
+                outcomes["gold", "trace", x], outcomes["gold", "u2a", x], exact
             )
             for x in ERROR
         }
-    if "soft" in studies:
-        out["soft_minus_hard"] = {
-            str(x): dataclasses.asdict(
-                paired.compare(of("soft", "trace, soft", x), of("soft", "trace, hard", x))
-            )
-            for x in ERROR
-        }
-    return out
+    for key, (study, a, b, _) in DIFFERENCES.items():
+        if study in studied:
+            found[key] = {
+                str(x): dataclasses.asdict(
+                    paired.compare(outcomes[study, a, x], outcomes[study, b, x])
+                )
+                for x in ERROR
+            }
+    return found
 
 
 def plot(found: dict, path: Path) -> None:
@@ -182,11 +197,7 @@ def table(found: dict) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
     text += f"\nPercent [95 % interval]; {found['split']} prompts; seeds {seeds}; "
     text += f"commit {found['commit']}.\n"
-    named = {
-        "soft_minus_hard": "Soft minus hard triage",
-        "weights_minus_none": "trace minus trace_no_impact",
-    }
-    for key, what in named.items():
+    for key, (_, _, _, what) in DIFFERENCES.items():
         for x, d in found.get(key, {}).items():
             mean, low, high = (100 * d[e] for e in ("difference", "low", "high"))
             text += f"\n{what}, a judge that errs on {float(x):.0%}: "

@@ -2,6 +2,7 @@
 
 import runpy
 
+import numpy as np
 import pytest
 
 from bench import frontier, pages, realign, replication, studies
@@ -38,7 +39,7 @@ def test_points_of_studies_differ_in_what_they_say():
     assert {v.name for v in found.values() if v.name.startswith("naive")} == {
         "naive_oracle_dpo", *(f"naive_oracle_dpo+{change}" for change in changes),
     }  # fmt: skip
-    assert len(by_name) == 30 and all(compare.own_stages(v) for v in by_name.values())
+    assert len(by_name) == 34 and all(compare.own_stages(v) for v in by_name.values())
 
 
 def test_a_table_of_studies_says_every_point_and_the_gap():
@@ -49,6 +50,24 @@ def test_a_table_of_studies_says_every_point_and_the_gap():
     told = studies.table(found | {"gap_closed": {"0.1": rate}})
     assert "| gold | trace | 10% | 50.0 [25.0, 75.0] | 60.0 [25.0, 75.0] | 1.50 |" in told
     assert "errs on 10%: 50 % [25, 75]." in told and "seeds 0, 1; commit abc." in told
+
+
+def test_answers_of_studies_are_of_the_points_that_they_name():
+    """Every point complies on another number of ten prompts; gold comes in without soft, too."""
+    at = {(p["study"], p["line"], p["x"]): i % 10 for i, p in enumerate(studies.points())}
+    at |= {("gold", "u2a", x): 0 for x in studies.ERROR} | {("gold", "dpo_gold, exact", 0.0): 8}
+    at |= {("gold", "trace", 0.1): 4, ("gold", "trace_no_impact", 0.1): 1}
+    rows = {key: [np.arange(10)[:, None] < n] * 2 for key, n in at.items()}
+    found = studies.answers(rows)
+    assert found.keys() == {"gap_closed", *studies.DIFFERENCES}
+    assert found["gap_closed"]["0.1"]["rate"] == pytest.approx(4 / 8)
+    assert found["weights_minus_none"]["0.1"]["difference"] == pytest.approx(0.3)
+    for x in studies.ERROR:
+        for key, (study, a, b, _) in studies.DIFFERENCES.items():
+            expected = (at[study, a, x] - at[study, b, x]) / 10
+            assert found[key][str(x)]["difference"] == pytest.approx(expected)
+    alone = studies.answers({key: of for key, of in rows.items() if key[0] != "gold"})
+    assert alone.keys() == {"soft_minus_hard"} and not studies.answers({})
 
 
 def test_a_method_has_points_of_its_own_or_the_common_ones():

@@ -67,3 +67,11 @@ def test_no_triage_is_one_clear_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}: no triage.jsonl there; run stage triage first\n"
+
+
+def test_a_list_of_nothing_is_refused(straight, tmp_path, capsys):
+    out = tmp_path / "list.jsonl"
+    assert shortlist.main([str(straight[0]), "--n=0", f"--out={out}"]) == 2
+    assert "0 must be at least 1" in capsys.readouterr().err and not out.exists()
+    assert shortlist.main([str(straight[0]), "--n=2", f"--out={out}"]) == 0
+    assert f"2 records: {out}" in capsys.readouterr().out

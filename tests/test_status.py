@@ -97,19 +97,23 @@ def test_every_stage_that_counts_has_a_speed_and_an_end(run, capsys, stage):
 
 
 @pytest.mark.parametrize(
-    ("doing", "work"),
+    ("doing", "work", "speed"),
     [
-        ("stage impact, impact scores 5/8", {"what": "impact scores"}),  # another stage's
-        ("stage train, train checkpoints 3/4", {"what": "train checkpoints"}),
-        ("stage train", None),
+        ("stage impact, impact scores 5/8", {"what": "impact scores"}, 2 / 4),  # another stage's
+        ("stage train", None, 2 / 4),
+        # Its own sign of life leaves out the first step, which compiles.
+        ("stage train, train checkpoints 3/4", {"what": "train checkpoints"}, 2 / 0.5),
+        ("stage train, train checkpoints 3/4", {"what": "train checkpoints", "done": 1}, 2 / 4),
     ],
 )
-def test_a_training_goes_by_its_metrics(run, doing, work):
-    counts = {"first": 0, "done": 3, "total": 4, "seconds": 0.5}
-    _sign(run, doing, work and work | counts)
+def test_a_training_goes_by_its_metrics(run, doing, work, speed):
+    counts = {"first": 1, "done": 3, "total": 4, "seconds": 0.5}
+    _sign(run, doing, work and counts | work)
     with locks.of(run):
         train = next(row for row in status.of(run)["stages"] if row["stage"] == "train")
-    assert train["steps_per_second"] == pytest.approx(2 / 4) and "done" not in train
+    assert train["step"] == 3 and "done" not in train
+    assert train["steps_per_second"] == pytest.approx(speed)
+    assert train["seconds_left"] == pytest.approx(1 / speed)
 
 
 def test_work_without_a_total_or_a_second_item_has_no_end(run):

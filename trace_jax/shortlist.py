@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax import records, triage
+from trace_jax import commands, metrics, records, triage
 from trace_jax.errors import InputError
 
 
@@ -77,21 +77,20 @@ def of_workdir(workdir: Path, n: int) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Exit code 0 written, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m trace_jax.shortlist", description=__doc__)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--n", type=int, default=50, help="records to list")
+    parser.add_argument("--n", type=commands.at_least(1), default=50, help="records to list")
     parser.add_argument("--out", type=Path, help="file; default WORKDIR/shortlist.jsonl")
-    values = parser.parse_args(argv)
-    try:
-        rows = of_workdir(values.workdir, values.n)
-        out = values.out or values.workdir / "shortlist.jsonl"
-        records.write_jsonl(out, rows)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(rows)} records: {out}")
-    return 0
+    parser.set_defaults(run=_write)
+    return commands.run(parser, argv)
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    rows = of_workdir(arguments.workdir, arguments.n)
+    out = arguments.out or arguments.workdir / "shortlist.jsonl"
+    records.write_jsonl(out, rows)
+    metrics.show(f"{len(rows)} records: {out}")
 
 
 if __name__ == "__main__":

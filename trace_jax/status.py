@@ -102,7 +102,7 @@ def _rows(path: Path, at_work: bool, now: float) -> list[dict[str, Any]]:
         elif begun.exists():
             seconds = now - begun.stat().st_mtime
             row |= {"state": "running" if at_work else "interrupted", "seconds": seconds}
-            row |= _work(name, processes) or _steps(path, name, config)
+            row |= _work(name, processes) or _steps(path, name, config, processes)
         found.append(row)
     return found
 
@@ -172,23 +172,38 @@ def _work(stage: str, processes: list[dict[str, Any]]) -> dict[str, Any]:
 
     Speed is that of this try.
     """
-    sign = next((row for row in processes if row["process"] == 0), None)
-    work = sign and sign["work"]
-    if not work or sign["doing"].split(",")[0] != f"stage {stage}":
-        return {}
-    what, done, total = work["what"], work["done"], work["total"]
-    if stage in _TRAINING and what == f"train {_TRAINING[stage][2]}":
-        return {}  # its metrics say it to the step
-    found = {"what": what, "done": done, "total": total}
-    made = done - work["first"]  # since the first count, as what came before was compiled, too
-    if made < 1:
+    work = _said(stage, processes)
+    if not work or _trains(stage, work):
+        return {}  # of a training its metrics say it to the step
+    done, total = work["done"], work["total"]
+    found = {"what": work["what"], "done": done, "total": total}
+    speed = _speed(work)
+    if speed is None:
         return found
-    speed = made / max(1e-9, work["seconds"])
     left = None if total is None else max(0, total - done) / speed
     return found | {"per_second": speed, "seconds_left": left}
 
 
-def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
+def _said(stage: str, processes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the first process counts in this stage."""
+    sign = next((row for row in processes if row["process"] == 0), None)
+    here = sign is not None and sign["doing"].split(",")[0] == f"stage {stage}"
+    return sign["work"] if here else None
+
+
+def _trains(stage: str, work: dict[str, Any]) -> bool:
+    return stage in _TRAINING and work["what"] == f"train {_TRAINING[stage][2]}"
+
+
+def _speed(work: dict[str, Any]) -> float | None:
+    """Since the first count: what came before it was compiled, too."""
+    made = work["done"] - work["first"]
+    return made / max(1e-9, work["seconds"]) if made > 0 else None
+
+
+def _steps(
+    path: Path, stage: str, config: dict[str, Any], processes: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Where a training is; its speed is that of this try, not of those before it."""
     if stage not in _TRAINING:
         return {}
@@ -201,10 +216,12 @@ def _steps(path: Path, stage: str, config: dict[str, Any]) -> dict[str, Any]:
     rows, begin, total = metrics.read_metrics(file), records.read_json(began), config["total_steps"]
     step = int(rows[-1]["step"]) if rows else 0
     found = {"step": step, "total_steps": total}
-    made = step - begin["step"]
-    if made <= 1:  # it compiled
+    work, made = _said(stage, processes), step - begin["step"]
+    speed = _speed(work) if work and _trains(stage, work) else None
+    if speed is None and made > 1:  # nobody says it; the first step compiled, and is counted
+        speed = made / max(1e-9, file.stat().st_mtime - begin["time"])
+    if speed is None:
         return found
-    speed = made / max(1e-9, file.stat().st_mtime - begin["time"])
     return found | {"steps_per_second": speed, "seconds_left": (total - step) / speed}
 
 

@@ -82,18 +82,21 @@ def _figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     if result["roc"]:
         roc = [(a, b) for a, b, _ in result["roc"]]
         series = {"the judge": roc, "chance": [(0.0, 0.0), (1.0, 1.0)]}
-        title = "ROC: compliant responses found (up) over violating ones let through (right)"
-        found.append(_figure(series, title))
+        titles = ("violating responses let through", "compliant responses found")
+        found.append(_figure(series, "ROC", titles))
     if len(result["bins"]) > 1:
         bins = [(row["mean_probability"], row["share_compliant"]) for row in result["bins"]]
         series = {"the judge": bins, "perfect": [(0.0, 0.0), (1.0, 1.0)]}
-        title = "Calibration: share that people call compliant (up) over P(compliant) (right)"
-        found.append(_figure(series, title))
+        titles = ("the judge's P(compliant)", "share that people call compliant")
+        found.append(_figure(series, "Calibration", titles))
     return found
 
 
-def _figure(series: dict[str, list[tuple[float, float]]], title: str) -> dict[str, Any]:
-    return {"title": title, "svg": charts.line_chart(series, title), "names": list(series)}
+def _figure(
+    series: dict[str, list[tuple[float, float]]], title: str, titles: tuple[str, str]
+) -> dict[str, Any]:
+    chart = charts.line_chart(series, f"{title}: {titles[1]} over {titles[0]}", titles=titles)
+    return {"title": title, "svg": chart, "names": list(series)}
 
 
 def _disagreements(
