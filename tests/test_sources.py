@@ -81,7 +81,7 @@ def test_malformed_records_are_named(tmp_path, row, problem):
 
 def test_prompts_are_read_once_each(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "x"}, {"prompt": "y", "id": 3}, {"prompt": "x"})
-    assert sources.read_prompts(path) == [
+    assert sources.read_prompts(path)[0] == [
         sources.HeldOutPrompt(records.content_id("x"), "x"),
         sources.HeldOutPrompt("3", "y"),
     ]

@@ -182,7 +182,7 @@ def test_labels_may_be_json_in_a_cell(tmp_path):
     (record, other), counts = sources.read_records(path)
     assert record.labels_of("chosen") == {"unsafe": True, "safe": False}
     assert other.labels is None and not counts.ignored_keys
-    first, second = sources.read_prompts(path)
+    (first, second), _ = sources.read_prompts(path)
     assert (first.labels, second.labels) == ({"unsafe": True}, {})
 
 
@@ -195,7 +195,7 @@ def test_a_column_of_other_labels_is_set_aside(tmp_path):
     aside = sources.Reading(columns=forms.columns_of("other=labels"))
     (record,), counts = sources.read_records(path, aside)
     assert record.labels is None and counts.ignored_keys == {"other": 1}
-    assert sources.read_prompts(path, aside)[0].labels == {}
+    assert sources.read_prompts(path, aside)[0][0].labels == {}
 
 
 def test_labels_that_no_line_can_keep_are_named(tmp_path):
@@ -208,6 +208,34 @@ def test_labels_that_no_line_can_keep_are_named(tmp_path):
     for reader in (sources.read_records, sources.read_prompts):
         with pytest.raises(InputError, match=r"a.parquet, row 2: 'labels' is not JSON \(Object of"):
             reader(tmp_path / "a.parquet")
+
+
+CHAT = [user("Why?"), assistant("So.")]
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": "Why?", "chosen": CHAT, "rejected": [CHAT[0], assistant("No.")]}, CHAT[:1]),
+        ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?"),
+        ({"prompt": CHAT[:1], "chosen": CHAT, "rejected": CHAT}, CHAT[:1]),
+        ({"chosen": "\n\nHuman: Why?\n\nAssistant: So.",
+          "rejected": "\n\nHuman: Why?\n\nAssistant: No."}, CHAT[:1]),
+        ({"prompt": "Why?", "response_0": "So.", "response_1": "No."}, "Why?"),
+    ],
+    ids=["UltraFeedback", "texts", "chats", "HH", "PKU"],
+)  # fmt: skip
+def test_the_test_split_of_a_data_set_is_a_file_of_prompts(tmp_path, row, prompt):
+    path = write(tmp_path / "test.jsonl", row)
+    assert [p.prompt for p in sources.read_prompts(path)[0]] == [prompt]
+
+
+def test_a_malformed_prompt_is_left_out_and_counted_where_that_is_asked_for(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": ["b"]})
+    with pytest.raises(InputError, match="a.jsonl:2: 'prompt' is empty.*malformed=drop"):
+        sources.read_prompts(path)
+    (prompt,), left_out = sources.read_prompts(path, sources.Reading(malformed="drop"))
+    assert prompt.prompt == "a" and left_out == 2
 
 
 def test_columns_are_renamed(tmp_path):
@@ -361,14 +389,15 @@ def test_prompts_of_xstest_are_recognised(tmp_path, shared):
     rows += [completion("d", "Yes.", "1_full_compliance", "contrast_homonyms")]
     path = write(tmp_path / "p.jsonl", *rows)
     of_type = {"sounds_dangerous": True, "unsafe": True}
-    assert [p.labels for p in sources.read_prompts(path)] == [
+    assert [p.labels for p in sources.read_prompts(path)[0]] == [
         of_type | {"type": "contrast_privacy"}, {}, {"x": 1},
         of_type | {"type": "contrast_homonyms"},
     ]  # fmt: skip
-    assert not any(p.labels for p in sources.read_prompts(path, sources.Reading(form="pairs"))[:2])
+    found, _ = sources.read_prompts(path, sources.Reading(form="pairs"))
+    assert not any(p.labels for p in found[:2])
     path = shared / "data" / "xstest" / "xstest_prompts.csv"
-    found = sources.read_prompts(path)
-    assert found == sources.read_prompts(path, sources.Reading(form="xstest"))
+    found, _ = sources.read_prompts(path)
+    assert found == sources.read_prompts(path, sources.Reading(form="xstest"))[0]
     assert 0 < sum(p.labels["unsafe"] for p in found) < len(found)
 
 
@@ -376,17 +405,17 @@ def test_held_out_prompts_keep_their_annotations(tmp_path):
     rows = [{"prompt": "a", "labels": {"unsafe": True}}, {"prompt": "b"}]
     rows.append({"prompt": "c", "labels": {"prompt": {"unsafe": False}, "chosen": {"x": 1}}})
     path = write(tmp_path / "p.jsonl", *rows)
-    assert [p.labels for p in sources.read_prompts(path)] == [
+    assert [p.labels for p in sources.read_prompts(path)[0]] == [
         {"unsafe": True},
         {},
         {"unsafe": False},
     ]
     path = write(tmp_path / "x.jsonl", {"prompt": "a", "type": "contrast_privacy"})
-    (prompt,) = sources.read_prompts(path, sources.Reading(form="xstest"))
+    (prompt,), _ = sources.read_prompts(path, sources.Reading(form="xstest"))
     assert prompt.labels["unsafe"] is True and prompt.labels["sounds_dangerous"] is True
     path = write(tmp_path / "q.jsonl", {"question": "a"})
     columns = {"prompt": "question", "chosen": "good"}
-    assert sources.read_prompts(path, sources.Reading(columns=columns))[0].prompt == "a"
+    assert sources.read_prompts(path, sources.Reading(columns=columns))[0][0].prompt == "a"
 
 
 def test_real_files_of_every_form(shared):

@@ -53,6 +53,11 @@ class Reading:
             seed=seed,
         )
 
+    def pass_over(self, error: InputError) -> None:
+        """Of a malformed row: returns where it is left out, and raises with what to do if not."""
+        if self.malformed == "error":
+            raise InputError(f"{error} (data.malformed=drop leaves such rows out)") from error
+
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
@@ -157,8 +162,7 @@ class Records:
                 self._malformed(error)
 
     def _malformed(self, error: InputError) -> None:
-        if self.reading.malformed == "error":
-            raise InputError(f"{error} (data.malformed=drop leaves such rows out)") from error
+        self.reading.pass_over(error)
         self._left_out["malformed"] += 1
 
 
@@ -193,29 +197,38 @@ def _sample(found: Records, n: int, seed: int) -> list[records.PreferenceRecord]
     return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
 
 
-def read_prompts(path: records.AnyPath, reading: Reading | None = None) -> list[HeldOutPrompt]:
-    """Reads held-out prompts: rows with prompt and optional id; equal prompts are kept once.
+def read_prompts(
+    path: records.AnyPath, reading: Reading | None = None
+) -> tuple[list[HeldOutPrompt], int]:
+    """Reads held-out prompts: rows with prompt and optional id, or pairs, whose prompts they are.
+
+    Returns them, equal ones once, and how many malformed rows were left out.
 
     Raises:
-      InputError: a malformed row, one id for two prompts, or no prompts at all.
+      InputError: a malformed row (by `reading.malformed`), one id for two prompts, or no prompts.
     """
     lines: dict[str, str] = {}
     found: dict[str, HeldOutPrompt] = {}
+    left_out = 0
     reading = reading or Reading()
-    columns = reading.columns.items()
-    columns = [(o, t) for o, t in columns if o in ("prompt", "labels") or t == "labels"]
+    wanted = ("prompt", "chosen", "rejected", "labels")
+    columns = [(o, t) for o, t in reading.columns.items() if o in wanted or t == "labels"]
     for where, row in files.rows(path, reading.split):
-        _check_unicode(row, where)
-        row = forms.renamed(row, {o: t for o, t in columns if t in row}, where)
-        prompt = forms.text(row, "prompt", where)
-        content = records.content_id(prompt)
-        if content not in found:
-            name = _claim_id(row.get("id", forms.ABSENT), content, lines, where)
-            labels = forms.prompt_labels(row, reading.form, where)
-            found[content] = HeldOutPrompt(name, prompt, labels)
+        try:
+            _check_unicode(row, where)
+            row = forms.renamed(row, {o: t for o, t in columns if t in row}, where)
+            prompt = forms.prompt(row, where)
+            content = records.content_id(prompt)
+            if content not in found:
+                name = _claim_id(row.get("id", forms.ABSENT), content, lines, where)
+                labels = forms.prompt_labels(row, reading.form, where)
+                found[content] = HeldOutPrompt(name, prompt, labels)
+        except InputError as error:
+            reading.pass_over(error)
+            left_out += 1
     if not found:
         raise InputError(f"{path}: no prompts; a line needs prompt")
-    return list(found.values())
+    return list(found.values()), left_out
 
 
 def _content(pair: forms.Pair, where: str) -> str:

@@ -72,6 +72,21 @@ def prompt_labels(row: Row, name: str, where: str) -> Mapping[str, Any]:
     return found["prompt"] if isinstance(found.get("prompt"), Mapping) else found
 
 
+def prompt(row: Row, where: str) -> records.Text:
+    """Of a row of prompts: column `prompt`, or where the row is a whole pair, that of the pair.
+
+    Raises:
+      InputError: the row has none.
+    """
+    is_pair = {"chosen", "rejected"} <= row.keys()
+    has_own = "prompt" in row and not (
+        isinstance(row["prompt"], str) and isinstance(row.get("chosen"), list)
+    )
+    if is_pair and not has_own:
+        return reader("auto", row, where)(row, where).prompt
+    return text(row, "prompt", where)
+
+
 def labels(row: Row, where: str) -> Mapping[str, Any] | None:
     """Column `labels`: a mapping, or one as JSON, which is how CSV has it; None where it is blank.
 

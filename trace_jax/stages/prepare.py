@@ -128,7 +128,7 @@ def _from_file(run: context.Context) -> tuple[list, list[dict]]:
     reading = sources.Reading.of(data, run.config.seed)
     found, counts = sources.read_records(data.path, reading)
     metrics.say(f"  {data.path}: {counts}")
-    asked = sources.read_prompts(data.prompts_path, reading) if data.prompts_path else []
+    asked = _asked(data.prompts_path, reading) if data.prompts_path else []
     if data.as_chat:  # before prompts are compared: a text and a chat may be one
         found = _as_chats(found, "prompt", "chosen", "rejected")
         asked = _as_chats(asked, "prompt")
@@ -154,6 +154,13 @@ def _from_file(run: context.Context) -> tuple[list, list[dict]]:
         data.test_prompts if len(held_out) >= total else len(held_out) * data.test_prompts // total
     )
     return kept, _with_splits(held_out[:total], n_test)
+
+
+def _asked(path: str, reading: sources.Reading) -> list[sources.HeldOutPrompt]:
+    found, malformed = sources.read_prompts(path, reading)
+    left_out = f", {malformed} left out: malformed" if malformed else ""
+    metrics.say(f"  {path}: {len(found)} prompts{left_out}")
+    return found
 
 
 def _as_chats(found: list, *parts: str) -> list:
