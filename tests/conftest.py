@@ -140,6 +140,19 @@ def storage():
     process.wait()
 
 
+@pytest.fixture
+def machine(storage, monkeypatch, tmp_path):
+    """name -> this process is on a machine of that name: one with its own local copies."""
+    for key, value in storage.items():
+        monkeypatch.setenv(key, value)
+
+    def on(name: str) -> None:
+        monkeypatch.setenv("TRACE_JAX_CACHE", str(tmp_path / name))
+
+    on("one")
+    return on
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium."""

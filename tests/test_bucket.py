@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,25 +19,21 @@ import pytest
 from faults import runs
 from flax import nnx
 
-from trace_jax import bucket, checkpoints, errors, metrics, policy, processes, records, remote
+from trace_jax import (
+    bucket,
+    checkpoints,
+    errors,
+    metrics,
+    policy,
+    processes,
+    records,
+    remote,
+)
 from trace_jax.errors import InputError
 from trace_jax.judges import store
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def machine(storage, monkeypatch, tmp_path):
-    """name -> this process is on a machine of that name: one with its own local copies."""
-    for key, value in storage.items():
-        monkeypatch.setenv(key, value)
-
-    def on(name: str) -> None:
-        monkeypatch.setenv("TRACE_JAX_CACHE", str(tmp_path / name))
-
-    on("one")
-    return on
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -85,8 +80,9 @@ def test_what_a_killed_run_had_not_yet_brought_to_the_bucket_stays_on_its_machin
 
 
 def test_what_was_written_before_anything_reached_the_bucket_stays(machine):
-    path = bucket.Mirror("gs://bucket/runs/early").local
-    (path / "paid.txt").write_text("one")
+    mirror = bucket.Mirror("gs://bucket/runs/early")
+    mirror.pull()
+    (mirror.local / "paid.txt").write_text("one")  # and then a kill
     with bucket.opened("gs://bucket/runs/early") as path:
         assert files(path) == {"paid.txt": "one"}
 
@@ -236,41 +232,120 @@ def test_files_of_several_processes_meet(machine, monkeypatch):
             (mirrors[0].local / "of2.txt").unlink()  # the first one may delete what others wrote
 
 
-def _signs_elsewhere(url: str, ago: float = 0.0):
-    owner = remote.open_path(url) / ".owner.json"
-    owner.parent.mkdir(parents=True, exist_ok=True)
-    sign = {"host": "elsewhere", "since": "12:00", "time": time.time() - ago}
-    owner.write_text(json.dumps(sign))
-    return owner
+@pytest.mark.fault
+@pytest.mark.parametrize("at", ["upload", "list", "delete"])
+def test_a_kill_within_a_publication_leaves_a_workdir_to_go_on_with(machine, monkeypatch, at):
+    """On another machine with what was listed, on the same one with all that was there."""
+    url, listed = f"gs://bucket/runs/within-{at}", bucket.Mirror._list
+    for where, expected in (("two", {"listed": "old"}), ("one", {"new": "1", "more": "2"})):
+        machine("one")
+        mirror = bucket.Mirror(url)
+        mirror.pull()
+        (mirror.local / "listed.txt").write_text("old")
+        (mirror.local / "new.txt").unlink(missing_ok=True)
+        mirror.publish()
+        (mirror.local / "listed.txt").unlink()
+        (mirror.local / "new.txt").write_text("1")
+        with monkeypatch.context() as patched:
+            if at == "upload":
+                patched.setattr(remote, "upload", _killed)
+            elif at == "list":
+                patched.setattr(bucket.Mirror, "_remember", _killed)
+            else:
+                patched.setattr(bucket.Mirror, "_list", lambda mirror: (listed(mirror), _killed()))
+            with pytest.raises(KeyboardInterrupt):
+                mirror.publish()
+        (mirror.local / "more.txt").write_text("2")
+        machine(where)
+        if at == "delete" and where == "two":
+            expected = {"new": "1"}
+        again = bucket.Mirror(url)
+        again.pull()
+        assert files(again.local) == {f"{name}.txt": text for name, text in expected.items()}
+        again.publish()
+
+
+def _killed(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.fault
-def test_a_run_elsewhere_holds_the_workdir_until_it_is_silent(machine):
-    url = "gs://bucket/runs/held"
-    _signs_elsewhere(url)
-    assert bucket.owner(url)["host"] == "elsewhere"
-    threading.Timer(1.0, _signs_elsewhere, [url]).start()  # its next sign of life
-    with pytest.raises(InputError, match="another run is at work there .on elsewhere"):
-        with bucket.opened(url):
-            pass
-    owner = _signs_elsewhere(url, ago=999)
-    with bucket.opened(url):
-        assert json.loads(owner.read_text())["host"] == socket.gethostname()
-    assert not owner.exists()
+def test_an_object_that_is_listed_and_gone_is_as_deleted(machine):
+    url = "gs://bucket/runs/lost-object"
+    with bucket.opened(url) as path:
+        for name in ("kept", "lost"):
+            (path / f"{name}.txt").write_text(name)
+    (remote.open_path(url) / "lost.txt").unlink()
+    machine("two")
+    with bucket.opened(url) as path:
+        assert files(path) == {"kept.txt": "kept"}
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("ahead", [0, 3600])
-def test_one_that_was_there_a_moment_ago_and_is_gone_is_waited_for(
-    machine, monkeypatch, capsys, ahead
-):
-    """A launcher starts the job elsewhere at once; clocks may differ."""
-    monkeypatch.setattr(bucket, "_STALE", 3.0)
-    url = f"gs://bucket/runs/gone{ahead}"
-    owner = _signs_elsewhere(url, ago=-ahead)
-    with bucket.opened(url):
-        assert json.loads(owner.read_text())["host"] == socket.gethostname()
-    assert "a run on elsewhere was at work there a moment ago; waiting" in capsys.readouterr().err
+def test_what_a_machine_that_took_over_had_not_yet_brought_there_stays_on_it(machine):
+    """It was killed before it had published anything."""
+    url = "gs://bucket/runs/taken"
+    with bucket.opened(url) as path:
+        (path / "paid.txt").write_text("one")
+    machine("two")
+    mirror = bucket.Mirror(url)
+    mirror.pull()
+    (mirror.local / "paid.txt").write_text("one two")
+    (mirror.local / "new.txt").write_text("new")
+    with bucket.opened(url) as path:
+        assert files(path) == {"paid.txt": "one two", "new.txt": "new"}
+
+
+@pytest.mark.fault
+def test_what_is_left_of_a_workdir_that_was_deleted_is_not_taken_for_the_next_one(machine):
+    url = "gs://bucket/runs/again"
+    with bucket.opened(url) as path:
+        (path / "a.txt").write_text("old")
+    remote.open_path(url).rmtree()
+    machine("two")
+    with bucket.opened(url) as path:
+        (path / "b.txt").write_text("new")
+    machine("one")
+    with bucket.opened(url) as path:
+        assert files(path) == {"b.txt": "new"}
+
+
+@pytest.mark.fault
+def test_answers_in_progress_are_there_within_half_a_minute(machine):
+    url = "gs://bucket/runs/answers"
+    mirror = bucket.Mirror(url)
+    mirror.pull()
+    (mirror.local / ".responses").mkdir()
+    (mirror.local / ".responses" / "base.txt").write_text("paid with hours")
+    mirror.publish(everything=False)
+    machine("two")
+    again = bucket.Mirror(url)
+    again.pull()
+    assert files(again.local) == {".responses/base.txt": "paid with hours"}
+
+
+@pytest.mark.fault
+def test_the_store_is_the_first_process_s_alone(machine, monkeypatch):
+    """Another one that opens its copy changes that, and must not send it to the first."""
+    mirrors, reader = [], store.Reader("judge", "model", "{}", "")
+    for index in range(2):
+        monkeypatch.setattr(processes, "_this", processes._This(index, 2))
+        mirrors.append(bucket.Mirror("gs://bucket/runs/stores"))
+        mirrors[-1].pull()
+        if not index:
+            live = store.Store(mirrors[0].local / "judgements.sqlite")
+            live.add_call(reader, store.Call("ok", input_tokens=1))
+        version = mirrors[-1].publish()
+    theirs = store.Store(mirrors[1].local / "judgements.sqlite")
+    theirs.add_call(reader, store.Call("ok", input_tokens=5))
+    assert mirrors[1].publish() == version
+    theirs.close()
+    monkeypatch.setattr(processes, "_this", processes._This(0, 2))
+    mirrors[0].fetch([1, mirrors[1]._version])
+    live.close()
+    again = store.Store(mirrors[0].local / "judgements.sqlite")
+    assert again.spent().input_tokens == 1
+    again.close()
 
 
 def test_a_list_of_files_that_leaves_the_workdir_is_refused(machine, tmp_path):
@@ -282,6 +357,7 @@ def test_a_list_of_files_that_leaves_the_workdir_is_refused(machine, tmp_path):
         with pytest.raises(InputError, match="leaves the workdir"):
             with bucket.opened(url):
                 pass
+        assert bucket.owner(url) is None
     assert not list(tmp_path.rglob("outside*"))
 
 

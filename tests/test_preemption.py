@@ -51,7 +51,7 @@ def _workers(folder: Path) -> list[subprocess.Popen]:
 
 def _end(process: subprocess.Popen) -> tuple[int, str]:
     ((_, said),) = children.said_by([process])
-    return process.returncode, said.strip().splitlines()[-1]
+    return process.returncode, (said.strip().splitlines() or [""])[-1]
 
 
 def _until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:

@@ -1,30 +1,30 @@
 """Workdirs in a bucket (gs://): worked on in local copies.
 
 A run in a bucket works in a folder of this machine. What it writes goes to the bucket whenever
-processes meet, when a stage ends, and every half minute; what other processes wrote comes from
-there. Checkpoints are written to the bucket itself (Orbax). `.files/PROCESS-VERSION.json` says
-which files the bucket has; it is written after them, so a kill in between leaves the list before.
+processes meet, before a checkpoint, when a stage ends, and every half minute; what other processes
+wrote comes from there. Checkpoints are written to the bucket itself (Orbax).
+`.files/PROCESS-VERSION.json` says which files the bucket has: it is written after those that are
+new and before those that are gone are deleted, so a kill in between leaves the list before.
 """
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
-import socket
 import threading
-import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trace_jax import locks, metrics, processes, remote, snapshots
+from trace_jax import bucket_owner, locks, metrics, processes, remote, snapshots
 from trace_jax.errors import InputError
 
 CHECKPOINTS = ".checkpoints"  # folder of the bucket that Orbax writes to
-_FILES, _OWNER, _STATE = ".files", ".owner.json", ".bucket.json"
+_FILES, _ID, _STATE = ".files", ".id", ".bucket.json"
 _PERIOD = 30.0  # seconds between two looks at what is new
-_STALE = 4 * _PERIOD  # an owner that was silent for so long is dead
-_LOOK = 2.0  # seconds between two looks for a sign of life of an owner
+_AT_WORK = (".stages", ".responses")  # hidden, with files that are written whole or not at all
 _LISTS = 4  # lists of files that stay: a slow process may still read the one before
 
 _active: "Mirror | None" = None
@@ -49,8 +49,8 @@ def opened(path: str | os.PathLike, *, read_only: bool = False) -> Iterator[Path
         yield view.local
         return
     mirror = Mirror(os.fspath(path))
-    with locks.of(mirror.local.parent):  # before anything here is changed: a run may be at work
-        processes.from_first(mirror.take)
+    # Before anything here is changed: a run may be at work.
+    with locks.of(mirror.local.parent), mirror.taken():
         mirror.pull()
         _active, processes.shared = mirror, mirror
         mirror.start()
@@ -73,7 +73,7 @@ def owner(path: str | os.PathLike) -> dict[str, Any] | None:
     if not remote.is_remote(path):
         return None
     with remote.told(os.fspath(path)):
-        return _owner(remote.open_path(os.fspath(path)))
+        return bucket_owner.heard_of(remote.open_path(os.fspath(path)))
 
 
 def publish() -> None:
@@ -117,41 +117,75 @@ class Mirror:
         self.remote = remote.open_path(self.url)
         self.local = (remote.cache(kind, self.url) / f"p{processes.index()}").resolve()
         self.local.mkdir(parents=True, exist_ok=True)
-        self._since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._owner = bucket_owner.Owner(self.url, self.local.parent)
+        self._is_view = kind == "views"
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._known: dict[str, tuple[int, str | None]] = {}  # name -> (generation, token)
         self._own: dict[str, tuple[int, str | None]] = {}
         self._synced: dict[str, str] = {}  # name -> token here when it was as the bucket has it
         self._seen: dict[int, int] = {}  # process -> version of its list that was read
+        self._gone: set[str] = set()  # objects that no list may name before they are deleted
+        self._id = ""
+        self._listed_as = ""  # hash of this process's newest list
+        self._at: dict[str, dict] = {}  # such a hash -> what was known and synced with that list
         self._version = 0
         self._listed = True  # the list in the bucket has all that went there
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def pull(self, *, weights: bool = True) -> None:
         """Makes the local copy what the bucket has; without `weights`, leaves out safetensors.
 
-        If nothing was written there since this machine did last, this machine is ahead: what it has
-        stays, and goes there with the next `publish`.
+        If nobody wrote there since this machine did last, this machine is ahead: what it has stays,
+        and goes there with the next `publish`; what other processes of its run wrote is brought.
         """
         with remote.told(self.url), self._lock:
-            for index, (version, text) in sorted(remote.patiently(self.url, self._lists).items()):
+            lists = remote.patiently(self.url, self._lists)
+            for index, (version, text) in sorted(lists.items()):
                 self._merge(json.loads(text))
                 self._seen[index] = version
-            self._version = self._seen.get(processes.index(), 0)
-            state = self._state()
-            ahead = state["generation"] == self._generation()
-            self._synced = dict(state["synced"]) if ahead else {}
-            for name, (_, token) in self._known.items():
+            self._version, own = lists.get(processes.index(), (0, ""))
+            self._listed_as = _digest(own)
+            self._id = "" if self._is_view else self._identify()
+            left = self._left()
+            self._synced = dict(left["synced"]) if left else {}
+            for name, (generation, token) in self._known.items():
                 if not weights and name.endswith(".safetensors"):
                     continue
-                if not (ahead and (name in self._synced or (self.local / name).exists())):
+                same = left is not None and left["known"].get(name) == [generation, token]
+                if not (same and (name in self._synced or (self.local / name).exists())):
                     self._bring(name, token)
-            if not ahead:
+            if left is None:
                 for name in self._scan(everything=True).keys() - self._synced.keys():
                     (self.local / name).unlink()
             if processes.is_first():
                 self._own = dict(self._known)
+            if not self._is_view:
+                self._remember({self._listed_as: self._now()})
+
+    def _identify(self) -> str:
+        """What tells the workdir from one that was there before and was deleted."""
+        file = self.remote / _ID
+
+        def found() -> str:
+            if processes.is_first() and not file.exists():
+                self.remote.mkdir(parents=True, exist_ok=True)
+                file.write_text(uuid.uuid4().hex)
+            return file.read_text()
+
+        return remote.patiently(file, found)
+
+    def _left(self) -> dict[str, dict] | None:
+        """What was known and synced here, if the bucket has the list that was written with it."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            state = json.loads((self.local / _STATE).read_text())
+            at = state["at"].get(self._listed_as) if self._id and state["id"] == self._id else None
+            return at and {key: at[key] for key in ("known", "synced")}
+        return None
+
+    def _now(self) -> dict[str, dict]:
+        return {"known": dict(self._known), "synced": dict(self._synced)}
 
     def publish(self, *, everything: bool = True) -> int:
         """Brings to the bucket what changed here; a number that grows when something did."""
@@ -168,10 +202,9 @@ class Mirror:
             self._listed = False
             generation = self._generation() + 1
             for name in gone:
-                file = self.remote / name
-                remote.patiently(file, functools.partial(file.unlink, missing_ok=True))
                 del self._synced[name]
                 self._known[name] = self._own[name] = (generation, None)
+                self._gone.add(name)
             for name in sorted(changed, key=lambda n: (n.startswith(".stages/"), n)):
                 with contextlib.suppress(FileNotFoundError):  # gone since it was seen
                     seen = snapshots.token(self.local / name)
@@ -180,7 +213,12 @@ class Mirror:
                         remote.upload(file, self.remote / name)
                     self._synced[name] = seen
                     self._known[name] = self._own[name] = (generation, token)
+                    self._gone.discard(name)
             self._list()
+            for name in sorted(self._gone):
+                file = self.remote / name
+                remote.patiently(file, functools.partial(file.unlink, missing_ok=True))
+                self._gone.discard(name)
             return self._version
 
     def fetch(self, versions: list[int]) -> None:
@@ -193,37 +231,25 @@ class Mirror:
                 theirs = self.remote / _FILES / _list_name(index, version)
                 for name in self._merge(json.loads(remote.patiently(theirs, theirs.read_text))):
                     self._bring(name, self._known[name][1])
-            self._remember()
+            self._remember({self._listed_as: self._now()})
 
-    def take(self) -> None:
-        """Says in the bucket that this run is at work there.
-
-        Another machine that was there a moment ago may be gone, and a launcher starts the job here
-        at once: this one waits until that one was silent for long enough.
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """In here the bucket says that this run is at work there; or until `close`.
 
         Raises:
-          InputError: it gave another sign of life.
+          InputError: another one is.
         """
-        with remote.told(self.url):
-            first, began = None, time.monotonic()
-            while (found := self._elsewhere()) and time.monotonic() - began < _STALE:
-                if first is None:
-                    first = found
-                    metrics.say(
-                        f"  {self.url}: a run on {first['host']} was at work there a moment ago; "
-                        f"waiting until it shows that it is, for at most {_STALE:.0f} s"
-                    )
-                if found["time"] != first["time"]:
-                    raise InputError(
-                        f"{self.url}: another run is at work there (on {found['host']}, since "
-                        f"{found['since']}); wait for its end, or use another --workdir"
-                    )
-                time.sleep(_LOOK)
-            remote.patiently(self.url, self._sign)
+        processes.from_first(self._take)
+        try:
+            yield
+        finally:
+            self._owner.release()
 
-    def _elsewhere(self) -> dict[str, Any] | None:
-        found = remote.patiently(self.url, lambda: _owner(self.remote))
-        return None if found is None or found["host"] == socket.gethostname() else found
+    def _take(self) -> None:
+        self._owner.take()
+        with remote.told(self.url):
+            self._identify()  # before other processes look for it
 
     def start(self) -> None:
         """Publishes from time to time until `close`."""
@@ -232,29 +258,23 @@ class Mirror:
 
     def close(self) -> None:
         """Publishes once more and gives the workdir free."""
+        if self._closed:
+            return
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self.publish()
-        if processes.is_first():
-            with remote.told(self.url):
-                owner = self.remote / _OWNER
-                remote.patiently(owner, lambda: owner.unlink(missing_ok=True))
+        try:
+            self.publish()
+            self._closed = True
+        finally:
+            self._owner.release()
 
     def _publish_again(self) -> None:
         while not self._stop.wait(_PERIOD):
             try:
                 self.publish(everything=False)
-                if processes.is_first():
-                    with remote.told(self.url):
-                        self._sign()
             except InputError as error:  # the next try, or the end of the stage, may go better
                 metrics.warn(str(error))
-
-    def _sign(self) -> None:
-        self.remote.mkdir(parents=True, exist_ok=True)
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": self._since}
-        (self.remote / _OWNER).write_text(json.dumps(owner | {"time": time.time()}))
 
     def _merge(self, files: dict[str, list]) -> list[str]:
         """Takes over what is newer in a list of files; the names."""
@@ -275,7 +295,10 @@ class Mirror:
             return
         if not here.exists() or snapshots.token(here) != token:
             snapshots.forget_log(here)
-            remote.download(self.remote / name, here, int(token.partition("-")[2]))
+            try:
+                remote.download(self.remote / name, here, int(token.partition("-")[2]))
+            except FileNotFoundError:  # deleted since the list was written
+                return self._bring(name, None)
         self._synced[name] = snapshots.token(here)
 
     def _lists(self) -> dict[int, tuple[int, str]]:
@@ -289,8 +312,10 @@ class Mirror:
 
     def _list(self) -> None:
         """Says in the bucket what files this process wrote, in a new list: others read the old."""
+        if processes.is_first():
+            self._owner.check()
         self._version += 1
-        folder = self.remote / _FILES
+        folder, text = self.remote / _FILES, json.dumps(self._own)
         newest, oldest = (
             folder / _list_name(processes.index(), version)
             for version in (self._version, self._version - _LISTS)
@@ -298,48 +323,50 @@ class Mirror:
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            newest.write_text(json.dumps(self._own))
+            newest.write_text(text)
             oldest.unlink(missing_ok=True)
 
+        before, self._listed_as = list(self._at.items())[-_LISTS:], _digest(text)
+        # A kill, or a bucket that fails, leaves one of them there.
+        self._remember(dict(before) | {self._listed_as: self._now()})
         remote.patiently(newest, write)
+        self._at = {self._listed_as: self._now()}
         self._listed = True
-        self._remember()
 
-    def _remember(self) -> None:
-        state = {"generation": self._generation(), "synced": self._synced}
-        (self.local / _STATE).write_text(json.dumps(state))
+    def _remember(self, at: dict[str, dict]) -> None:
+        """What to go on from here, by the list that is then in the bucket."""
+        self._at = at
+        file = self.local / _STATE
+        temporary = file.with_name(f"{_STATE}.tmp")
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump({"id": self._id, "at": at}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
 
     def _generation(self) -> int:
         return max((generation for generation, _ in self._known.values()), default=0)
 
-    def _state(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.local / _STATE).read_text())
-        return {"generation": 0, "synced": {}}  # ahead of a bucket where nothing was written yet
-
     def _scan(self, *, everything: bool) -> dict[str, str]:
         """Name -> token of the files here; without `everything`, none that is being written."""
-        found = {}
+        found, is_first = {}, processes.is_first()
         for folder, folders, names in os.walk(self.local):
             at = Path(folder).relative_to(self.local)
             folders[:] = [
-                f for f in folders if everything or not f.startswith(".") or f == ".stages"
+                f for f in folders if everything or not f.startswith(".") or f in _AT_WORK
             ]
             for name in names:
                 if name.endswith(".tmp") or (at == Path() and name in (_STATE, ".lock")):
                     continue
-                if snapshots.is_beside(name):
-                    continue
+                if snapshots.is_beside(name) or (snapshots.is_database(name) and not is_first):
+                    continue  # the first process alone writes the store
                 with contextlib.suppress(FileNotFoundError):
                     found[(at / name).as_posix()] = snapshots.token(Path(folder, name))
         return found
 
 
-def _owner(folder: Any) -> dict[str, Any] | None:
-    """Who holds a workdir and was heard of not long ago."""
-    file = folder / _OWNER
-    found = json.loads(file.read_text()) if file.exists() else None
-    return found if found is not None and time.time() - found["time"] < _STALE else None
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
 def _list_name(index: int, version: int) -> str:

@@ -12,6 +12,11 @@ _ENDING, _LOG = ".sqlite", "-wal"
 _BESIDE = (f"{_ENDING}{_LOG}", f"{_ENDING}-shm", f"{_ENDING}-journal")
 
 
+def is_database(name: str) -> bool:
+    """Whether a file is one of which `readable` gives a copy."""
+    return name.endswith(_ENDING)
+
+
 def is_beside(name: str) -> bool:
     """Whether a file belongs to a database of which copies are whole without it."""
     return name.endswith(_BESIDE)
