@@ -41,14 +41,15 @@ def plan(name: str, variant: str, topology: str) -> dict:
 
 def row(key: str, found: dict) -> str:
     """A line of the table."""
+    programs = found["programs"]
     peaks = " | ".join(
-        f"{found['programs'][name]['peak_bytes'] / GIB:.2f}"
-        for name in ("train", "impact", "sample")
+        f"{programs[name]['peak_bytes'] / GIB:.2f}" if name in programs else "-"
+        for name in ("train", "impact", "prefill", "sample")  # plans of before have no prefill
     )
     limit = found["device_memory_bytes"] / GIB
     tokens = found["tokens"]["per_step"] // 1024
     verdict = "yes" if found["fits"] else "no"
-    seconds = found["programs"]["train"]["compile_seconds"]
+    seconds = programs["train"]["compile_seconds"]
     return f"| {key} | {tokens} x 1024 | {peaks} | {limit:.2f} | {verdict} | {seconds:.0f} |"
 
 
@@ -56,8 +57,8 @@ def table() -> str:
     """Markdown of the committed plans."""
     plans = records.read_json(RESULTS)["plans"]
     lines = [
-        "| | tokens a step | train | impact | sample | limit | fits | train compiled in s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | tokens a step | train | impact | prefill | sample | limit | fits | train compiled in s |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(row(key, plans[key]) for key in map(_key, PLANS) if key in plans),
     ]
     return "\n".join(lines)
