@@ -39,8 +39,11 @@ NOISY = (
 DIFFERENCES = {
     "soft_minus_hard": ("soft", "trace, soft", "trace, hard", "Soft minus hard triage"),
     "weights_minus_none": ("gold", "trace", "trace_no_impact", "trace minus trace_no_impact"),
+    "whole_minus_none": (
+        "gold", "trace_full_weights", "trace_no_impact", "trace_full_weights minus trace_no_impact"
+    ),
     "weights_minus_shuffled": (
-        "gold", "trace_full_weights", "trace_shuffled", "Whole weights minus the same at random"
+        "gold", "trace_full_weights", "trace_shuffled", "trace_full_weights minus trace_shuffled"
     ),
 }  # fmt: skip
 
