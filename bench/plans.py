@@ -57,7 +57,8 @@ def table() -> str:
     """Markdown of the committed plans."""
     plans = records.read_json(RESULTS)["plans"]
     lines = [
-        "| | tokens a step | train | impact | prefill | sample | limit | fits | train compiled in s |",
+        "| | tokens a step | train | impact | prefill | sample | limit | fits "
+        "| train compiled in s |",
         "|---|---|---|---|---|---|---|---|---|",
         *(row(key, plans[key]) for key in map(_key, PLANS) if key in plans),
     ]

@@ -110,7 +110,51 @@ def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int,
         (p["study"], p["line"], p["x"]): outcomes[at.name]
         for p, at in zip(chosen, of_point, strict=True)
     }
-    return {"points": rows, "seeds": found["seeds"], "split": found["split"], **answers(said)}
+    out = {"points": rows, "seeds": found["seeds"], "split": found["split"], **answers(said)}
+    if "gold" in studies:
+        out["weight_of_verdicts"] = {
+            str(x): weight_of_verdicts(
+                prepared,
+                [compare.folder(prepared, _whole(x, tuned, config), s) for s in out["seeds"]],
+            )
+            for x in ERROR
+        }
+    return out
+
+
+def _whole(x: float, tuned: dict, config) -> compare.Variant:
+    """The run with whole weights under a judge that errs on a share of x."""
+    (point,) = (
+        p for p in points() if (p["study"], p["line"], p["x"]) == ("gold", "trace_full_weights", x)
+    )
+    return variant(point, tuned, config)
+
+
+def weight_of_verdicts(prepared: Path, runs: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """What whole weights make of conflicts that the judge got right, and of those it got wrong.
+
+    prepared: the run whose verdicts are exact. Returns {"right" | "wrong": {"records", "weight",
+    "clamped"}}: how many there are in a run, their mean weight and the share with none, of scored
+    records, means over the runs.
+    """
+
+    def actions(path: Path) -> dict[str, str]:
+        return {row["id"]: row["action"] for _, row in records.read_jsonl(path / "triage.jsonl")}
+
+    exact = actions(prepared)
+    found: dict[str, list[tuple[int, float, float]]] = {"right": [], "wrong": []}
+    for run in runs:
+        said, weights = actions(run), {"right": [], "wrong": []}
+        for _, row in records.read_jsonl(run / "impact.jsonl"):
+            if row["score"] is not None:
+                key = "right" if said[row["id"]] == exact[row["id"]] else "wrong"
+                weights[key].append(row["weight"])
+        for key, of in weights.items():
+            found[key].append((len(of), float(np.mean(of)), float(np.mean(np.array(of) == 0))))
+    return {
+        key: dict(zip(("records", "weight", "clamped"), np.mean(of, axis=0).tolist(), strict=True))
+        for key, of in found.items()
+    }
 
 
 def answers(outcomes: Mapping[tuple[str, str, float], Sequence[np.ndarray]]) -> dict:
@@ -205,6 +249,14 @@ def table(found: dict) -> str:
             mean, low, high = (100 * d[e] for e in ("difference", "low", "high"))
             text += f"\n{what}, a judge that errs on {float(x):.0%}: "
             text += f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}].\n"
+    for x, of in found.get("weight_of_verdicts", {}).items():
+        text += f"\nWhole weights with a judge that errs on {float(x):.0%}: mean weight "
+        text += " and ".join(
+            f"{of[key]['weight']:.2f} of the {of[key]['records']:.0f} scored conflicts that it got "
+            f"{key} ({of[key]['clamped']:.0%} clamped to 0)"
+            for key in ("right", "wrong")
+        )
+        text += ".\n"
     for x, gap in found.get("gap_closed", {}).items():
         rate, low, high = (100 * gap[e] for e in ("rate", "low", "high"))
         text += "\nGap from u2a to exact dpo_gold that trace closes with a judge that errs on "

@@ -70,6 +70,20 @@ def test_answers_of_studies_are_of_the_points_that_they_name():
     assert alone.keys() == {"soft_minus_hard"} and not studies.answers({})
 
 
+def test_weights_of_verdicts_are_by_what_the_exact_judge_says(tmp_path):
+    actions = {"a": "INVERT", "b": "PUNISH", "c": "INVERT", "d": "RETAIN"}
+    for name, changed in (("exact", {}), ("one", {"b": "INVERT"}), ("two", {"c": "PUNISH"})):
+        (tmp_path / name).mkdir()
+        rows = [{"id": key, "action": action} for key, action in (actions | changed).items()]
+        records.write_jsonl(tmp_path / name / "triage.jsonl", rows)
+        weights = {"a": 1.0, "b": 0.0, "c": 2.0}
+        rows = [{"id": k, "score": w - 0.5, "weight": w} for k, w in weights.items()]
+        records.write_jsonl(tmp_path / name / "impact.jsonl", [*rows, {"id": "e", "score": None}])
+    found = studies.weight_of_verdicts(tmp_path / "exact", [tmp_path / "one", tmp_path / "two"])
+    assert found["wrong"] == {"records": 1.0, "weight": 1.0, "clamped": 0.5}
+    assert found["right"] == {"records": 2.0, "weight": 1.0, "clamped": 0.25}
+
+
 def test_a_method_has_points_of_its_own_or_the_common_ones():
     grid = ["1e-4:0.1:150", "npo@1e-5:0.1:50", "2e-4:0.1:150", "npo@3e-6:0.5:50"]
     rates = {m: [v.overrides["train.learning_rate"] for v in frontier.points(grid, m)]
