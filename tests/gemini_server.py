@@ -2,13 +2,15 @@
 
     python tests/gemini_server.py --key=K [--faults=0.3] [--latency=0.05] [--stall=30] [--batch=0.5]
         [--last=100] [--refuse=429] [--thinks=1] [--blind=3] [--tokens=20] [--thoughts=0] [--cut=1]
+        [--lose=1]
 
 It prints its port. A clause is met where its id is a word of the response; "unsure-ID", "blocked"
 and "broken" in a response stand for what they say. It reads the material as a gullible judge would:
 whoever gets out of the fence is obeyed. GET /counts tells how often each response was asked about.
 POST /set changes an option. After --last requests it answers no other. --refuse is the HTTP status
 of every reply, --thinks refuses requests without thinking, --blind is how many looks at a batch get
-a 503, --tokens and --thoughts what every reply is said to take, --cut cuts all replies off.
+a 503, --tokens and --thoughts what every reply is said to take, --cut cuts all replies off, --lose
+is how many batches are taken without a reply.
 Standard library only.
 """
 
@@ -18,6 +20,7 @@ import collections
 import hashlib
 import json
 import re
+import urllib.parse
 
 FAULTS = (
     "429", "retry_info", "500", "503", "drop", "stall", "truncated", "wrong_enum",
@@ -43,6 +46,7 @@ class Server:
         self.longest: set[int] = set()
         self.requests = self.in_flight = self.most_in_flight = 0
         self.batches: dict[str, tuple[float, list]] = {}
+        self.displayed: dict[str, str] = {}  # display names of batches, the oldest first
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
@@ -84,6 +88,8 @@ class Server:
             detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo"}
             details = [detail | {"reason": "API_KEY_INVALID"}]
             return _error(400, "INVALID_ARGUMENT", f"{what} ({given})", details)
+        if method == "GET" and path.partition("?")[0].endswith("/batches"):
+            return self.listed(dict(urllib.parse.parse_qsl(path.partition("?")[2])))
         if method == "GET" and "/batches/" in path:
             return self.batch(path.split("/v1", 1)[1].split("/", 1)[1])
         model, _, verb = path.rsplit("/", 1)[1].partition(":")
@@ -204,7 +210,25 @@ class Server:
         name = f"batches/b{len(self.batches)}"
         ready = asyncio.get_running_loop().time() + self.options.batch
         self.batches[name] = (ready, replies[::-1])  # in no order to rely on
+        self.displayed[name] = request["batch"]["displayName"]
+        if self.options.lose > 0:
+            self.options.lose -= 1
+            raise Dropped(b"")
         return 200, {}, {"name": name, "metadata": {"state": "BATCH_STATE_PENDING", "name": name}}
+
+    def listed(self, query: dict[str, str]) -> tuple:
+        """A page of the batches, the newest first."""
+        if self.options.blind > 0:
+            self.options.blind -= 1
+            return _error(503, "UNAVAILABLE", "try later")
+        start, names = int(query.get("pageToken", 0)), list(self.displayed)[::-1]
+        end = start + min(2, int(query.get("pageSize", 2)))
+        page = [
+            {"name": n, "metadata": {"name": n, "displayName": self.displayed[n]}}
+            for n in names[start:end]
+        ]
+        more = {"nextPageToken": str(end)} if end < len(names) else {}
+        return 200, {}, {"operations": page} | more
 
     def batch(self, name: str) -> tuple:
         """The state of a batch, with its replies at the end."""
@@ -270,7 +294,7 @@ async def main() -> None:
     """Serves until it is killed."""
     parser = argparse.ArgumentParser()
     for name in ("faults", "latency", "batch", "last", "refuse", "thinks", "blind",
-                 "thoughts", "cut"):  # fmt: skip
+                 "thoughts", "cut", "lose"):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=0.0)
     parser.add_argument("--tokens", type=float, default=20.0)
     parser.add_argument("--stall", type=float, default=30.0)

@@ -35,6 +35,7 @@ def address():
 def server(address, monkeypatch):
     """The server's address, and the environment to reach it."""
     gemini_client.get(address, "/set", {"batch": 0.0, "blind": 0.0, "tokens": 20, "thoughts": 0})
+    gemini_client.get(address, "/set", {"lose": 0})
     gemini_client.reach(address, monkeypatch)
     return address
 
@@ -168,6 +169,65 @@ def test_a_service_that_goes_away_ends_with_a_line_and_keeps_the_batches(tmp_pat
         judge(tmp_path / "new", OTHER).judge(items("gone"))
 
 
+def _killed(before, *, sent):
+    """`_create` of a process that dies once the service has the batch, or just before."""
+
+    async def create(*given):
+        if sent:
+            await before(*given)
+        raise KeyboardInterrupt
+
+    return create
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["killed", "not sent", "connection lost"])
+def test_a_batch_whose_name_was_lost_is_asked_once(server, tmp_path, monkeypatch, how):
+    found = items(how.replace(" ", ""))
+    with monkeypatch.context() as patch:
+        if how == "connection lost":
+            gemini_client.get(server, "/set", {"lose": 1})
+            ends = pytest.raises(InputError, match="did not answer when it was given a batch")
+        else:
+            create = _killed(gemini_batch._Batches._create, sent=how == "killed")
+            patch.setattr(gemini_batch._Batches, "_create", create)
+            ends = pytest.raises(KeyboardInterrupt)
+        with ends:
+            judge(tmp_path / "s").judge(found)
+    assert asked(server, found) == [how != "not sent"] * 5
+    for n in range(3):  # newer ones, on more than a page
+        judge(tmp_path / "other").judge(items(f"{how[0]}newer{n}", 1))
+    gemini_client.get(server, "/set", {"blind": 2.0})
+    again = judge(tmp_path / "s", batch_wait_minutes=0.1 * (how == "not sent"))
+    assert statuses(again.judge(found)) == ["compliant"] * 5
+    assert asked(server, found) == [1] * 5
+    assert again.store.spent().calls == 5 and again.store.batches() == {}
+
+
+@pytest.mark.fault
+def test_another_machine_finds_what_was_sent_to_the_service(server, tmp_path, monkeypatch):
+    """What is asked is in the bucket before the service has it, the name at once."""
+    there, create, kept = [], gemini_batch._Batches._create, judge(tmp_path / "s")
+
+    async def created(*given):
+        there.append("created")
+        return await create(*given)
+
+    monkeypatch.setattr(gemini_batch._Batches, "_create", created)
+    monkeypatch.setattr(
+        gemini_batch.bucket, "publish", lambda: there.append([*kept.store.batches()])
+    )
+    kept.judge(items("published"))
+    (begun,), now, (named,) = there
+    assert begun.startswith("trace_jax-") and now == "created" and named.startswith("batches/")
+
+
+def test_a_batch_that_was_refused_is_not_looked_for(server, tmp_path):
+    with pytest.raises(InputError, match="the service took no batch .HTTP 404"):
+        judge(tmp_path / "s", gemini={"model": "gemini-no"}, price_input=1.0).judge(items("no"))
+    assert store.Store(tmp_path / "s").batches() == {}
+
+
 def test_vertex_ai_has_no_such_batches(server, tmp_path):
     with pytest.raises(InputError, match="unset one of the two"):
         judge(tmp_path / "s", vertex_project="p")
@@ -206,9 +266,9 @@ def test_of_those_that_submit_at_once_one_does_and_the_others_wait_for_it(
     """Each would submit all: none finds a batch that is out."""
     create = gemini_batch._Batches._create
 
-    async def slowly(self, part):
+    async def slowly(*given):
         await asyncio.sleep(0.5)
-        return await create(self, part)
+        return await create(*given)
 
     monkeypatch.setattr(gemini_batch._Batches, "_create", slowly)
     found = items("same", 10)

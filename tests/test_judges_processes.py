@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import gemini_client
 import pytest
 
+from trace_jax import config, processes
 from trace_jax.judges import pacing, store, store_file
+from trace_jax.stages import correct
 
 WORKER = Path(__file__).with_name("judge_process_worker.py")
 
@@ -48,6 +51,26 @@ def test_the_first_process_asks_and_all_are_told(tmp_path):
     assert first["texts"] == [["kind words for Tell 1"], ["kind words for Tell 2"]]
     assert first["price"] > 0
     assert counts["requests"] == 30 + 2 + 2  # responses, comparisons, texts: each asked once
+    assert [p.name for p in tmp_path.glob("*.sqlite")] == ["s-0.sqlite"]  # the other opens none
+
+
+@pytest.mark.fault
+def test_another_process_opens_no_store(tmp_path, monkeypatch):
+    """In a bucket its copy would take the place of the first one's, which is open."""
+    monkeypatch.setattr(processes, "_this", processes._This(index=1, count=2))
+    monkeypatch.setenv("GEMINI_API_KEY", gemini_client.KEY)
+    assert gemini_client.judge(tmp_path / "s.sqlite").store.path == ":memory:"
+    assert correct._gemini(_run(tmp_path))._service.store.path == ":memory:"
+    assert not list(tmp_path.iterdir())
+
+
+def _run(folder):
+    return SimpleNamespace(
+        config=config.base_config(),
+        new_policy=gemini_client.POLICY,
+        store_path=folder / "s.sqlite",
+        workdir=SimpleNamespace(path=folder),
+    )
 
 
 @pytest.mark.fault

@@ -96,7 +96,8 @@ def test_after_a_lack_of_memory_the_same_command_goes_on_with_fewer_rows(
 
 
 def test_a_corrected_mistake_is_no_change_of_what_was_made(tmp_path):
-    """A stage that failed before it wrote anything is begun anew with other inputs."""
+    """A stage that failed before it wrote anything is begun anew with other inputs; what a bucket
+    may still have of it goes first."""
     prepare_stage, of_run = stages.STAGES[0], SimpleNamespace(workdir=workdir.Workdir(tmp_path))
 
     def what_to_do() -> str:
@@ -104,10 +105,94 @@ def test_a_corrected_mistake_is_no_change_of_what_was_made(tmp_path):
         return stages._what_to_do(prepare_stage, of_run, wanted, redo=False)
 
     of_run.workdir.start("prepare", {"data.path": "bad.jsonl"})
-    assert what_to_do() == "run"
+    assert what_to_do() == "redo"
     (tmp_path / "records.jsonl").write_text("")
     with pytest.raises(InputError, match="begun with other inputs .data.path"):
         what_to_do()
+
+
+_REDONE = {  # stages, of which the first is killed -> why it is done again, how that ends
+    "triage": (["--config.triage.noise=0.3"], ["triage.jsonl", "coverage.json"]),
+    "train,export": (["--config.train.learning_rate=3e-3"], ["metrics.jsonl", "model"]),
+    "export": ([], ["model"]),
+}
+
+
+def _killed_at(n: int, remove):
+    """`workdir.remove` of a run that is killed at its n-th deletion, of a folder halfway."""
+    calls = iter(range(n))
+
+    def killed(path: Path) -> None:
+        if next(calls, None) is not None:
+            return remove(path)
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else ():
+            file.unlink()
+        raise KeyboardInterrupt
+
+    return killed
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("names", _REDONE)
+def test_a_redo_that_is_killed_leaves_nothing_of_before(straight, config, tmp_path, names):
+    """At each of its deletions; the same command then ends as one that was not killed."""
+    flags, ends = _REDONE[names]
+    n = len(stages.chosen(names)[0].artefacts) + 2
+
+    def copy(folder: str) -> Path:
+        found = Path(shutil.copytree(straight[0], tmp_path / folder))
+        if not flags:
+            (found / "model" / "README.md").write_text("edited")
+        return found
+
+    whole = copy("whole")
+    assert _main(config, whole, names, "--redo", *flags) == 0
+    for at in range(n):
+        run = copy(f"killed{at}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(workdir, "remove", _killed_at(at, workdir.remove))
+            assert _main(config, run, names, "--redo", *flags) == 130
+        assert _main(config, run, names, "--redo", *flags) == 0
+        for end in ends:
+            assert workdir.hash_path(run / end) == workdir.hash_path(whole / end) != "", (at, end)
+        assert not list((run / ".stages").glob("*.started.json"))
+        shutil.rmtree(run)
+
+
+@pytest.mark.fault
+def test_a_redo_that_is_killed_does_not_pass_for_done(run, config, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "remove", _killed_at(1, workdir.remove))
+        assert _main(config, run, "triage", "--config.triage.noise=0.3", "--redo") == 130
+    capsys.readouterr()
+    assert _main(config, run, "triage") == 2
+    assert "triage.jsonl is gone since stage triage wrote it" in capsys.readouterr().err
+    assert _main(config, run, "triage", "--config.triage.noise=0.3") == 2
+    assert "was made from other inputs (triage.noise" in capsys.readouterr().err
+
+
+_ANSWERS = {"baseline": "baseline.jsonl", "evaluate": "samples.jsonl"}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", _ANSWERS)
+def test_answers_stay_until_their_stage_is_done(run, straight, config, monkeypatch, name):
+    """Killed before the mark that says so, and then before they are deleted."""
+    _forget(run, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.Workdir, "finish", _interrupt)
+        assert _main(config, run, name) == 130
+    assert (run / ".responses").exists()
+    monkeypatch.setattr(respond, "respond", _interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.Workdir, "close", _interrupt)
+        assert _main(config, run, name) == 130
+    assert (run / ".responses").exists()
+    assert _main(config, run, name) == 0
+    assert [p.name for p in (run / ".stages").glob(f"{name}.*")] == [f"{name}.json"]
+    assert not (run / ".responses").exists()
+    kept = _ANSWERS[name]
+    assert (run / kept).read_bytes() == (straight[0] / kept).read_bytes()
 
 
 @pytest.mark.fault

@@ -253,6 +253,29 @@ def test_proposals_that_failed_are_told_and_asked_again(run, config, server, mon
     assert not (run / "corrections_proposals.jsonl").exists()
 
 
+@pytest.mark.fault
+def test_proposals_stay_until_the_stage_is_done(run, config, server, monkeypatch, capfd):
+    """Killed before the mark that says so, and then before they are deleted."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples, _: {
+        p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip
+    flags = ["source=gemini", "tries=1", "samples_per_round=1", "max_new_tokens=21"]
+    gemini_client.get(server, "/set", {"faults": 0.0})
+    for step in ("finish", "close"):
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir.Workdir, step, killed)
+            assert main(config, run, *flags) == 130
+        assert (run / "corrections_proposals.jsonl").exists()
+    assert main(config, run, *flags) == 0
+    assert "skipped" in capfd.readouterr().err
+    assert not list(run.glob("corrections_*"))
+    asked = gemini_client.get(server)["asked"].values()
+    assert len(asked) == len({r.prompt for r in found_punished(run)}) and set(asked) == {1}
+
+
 def test_redo_asks_for_no_proposal_that_came(run, config, server, monkeypatch, capfd):
     monkeypatch.setattr(correct, "_accepted", lambda run, prompts, samples, _: {
         p.id: s[0] for p, s in zip(prompts, samples, strict=True) if s[0]})  # fmt: skip

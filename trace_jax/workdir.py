@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Workdir:
     def finish(
         self, stage: str, inputs: Mapping, outputs: Mapping, seconds: float, summary: Mapping
     ) -> None:
-        """Marks a stage as done, with hashes of what it wrote."""
+        """Marks a stage as done, with hashes of what it wrote; `close` has to follow."""
         processes.wait(f"{stage} finished")
         mark = {"stage": stage, "seconds": round(seconds, 3), "inputs": dict(inputs)}
         mark |= {
@@ -69,6 +69,13 @@ class Workdir:
             "summary": dict(summary),
         }
         records.write_json(self._mark(stage, "json"), mark)
+        bucket.publish()
+
+    def close(self, stage: str, spent: Iterable[str] = ()) -> None:
+        """Deletes what a finished stage needs no longer; the mark of its begin last, so that who
+        finds it beside the other does this again."""
+        for name in spent:
+            remove(self.path / name)
         remove(self._mark(stage, "started.json"))
         bucket.publish()
 
@@ -80,11 +87,15 @@ class Workdir:
         return None
 
     def forget(self, stage: str, outputs: Mapping) -> None:
-        """Deletes a stage's marks and artefacts."""
-        for kind in ("json", "started.json"):
-            remove(self._mark(stage, kind))
+        """Deletes a stage's artefacts and marks.
+
+        The marks go last: after a kill in between they still tell of other inputs, or of artefacts
+        that are gone.
+        """
         for name in outputs:
             remove(self.path / name)
+        for kind in ("json", "started.json"):
+            remove(self._mark(stage, kind))
         bucket.publish()
 
     def _mark(self, stage: str, kind: str) -> Path:

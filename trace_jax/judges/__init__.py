@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from trace_jax import policy as policies
-from trace_jax import predicates, records
+from trace_jax import predicates, processes, records
 from trace_jax.errors import InputError
 
 NAMES = ("rules", "labels", "gemini", "local", "ensemble")
@@ -64,8 +64,9 @@ def make(
     """Makes the judge of that name for a policy; its module loads only now.
 
     settings, asking: config sections `judge` and `asking` as mappings; None: their defaults.
-    store: file of the judgement store; None keeps answers in memory. load_model(path,
-    dtype): how the local judge comes by its (model, tokenizer); None: as `models.load` does.
+    store: file of the judgement store, which the first of several processes opens; None keeps
+    answers in memory. load_model(path, dtype): how the local judge comes by its (model,
+    tokenizer); None: as `models.load` does.
 
     Raises:
       InputError: the name is unknown, or what the judge needs is missing.
@@ -97,7 +98,8 @@ def make(
     from trace_jax.judges import reading
     from trace_jax.judges import store as stores
 
-    kept = stores.Store(":memory:" if store is None else store)
+    asks = store is not None and processes.is_first()  # a second open file would be another copy
+    kept = stores.Store(store if asks else ":memory:")
     reader = _reader(name, settings, asking, kept, load_model)
     return reading.ReadingJudge(policy, reader, kept, reask_abstentions=asking["reask_abstentions"])
 

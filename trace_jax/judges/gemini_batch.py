@@ -1,18 +1,21 @@
 """Gemini's Batch API: half the price, answers within a day; it may be left and picked up later.
 
-A batch's name and what it was asked are in the store before anything waits for it. Whoever looks
-first takes in every batch that has ended, also one that another run or policy submitted.
+What a batch is asked is in the store, under its display name, before the service hears of it; so a
+batch whose name was lost on the way is found again. Whoever looks first takes in every batch that
+has ended, also one that another run or policy submitted.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
-from trace_jax import metrics
+from trace_jax import bucket, metrics
 from trace_jax.errors import InputError
 from trace_jax.judges import gemini_job, gemini_out, gemini_reply, gemini_run, pacing, reading
 from trace_jax.judges import store as stores
@@ -21,6 +24,7 @@ _MOST_BYTES = 15_000_000  # of one batch; the service takes 20 MB inline
 _MOST_QUESTIONS = 10_000
 _LONGEST_PAUSE = 30.0  # seconds between two looks
 _LOOK = 0.2  # seconds between two looks at who else submits
+_BEGUN = "trace_jax-"  # begins display names; no name that the service gives
 _ENDED = {
     "JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED", "JOB_STATE_FAILED",
     "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED",
@@ -64,7 +68,9 @@ class _Batches:
     async def all(self) -> None:
         await self._collect()
         if self._unasked():
-            await self._submit()
+            async with self._submitting() as budget:
+                for part in _parts(self.reader, self._unasked()):
+                    await self._submit(part, budget)
         pause = 1.0
         deadline = time.monotonic() + 60 * self.reader.asking.batch_wait_minutes
         while names := self._awaited():
@@ -92,27 +98,64 @@ class _Batches:
                 del self.open[key]
         return [question for key, question in self.open.items() if key not in at_work]
 
-    async def _submit(self) -> None:
-        """Submits what is not asked yet; of several processes one does, then the next one looks."""
-        reader, budget = self.reader, self.reader.budget()
-        while not budget.begin_submitting():
-            await asyncio.sleep(_LOOK)
+    def _begun(self) -> list[str]:
+        """Batches that may be at the service or not: whoever submitted them did not end it."""
+        return [name for name in self._out() if name.startswith(_BEGUN)]
+
+    @contextlib.asynccontextmanager
+    async def _submitting(self) -> AsyncIterator[pacing.Budget]:
+        """Of several processes one is in here, and what another has begun is found or forgotten."""
+        budget = self.reader.budget()
         try:
-            for part in _parts(reader, self._unasked()):
-                price = await _reserve(reader, budget, part)
+            for attempt in itertools.count(1):
+                while not budget.begin_submitting():
+                    await asyncio.sleep(_LOOK)
+                begun = self._begun()
                 try:
-                    batch = await self._create(part)
-                    asked = [question for question, _ in part]
-                    items = [(q.prompt, q.response) for q in asked]
-                    text = gemini_out.written(asked, price)
-                    reader.store.add_batch(reader.identity, batch.name, text, items)
-                finally:
-                    budget.settle(price, len(part))
-                metrics.say(f"  {len(part)} questions are in batch {batch.name}")
+                    named = await self._told(self._named(begun), "the list of batches")
+                    break
+                except _Unanswered as error:
+                    self._check_silence(str(error), len(begun))
+                await self._pause(attempt)
+            for name in begun:
+                if name in named:
+                    self.reader.store.name_batch(name, named[name])
+                    metrics.say(f"  batch {named[name]} was begun before, and is found again")
+                else:
+                    self.reader.store.forget_batch(name)
+            yield budget
         finally:
             budget.end_submitting()
 
-    async def _create(self, part: Part) -> Any:
+    async def _named(self, begun: Sequence[str]) -> dict[str, str]:
+        """Display name -> name, of those that the service has."""
+        found: dict[str, str] = {}
+        if begun:
+            async for batch in await self.client.aio.batches.list(config={"page_size": 20}):
+                if batch.display_name in begun:
+                    found[batch.display_name] = batch.name
+                if len(found) == len(begun):  # the newest come first
+                    break
+            self.silent_since = None
+        return found
+
+    async def _submit(self, part: Part, budget: pacing.Budget) -> None:
+        store, asked = self.reader.store, [question for question, _ in part]
+        items = [(q.prompt, q.response) for q in asked]
+        price = await _reserve(self.reader, budget, part)
+        try:
+            begun = _BEGUN + secrets.token_hex(8)
+            text = gemini_out.written(asked, price)
+            store.add_batch(self.reader.identity, begun, text, items)
+            bucket.publish()  # another machine may have to find it
+            batch = await self._create(part, begun)
+            store.name_batch(begun, batch.name)
+            bucket.publish()
+        finally:
+            budget.settle(price, len(part))
+        metrics.say(f"  {len(part)} questions are in batch {batch.name}")
+
+    async def _create(self, part: Part, begun: str) -> Any:
         from google.genai import errors, types
 
         requests = [
@@ -123,9 +166,11 @@ class _Batches:
         ]
         try:
             return await self.client.aio.batches.create(
-                model=self.reader.settings.model, src=requests, config={"display_name": "trace_jax"}
+                model=self.reader.settings.model, src=requests, config={"display_name": begun}
             )
         except errors.APIError as error:
+            if error.code < 500:  # it was refused; of others nobody knows
+                self.reader.store.forget_batch(begun)
             said = self.reader.scrubbed(f"HTTP {error.code}, {error.status}: {error.message}"[:300])
             raise InputError(
                 f"the service took no batch ({said}); mend that, or set asking.batch=False"
@@ -144,8 +189,12 @@ class _Batches:
         Raises:
           InputError: it did not for asking.outage_seconds.
         """
+        if self._begun():
+            async with self._submitting():
+                pass  # once whoever submits just now is done, all have their names
         for attempt in itertools.count(1):
             out = self.reader.store.batches(self.reader.identity)
+            out = {name: text for name, text in out.items() if not name.startswith(_BEGUN)}
             silent = 0
             for name, text in out.items():
                 try:
@@ -158,23 +207,38 @@ class _Batches:
                 self._take_in(name, text, batch)
             if not silent or silent < len(out):
                 return
-            backoff = self.reader.asking.backoff_seconds
-            await asyncio.sleep(pacing.delay(attempt, None, backoff, self.rng))
+            await self._pause(attempt)
+
+    async def _pause(self, attempt: int) -> None:
+        backoff = self.reader.asking.backoff_seconds
+        await asyncio.sleep(pacing.delay(attempt, None, backoff, self.rng))
 
     async def _look(self, name: str) -> Any:
         """The batch as the service has it; None where it is gone for good."""
+        from google.genai import errors
+
+        async def get() -> Any:
+            try:
+                return await self.client.aio.batches.get(name=name)
+            except errors.APIError as error:
+                if error.code == 404:
+                    return None
+                raise
+
+        return await self._told(get(), f"batch {name}")
+
+    async def _told(self, request: Awaitable[Any], what: str) -> Any:
+        """What the service answers."""
         import pydantic
         from google.genai import errors
 
         try:
-            return await self.client.aio.batches.get(name=name)
+            return await request
         except errors.APIError as error:
-            if error.code == 404:
-                return None
             said = self.reader.scrubbed(f"HTTP {error.code}, {error.status}"[:300])
             if gemini_run.may_change(error.code):
                 raise _Unanswered(said) from error
-            raise InputError(f"batch {name} could not be looked at ({said}); try later") from error
+            raise InputError(f"{what} could not be looked at ({said}); try later") from error
         except (pydantic.ValidationError, errors.UnknownApiResponseError, ValueError) as error:
             raise _Unanswered("not a reply of the API") from error
         except Exception as error:

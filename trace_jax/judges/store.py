@@ -286,6 +286,11 @@ class Store:
         query = f"SELECT name, questions FROM batches JOIN readers ON readers.id = reader {where}"
         return dict(self._select(f"{query} ORDER BY date, name", reader or ()))
 
+    def name_batch(self, begun: str, name: str) -> None:
+        """The batch that was added under the name `begun` has this one."""
+        with self.writing() as db:
+            db.execute("UPDATE batches SET name = ? WHERE name = ?", (name, begun))
+
     def forget_batch(self, name: str) -> None:
         """Its answers will never come."""
         with self.taking_in(name):

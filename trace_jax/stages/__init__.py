@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from trace_jax import config as config_lib
 from trace_jax import heartbeat, metrics, processes, workdir
@@ -20,6 +20,7 @@ class Stage:
       outputs: names in the workdir that it writes.
       on_host: it need not compute on devices, so jax is not imported for it by itself.
       partial: what an interrupted run leaves beside them (deleted by --redo as well).
+      spent: what is deleted once it is done; while something failed, what --redo spares stays.
 
     Its function is `run` of the module of its name here: takes a Context, returns a small summary.
     """
@@ -29,6 +30,7 @@ class Stage:
     upstream: tuple[str, ...]
     outputs: tuple[str, ...]
     partial: tuple[str, ...] = ()
+    spent: tuple[str, ...] = ()
     on_host: bool = False
 
     @property
@@ -46,10 +48,10 @@ STAGES = (
     Stage("triage", ("policy.new", "judge", "triage"), ("prepare",),
           ("triage.jsonl", "coverage.json"), on_host=True),
     Stage("baseline", ("seed", "policy", "judge", "evaluate"), ("prepare", "align"),
-          ("baseline.jsonl", "guard.json", "perplexity.json"), (".responses",)),
+          ("baseline.jsonl", "guard.json", "perplexity.json"), (".responses",), (".responses",)),
     Stage("correct", ("seed", "correct", "policy.new", "judge"),
           ("prepare", "align", "triage", "baseline"), ("corrections.jsonl",),
-          ("corrections_found.jsonl",)),
+          ("corrections_found.jsonl",), ("corrections_found.jsonl", "corrections_proposals.jsonl")),
     Stage("impact", ("seed", "impact", "u2a", "train.punish", "train.beta", "train.preference",
                      "train.tau", "train.npo_scale", "train.length_normalised", "train.adapters",
                      "train.lora", "train.alpha_nll", "train.data_share", "train.data_seed"),
@@ -59,7 +61,7 @@ STAGES = (
           ("checkpoints", "metrics.jsonl", "pauses.jsonl")),
     Stage("evaluate", ("seed", "policy", "judge", "evaluate"),
           ("prepare", "align", "baseline", "train"), ("samples.jsonl", "eval.json"),
-          (".responses",)),
+          (".responses",), (".responses",)),
     Stage("export", (), ("prepare", "align", "triage", "train"), ("model", "adapter")),
     Stage("report", (), ("prepare", "align", "triage", "baseline", "correct", "impact", "train",
                          "evaluate", "export"), ("report.html",), on_host=True),
@@ -126,6 +128,8 @@ def run(
             run.workdir.forget(stage.name, stage.artefacts)
         if what == "skip":
             metrics.say(f"[{stage.name}] done before, skipped")
+            if run.workdir.started(stage.name) is not None:
+                _close(stage, run)
             continue
         if fresh:
             on_start()
@@ -136,6 +140,7 @@ def run(
         with heartbeat.doing(f"stage {stage.name}"):
             summary = _compute(stage, run)
         run.workdir.finish(stage.name, wanted, stage.outputs, clock.seconds, summary)
+        _close(stage, run)
         run.intact.add(stage.name)
 
 
@@ -162,7 +167,7 @@ def _what_to_do(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
     if finished is not None:
         if redo and (finished["inputs"] != wanted or run.workdir.touched(stage.name)):
             return "redo"
-        if redo and any(finished["summary"].get(k) for k in ("judge_errors", "failed_prompts")):
+        if redo and _failed(finished["summary"]):
             return "redo"  # what judge or writer could not answer is asked again
         if redo and run.config.asking.reask_abstentions and finished["summary"].get("abstentions"):
             return "redo"
@@ -170,12 +175,24 @@ def _what_to_do(stage: Stage, run: context.Context, wanted: dict, *, redo: bool)
             raise _changed(stage, run, finished["inputs"], wanted)
         _check_untouched(stage.name, run)
         return "skip"
+    if started is None or started["inputs"] == wanted:
+        return "run"
     left = any((run.workdir.path / name).exists() for name in stage.artefacts)
-    if started is not None and started["inputs"] != wanted and left:
-        if not redo:
-            raise _changed(stage, run, started["inputs"], wanted, "begun with")
-        return "redo"
-    return "run"
+    if left and not redo:
+        raise _changed(stage, run, started["inputs"], wanted, "begun with")
+    return "redo"  # also where nothing is left here: the bucket may have its checkpoints
+
+
+def _failed(summary: Mapping[str, object]) -> bool:
+    """Whether judge or writer gave no answer to something."""
+    return any(summary.get(key) for key in ("judge_errors", "failed_prompts"))
+
+
+def _close(stage: Stage, run: context.Context) -> None:
+    """Deletes what the finished stage needs no longer."""
+    failed = _failed(run.workdir.finished(stage.name)["summary"])
+    spent = [name for name in stage.spent if name in stage.partial or not failed]
+    run.workdir.close(stage.name, spent)
 
 
 def _is_cost(key: str) -> bool:

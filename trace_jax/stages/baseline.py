@@ -39,6 +39,5 @@ def run(run: context.Context) -> dict:
     records.write_jsonl(
         run.workdir.path / "baseline.jsonl", compliance.with_guard(found, thresholds)
     )
-    responses.clear(run)
     metrics.say(f"  guard: {thresholds.to_json()}")
     return {"rows": len(found), **responses.told_undecided(found)}

@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from trace_jax import judges, metrics, predicates, records, respond, workdir, writers
+from trace_jax import judges, metrics, predicates, processes, records, respond, writers
 from trace_jax.evaluate import guard
 from trace_jax.stages import context
 
 Candidate = tuple[str, records.Text, str]  # prompt id, prompt, proposal
 
 _FOUND = "corrections_found.jsonl"  # an interrupted search goes on from here
-_PROPOSALS = "corrections_proposals.jsonl"  # what a paid writer wrote
+_PROPOSALS = "corrections_proposals.jsonl"  # what a paid writer wrote; --redo asks for the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,6 @@ def run(run: context.Context) -> dict:
         rows.append({"id": record.id, "response": found.get(key), "tries": tries[key]})
     records.write_jsonl(path, rows)
     lost, open_ = (sum(of[i] > 0 for i in of.keys() - found.keys()) for of in (failed, unjudged))
-    workdir.remove(run.workdir.path / _FOUND)
-    if not lost and not open_:  # otherwise --redo asks for what failed alone
-        workdir.remove(run.workdir.path / _PROPOSALS)
     _tell_failed("proposals", sum(failed.values()), lost)
     _tell_failed("verdicts on proposals", sum(unjudged.values()), open_)
     return _told(writer, rows, len(found), sum(tries.values())) | {
@@ -77,7 +74,8 @@ def _tell_failed(what: str, n: int, prompts: int) -> None:
 
 
 def _told(writer: writers.Writer, rows: Sequence[dict], n_found: int, n_tries: int) -> dict:
-    corrected, price = sum(row["response"] is not None for row in rows), writer.price()
+    corrected = sum(row["response"] is not None for row in rows)
+    price = processes.from_first(writer.price)
     cost = f", {price:.4f} US dollars" if price else ""
     kept = f"one of {n_tries / max(1, n_found):.1f} proposals kept{cost}"
     metrics.say(
@@ -149,7 +147,7 @@ def _gemini(run: context.Context) -> writers.Writer:
         run.new_policy,
         settings,
         gemini_job.Asking.of(run.config.asking.to_dict()),
-        store.Store(run.store_path),
+        store.Store(run.store_path if processes.is_first() else ":memory:"),
         run.workdir.path / _PROPOSALS,
     )
 

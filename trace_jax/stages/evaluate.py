@@ -52,7 +52,6 @@ def run(run: context.Context) -> dict:
     }
     records.write_jsonl(run.workdir.path / "samples.jsonl", rows)
     records.write_json(run.workdir.path / "eval.json", out)
-    responses.clear(run)
     rates = ("compliance_guarded", "compliance", "compliance_greedy")
     return {k: round(out[k]["rate"], 4) for k in rates} | responses.told_undecided(
         [row for row in rows if row["model"] == "trained"]

@@ -39,11 +39,6 @@ def partial(run: context.Context) -> Path:
     return run.workdir.path / PARTIAL
 
 
-def clear(run: context.Context) -> None:
-    """Drops the parts once the stage has written its own artefact."""
-    workdir.remove(partial(run))
-
-
 def make_rows(
     run: context.Context, module, model: str, prompts: Sequence[dict], mode: str
 ) -> list[dict]:
