@@ -1,14 +1,23 @@
 """Methods x seeds over one prepared run: variants, overrides, figures by hand, a real run."""
 
+import concurrent.futures
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import children
 import gemini_client
 import pytest
 
-from trace_jax import compare, comparison_tables, config, policy, records, status
+from trace_jax import compare, comparison_tables, config, launch, locks, policy, records, status
 from trace_jax.errors import InputError
 from trace_jax.evaluate import choices
 
@@ -282,6 +291,106 @@ def test_a_variant_with_its_own_triage_does_what_follows_from_it(straight, confi
     own = {p.parent.name: p for p in path.glob("compare/*/triage.jsonl")}
     assert list(own) == ["sft+triage.noise=0.5-seed0"]
     assert own.popitem()[1].read_text() != (path / "triage.jsonl").read_text()
+
+
+def _alive(pids: set[int]) -> set[int]:
+    """Those that run; a zombie whom nobody waits for does not."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.add(pid)
+    return found
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("told", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_comparison_which_goes_on(straight, config, tmp_path, told):
+    """At SIGTERM they save their step first: this training would have no checkpoint."""
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    command = [
+        sys.executable, "-m", "trace_jax.compare", f"--config={config}", f"--workdir={path}",
+        "--methods=trace_no_impact,sft", "--seeds=1", "--jobs=2", "--nowinrate",
+        "--config.train.total_steps=60", "--config.train.save_every=1000",
+    ]  # fmt: skip
+    rows, workers = path / "compare/sft-seed0/metrics.jsonl", set()
+    said_in = tmp_path / "said"  # a pipe would stay open as long as a worker lives
+
+    def start() -> subprocess.Popen:
+        with said_in.open("w") as stream:
+            return subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=stream)
+
+    def trains() -> bool:
+        assert parent.poll() is None, said_in.read_text()
+        return rows.exists() and rows.read_text().count("\n") > 2
+
+    parent = start()
+    try:
+        _until(trains, children.PATIENCE)
+        of = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        workers = set(map(int, of))
+        parent.send_signal(told)
+        code, said = parent.wait(children.PATIENCE), said_in.read_text()
+        _until(lambda: not _alive(workers), 60)
+    finally:
+        for pid in _alive(workers | {parent.pid}):
+            os.kill(pid, signal.SIGKILL)
+    assert len(workers) >= 2
+    if told == signal.SIGTERM:
+        assert code == 75 and "the same command goes on" in said.splitlines()[-1]
+        assert "Traceback" not in said
+        assert list(rows.parent.glob("checkpoints/*/_CHECKPOINT_METADATA"))
+    assert not (path / "comparison.json").exists()
+    parent = start()
+    assert parent.wait(children.PATIENCE) == 0, said_in.read_text()
+    assert [row["step"] for _, row in records.read_jsonl(rows)] == list(range(1, 61))
+    assert 'id="comparison"' in (path / "report.html").read_text()
+
+
+@pytest.mark.fault
+def test_a_worker_that_is_killed_is_one_line():
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        pytest.raises(InputError, match="was killed, as where memory ends; .* fewer --jobs"),
+        compare._workers_told(),
+        concurrent.futures.ProcessPoolExecutor(1, spawn) as pool,
+    ):
+        pool.submit(os._exit, 9).result()
+
+
+@pytest.mark.fault
+def test_a_kill_while_the_report_is_made_anew_costs_no_report(
+    straight, config, tmp_path, monkeypatch
+):
+    path = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    argv = ["compare", f"--config={config}"]
+    values = compare.define_flags(argv)
+    launch.parse_flags(values, argv)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with locks.of(path), pytest.raises(InputError, match="another run is at work there"):
+        compare._report_anew(values.config, path)
+    assert (path / "report.html").exists()
+    monkeypatch.setattr(compare.stages, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare._report_anew(values.config, path)
+    assert not (path / "report.html").exists()
+    monkeypatch.undo()
+    compare._report_anew(values.config, path)
+    assert (path / "report.html").exists()
+    (path / ".stages" / "export.json").unlink()
+    (path / "report.html").unlink()
+    compare._report_anew(values.config, path)  # of a run that has not come that far
+    assert not (path / "report.html").exists()
 
 
 def test_stages_a_variant_does_itself():

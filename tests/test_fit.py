@@ -1,7 +1,9 @@
 """A whole training run on texts: what it changes, what it keeps, what it leaves on disk."""
 
 import dataclasses
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -133,6 +135,76 @@ def test_reference_log_probs_are_kept_and_made_again_for_other_texts(base, tmp_p
     assert len(calls) == 5
     compute(encoded, of="another")
     assert len(calls) == 6
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", [
+    lambda whole: b"",
+    lambda whole: whole[: len(whole) // 2],
+    lambda whole: bytes(len(whole)),
+    lambda whole: whole.replace(b"key.npy", b"kex.npy"),
+    lambda whole: whole.replace(b"NUMPY", b"NUMPZ"),
+])  # fmt: skip
+def test_reference_log_probs_that_a_power_cut_damaged_are_made_again(
+    base, tmp_path, capsys, damage
+):
+    encoded = batches.encode_examples(tiny.encoder(), EXAMPLES[:3])[1]
+    path = tmp_path / "reference_logprobs.npz"
+
+    def compute():
+        return feed.reference_logprobs(base, encoded, 64, 2, feed.Kept(tmp_path), tiny.quiet)
+
+    first, whole = compute(), path.read_bytes()
+    path.write_bytes(damage(whole))
+    np.testing.assert_array_equal(compute(), first)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"  warning: {path} is damaged; its log-probs are computed anew"
+    np.testing.assert_array_equal(compute(), first)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.fault
+def test_what_belongs_to_a_checkpoint_is_on_the_disk_before_it(base, tmp_path, monkeypatch):
+    """Metrics of its steps, and log-probs of theta_ref."""
+    synced, fsync, seen = {}, os.fsync, []
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        synced[name] = os.fstat(descriptor).st_size
+
+    def watched_save(self, step, *arguments, do=checkpoints.Checkpoints.save):
+        rows = tmp_path / "metrics.jsonl"
+        assert rows.read_text().count("\n") == step
+        assert synced["metrics.jsonl"] == rows.stat().st_size
+        (kept,) = (tmp_path / "checkpoints").glob("*.npz")
+        assert synced[f"reference_logprobs.{os.getpid()}.tmp.npz"] == kept.stat().st_size
+        seen.append(step)
+        do(self, step, *arguments)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", watched_save)
+    tiny.fit(base, tmp_path)
+    assert seen and seen[-1] == 6
+
+
+@pytest.mark.fault
+def test_what_a_pause_told_is_written_before_the_run_goes_on(base, tmp_path, monkeypatch):
+    order = []
+
+    class Telling(Pauses):
+        def __call__(self, step, module, examples):
+            order.append(f"pause {step}")
+            return super().__call__(step, module, examples)
+
+        def keeps(self, step):
+            order.append("goes on")
+            return super().keeps(step)
+
+    monkeypatch.setattr(fit.tracking, "flush", lambda: order.append("flush"))
+    tiny.fit(base, tmp_path, pauses=Telling(3))
+    at = order.index("pause 3")
+    assert order[at : at + 3] == ["pause 3", "flush", "goes on"]
 
 
 def test_nothing_to_train_on_is_refused(base, tmp_path):

@@ -165,6 +165,54 @@ def test_what_was_written_is_compared(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault
+def test_an_interrupt_between_two_renames_leaves_what_was_there(tmp_path, monkeypatch):
+    old, rename = models.init(CONFIG, 0), Path.rename
+    models.save(old, tmp_path / "model")
+
+    def ends(this, target):
+        if this.name == ".model.new":
+            raise KeyboardInterrupt
+        return rename(this, target)
+
+    monkeypatch.setattr(Path, "rename", ends)
+    with pytest.raises(KeyboardInterrupt):
+        models.save(models.init(CONFIG, 1), tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    test_hf_weights.assert_equal_models(models.load(tmp_path / "model"), old)
+
+
+@pytest.mark.fault
+def test_a_kill_between_two_renames_loses_no_model(tmp_path):
+    """The next call has the old one back in its place, whatever becomes of itself."""
+    old, target = models.init(CONFIG, 0), tmp_path / "model"
+    models.save(old, tmp_path / ".model.old")
+    models.save(models.init(CONFIG, 1), tmp_path / ".model.new")
+    with pytest.raises(ZeroDivisionError), hf_export._whole(target, "config.json"):
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    test_hf_weights.assert_equal_models(models.load(target), old)
+
+
+@pytest.mark.fault
+def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync, rename = {}, os.fsync, Path.rename
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+
+    def watched_rename(this, target):
+        sizes = {str(p): p.stat().st_size for p in this.iterdir()}
+        assert sizes and sizes == {name: synced.get(name) for name in sizes}
+        return rename(this, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    models.save(models.init(CONFIG, 0), tmp_path / "model", card="a card")
+    assert len(synced) == len(list((tmp_path / "model").iterdir())) >= 3
+
+
 FULL_DISK = """
 import resource, signal, sys
 from trace_jax import errors, models

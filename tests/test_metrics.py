@@ -36,6 +36,18 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "straight.jsonl"]
 
 
+@pytest.mark.fault
+def test_steps_that_a_power_cut_took_are_told(tmp_path, capsys):
+    """Their checkpoint is there: it was on the disk before them."""
+    path = tmp_path / "metrics.jsonl"
+    _write(path, range(1, 4))
+    _write(path, (4, 5), resume_after=3)
+    assert capsys.readouterr().err == ""
+    _write(path, (9,), resume_after=8)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"  warning: {path} lacks 3 of the 8 steps before this one; ")
+
+
 def test_a_fresh_run_forgets_the_old_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     _write(path, range(1, 6))

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -136,6 +137,30 @@ def test_appending_goes_on_after_the_last_whole_line(tmp_path):
             out.append({"id": i} for i in ["1", "é"] if i not in kept)
             assert out.ids == {"1", "é"}
         assert path.read_bytes() == whole
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_what_was_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, name):
+    """A power cut behind a rename would leave an empty file."""
+    path, synced, fsync, replace = tmp_path / name, {}, os.fsync, os.replace
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+
+    def watched_replace(old, new):
+        assert synced[str(old)] == os.path.getsize(old) > 0
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    records.write_jsonl(path, [{"id": "1"}])
+    assert list(synced) == [f"{path}.tmp"]
+    whole = tmp_path / "b.jsonl"
+    with records.JsonlAppender(whole) as out:
+        out.append([{"id": "1"}, {"id": "2"}])
+    assert synced[str(whole)] == whole.stat().st_size > 0
 
 
 def test_appending_to_rows_without_ids_is_refused(tmp_path):

@@ -3,10 +3,12 @@
 import importlib
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,20 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path):
         (1, 3.0), (2, 2.0), (3, 1.25), (4, math.inf),
     ]  # fmt: skip
     assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.fault
+def test_a_kill_loses_no_event_of_a_step_that_is_saved(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with (
+        tracking.to(_settings(), tmp_path, {}),
+        metrics.MetricsWriter(path, resume_after=0) as writer,
+    ):
+        writer.write(1, {"loss/total": 3.0})
+        writer.write(2, {"loss/total": 2.0})
+        writer.sync()  # as before a checkpoint
+        shutil.copytree(tmp_path / "tensorboard", tmp_path / "killed")
+    assert _read(tmp_path / "killed" / "train", "loss/total") == [(1, 3.0), (2, 2.0)]
 
 
 def test_each_training_has_a_folder(tmp_path):
@@ -113,6 +129,55 @@ def test_wandb_holds_the_steps_and_goes_on_with_the_same_run(tmp_path, monkeypat
     assert runs == {(tmp_path / ".wandb_id").read_text()}
     found = [(int(r["train/step"]), float(r["train/loss/total"])) for r in rows]
     assert found == [(1, 3.0), (2, 1.5)]
+
+
+class _Service:
+    """Stands for package wandb and its service: rows of each run; a resumed run has a summary."""
+
+    def __init__(self):
+        self.rows: dict[str, list[dict]] = {}
+
+    def Settings(self, **_):
+        return None
+
+    def init(self, *, id, **_):
+        rows = self.rows.setdefault(id, [])
+        summary = {key: value for row in rows for key, value in row.items()}
+        return types.SimpleNamespace(
+            log=rows.append, summary=summary, finish=lambda: None, define_metric=lambda *_, **__: 0
+        )
+
+
+@pytest.mark.fault
+def test_wandb_is_told_no_step_twice(tmp_path, monkeypatch):
+    service = _Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+
+    def told(*steps: int) -> None:
+        with tracking.to(_settings(tensorboard=False, wandb="trace"), tmp_path, {}):
+            for step in steps:
+                tracking.scalars("train", step, {"loss": 1.0})
+
+    def steps() -> list[list[int]]:
+        return [[row["train/step"] for row in rows] for rows in service.rows.values()]
+
+    told(1, 2, 3, 4, 5)  # killed
+    told(4, 5, 6, 7)  # from the checkpoint at 3
+    assert steps() == [[1, 2, 3, 4, 5, 5, 6, 7]]  # the last may have more to tell
+    told(1, 2)  # trained anew
+    told(2, 3)
+    assert steps()[1:] == [[1, 2, 2, 3]]
+    assert list(service.rows)[1] == (tmp_path / ".wandb_id").read_text()
+
+
+@pytest.mark.fault
+def test_a_wandb_id_that_a_power_cut_emptied_is_another_one(tmp_path, monkeypatch):
+    service = _Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    (tmp_path / ".wandb_id").write_text("")
+    with tracking.to(_settings(tensorboard=False, wandb="trace"), tmp_path, {}):
+        pass
+    assert list(service.rows) == [(tmp_path / ".wandb_id").read_text()] != [""]
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path):

@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from trace_jax import (
     methods,
     metrics,
     policy,
+    preemption,
     records,
     remote,
     stages,
@@ -123,13 +126,12 @@ def run_all(
         cores = spawn.SimpleQueue()
         for core in sorted(os.sched_getaffinity(0)) * jobs:
             cores.put(core)
-        with concurrent.futures.ProcessPoolExecutor(
+        made = concurrent.futures.ProcessPoolExecutor(
             jobs, spawn, initializer=_pin, initargs=(cores,)
-        ) as pool:
-            return [
-                _counted(future.result(), bar)
-                for future in [pool.submit(_run, *item) for item in work]
-            ]
+        )
+        with _workers_told(), made as pool, _workers_told():  # the pool waits for them as it ends
+            futures = [pool.submit(_in_worker, *item) for item in work]
+            return [_counted(future.result(), bar) for future in futures]
 
 
 def _title(target: Path, seed: int) -> str:
@@ -143,10 +145,49 @@ def _run(heading: str, *item) -> dict:
     return run_variant(*item)
 
 
+@contextlib.contextmanager
+def _workers_told() -> Iterator[None]:
+    """Who is told to go in here tells the workers, which save their step.
+
+    Raises:
+      InputError: one of them was killed.
+    """
+    try:
+        yield
+    except (preemption.Preempted, KeyboardInterrupt):
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    except concurrent.futures.BrokenExecutor as error:
+        raise InputError(
+            "a process of the comparison was killed, as where memory ends; the same command goes "
+            "on, and takes less memory with fewer --jobs"
+        ) from error
+
+
+def _in_worker(*item) -> dict:
+    """`_run`; told to go, this process ends, and takes no other run."""
+    try:
+        with preemption.watched():
+            return _run(*item)
+    except preemption.Preempted:
+        os._exit(preemption.EXIT_CODE)
+
+
 def _pin(cores) -> None:
-    """One core a process: several times faster for small micro-batches than shared threads."""
+    """One core a process: several times faster for small micro-batches than shared threads.
+
+    Such a process ends with its parent, however that ends, and leaves Ctrl-C to it.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.sched_setaffinity(0, {cores.get()})
     os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(preemption.EXIT_CODE)
 
 
 def _counted(found: dict, bar) -> dict:
@@ -199,12 +240,13 @@ def _told(prepared: Path, runs: Sequence[str]) -> Iterator[None]:
 
 
 def _report_anew(config: ml_collections.ConfigDict, prepared: Path) -> None:
-    """A finished run's report is made again, now with the comparison."""
+    """The report of a run that has come that far is made again, now with the comparison."""
     run = context.Context(config, workdir.Workdir(prepared))
-    if run.workdir.finished("report"):
-        run.workdir.forget("report", ("report.html",))
+    (report,) = stages.chosen("report")
+    if all(run.workdir.finished(name) for name in report.upstream):
         with at_work.at_work(run):
-            stages.run(run, stages.chosen("report"), redo=False)
+            run.workdir.forget(report.name, report.outputs)
+            stages.run(run, [report], redo=False)
 
 
 def own_stages(variant: Variant) -> tuple[str, ...]:
@@ -328,10 +370,18 @@ def main(argv: list[str]) -> int:
                 f"--workdir={values.workdir}: a comparison works in a local folder; give one"
             )
         target, variants = Path(values.workdir), parse_methods(values.methods)
-        compare(values.config, target, variants, values.seeds, values.jobs, winrate=values.winrate)
+        wanted = (variants, values.seeds, values.jobs)
+        with preemption.watched():
+            compare(values.config, target, *wanted, winrate=values.winrate)
     except InputError as error:
         print("error:", error, file=sys.stderr)
         return errors.exit_code(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except preemption.Preempted as told:
+        print(f"preempted ({told}); the same command goes on from here", file=sys.stderr)
+        return preemption.EXIT_CODE
     except Exception as error:
         told = errors.of_the_machine(error)
         if told is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from trace_jax import batches, logprobs, methods, packing, processes, sharding
+from trace_jax import batches, logprobs, methods, metrics, packing, processes, records, sharding
 
 
 class Steps:
@@ -103,10 +103,9 @@ def reference_logprobs(
     texts = [(e.prompt, e.branches, e.skip) for e in encoded]
     key = hashlib.sha256((kept.of + json.dumps(texts)).encode()).hexdigest()
     path = kept.path(key)
-    if path.exists():
-        with np.load(path) as stored:
-            if str(stored["key"]) == key:
-                return stored["logp"]
+    found = _stored(path)
+    if found is not None and str(found[0]) == key:
+        return found[1]
     with progress(len(encoded), "reference log-probs") as bar:
         logp = logprobs.of_texts(
             module, encoded, row_length=row_length, micro_rows=micro_rows, progress=bar.advance
@@ -115,8 +114,21 @@ def reference_logprobs(
         kept.directory.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")  # of runs side by side
         np.savez(temporary, key=key, logp=logp)
+        records.sync(temporary)
         temporary.replace(path)
     return logp
+
+
+def _stored(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Key and log-probs of a file; None where there is none, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as stored:
+            return stored["key"], stored["logp"]
+    except Exception:  # numpy and zipfile raise whatever the damage makes of it
+        metrics.say(f"  warning: {path} is damaged; its log-probs are computed anew")
+        return None
 
 
 def real_token_share(source: Steps) -> float:

@@ -25,6 +25,7 @@ from trace_jax import (
     processes,
     records,
     sharding,
+    tracking,
     train,
 )
 from trace_jax.errors import InputError
@@ -208,6 +209,7 @@ def fit(
                 return writer.skipped <= settings.skip_steps
 
             def save(step: int, state: train.TrainState) -> None:
+                writer.sync()
                 saved.save(step, state, stretch.data)
 
             while ended is None:
@@ -347,6 +349,7 @@ def _paused(
     """What the run ends with at the end of this stretch, or None: it goes on to the next one."""
     step, params = stretch.end, state.params
     reweighed = pauses(step, parted.module(params, merge=False), stretch.examples)
+    tracking.flush()  # what a pause found, it does not tell again
     keeps = reweighed is not None and pauses.keeps(step)
     if reweighed is not None and not stretch.is_last:
         if keeps:

@@ -35,6 +35,12 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(self.path) if resume_after and self.path.exists() else []
         kept = [row for row in kept if row["step"] <= resume_after]
+        missing = resume_after - len({row["step"] for row in kept})
+        if missing:
+            say(
+                f"  warning: {self.path} lacks {missing} of the {resume_after} steps before this "
+                "one; they are not written again, and none of them counts for skip_steps"
+            )
         records.write_jsonl(self.path, kept)
         self.skipped = sum(row.get("train/skipped") or 0 for row in kept)
         self._kind = tracking.kind_of(self.path)
@@ -55,6 +61,12 @@ class MetricsWriter:
         self._file.flush()
         self.skipped += row.get("train/skipped") or 0
         tracking.scalars(self._kind, step, values)
+
+    def sync(self) -> None:
+        """Returns once the steps so far are on the disk, as before a checkpoint that has them."""
+        if processes.is_first():
+            records.sync(self.path)
+        tracking.flush()
 
     def close(self) -> None:
         """Closes the file; the writer is of no use afterwards."""

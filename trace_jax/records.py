@@ -264,12 +264,22 @@ def _atomic(path: AnyPath) -> Iterator[TextIO]:
         opened = gzip.open if str(path).endswith(".gz") else open
         with opened(temporary, "wt", encoding="utf-8", newline="\n") as stream:
             yield stream
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(path: AnyPath) -> None:
+    """Returns once what was written to a file is on the disk: a power cut no longer loses it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unwritable(path: AnyPath, error: OSError) -> InputError:
@@ -305,6 +315,8 @@ class JsonlAppender:
 
     def __exit__(self, kind: type | None, *_) -> None:
         self._stream.close()
+        if processes.is_first():
+            sync(self.path)
         if kind is None:
             processes.wait(f"{self.path} closed")
 

@@ -23,8 +23,11 @@ class Sink(Protocol):
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Metrics after `step` updates of training `kind`: base, ref, train, or evaluate."""
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Writes what is held back."""
+
+    def close(self) -> None:
+        """The same, and ends."""
 
 
 @dataclasses.dataclass
@@ -35,6 +38,7 @@ class _State:
 _state = _State()
 _FLUSH_S = 10.0
 _KINDS = {"base_checkpoints": "base", "ref_checkpoints": "ref"}
+_ALL = ("base", "ref", "train", "evaluate")
 
 
 @contextlib.contextmanager
@@ -69,6 +73,12 @@ def scalars(kind: str, step: int, values: Mapping[str, float]) -> None:
         sink.scalars(kind, step, values)
 
 
+def flush() -> None:
+    """Returns once what all sinks hold back is written, as before a checkpoint that has it."""
+    for sink in _state.sinks:
+        sink.flush()
+
+
 def kind_of(metrics_path: Path) -> str:
     """What a metrics.jsonl is of: base, ref or train."""
     return _KINDS.get(Path(metrics_path).parent.name, "train")
@@ -95,10 +105,10 @@ class _TensorBoard:
             if kind not in self._writers:
                 self._writers[kind] = self._opened(kind, step)
             self._writers[kind].write_event(event)
-            if time.monotonic() - self._flushed > _FLUSH_S:
-                self._flush()
         except OSError:  # a full disk is told of where it matters
             self._broken = True
+        if time.monotonic() - self._flushed > _FLUSH_S:
+            self.flush()
 
     def _opened(self, kind: str, step: int):
         event_file_writer, event_pb2, _ = _tensorboard()
@@ -111,10 +121,15 @@ class _TensorBoard:
         writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
         return writer
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        if self._broken:
+            return
         self._flushed = time.monotonic()
-        for writer in self._writers.values():
-            writer.flush()
+        try:
+            for writer in self._writers.values():
+                writer.flush()
+        except OSError:
+            self._broken = True
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -141,7 +156,10 @@ def _tensorboard() -> tuple:
 
 
 class _Wandb:
-    """A run of Weights & Biases; the key comes from WANDB_API_KEY, the mode from WANDB_MODE."""
+    """A run of Weights & Biases; the key comes from WANDB_API_KEY, the mode from WANDB_MODE.
+
+    One that goes on is not told again what it has; a training that begins anew is another run.
+    """
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]):
         try:
@@ -152,26 +170,42 @@ class _Wandb:
                 "the key empty"
             ) from error
         directory.mkdir(parents=True, exist_ok=True)
-        kept = directory / ".wandb_id"
+        self._kept = directory / ".wandb_id"
+        self._begin = functools.partial(
+            wandb.init, project=project, name=directory.name, resume="allow", dir=str(directory),
+            config=dict(config), settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+        self._open()
+
+    def _open(self) -> None:
+        """Goes on with the run whose id is kept, or begins one."""
         try:
-            name = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
-            kept.write_text(name)
-            self._run = wandb.init(
-                project=project, name=directory.name, id=name, resume="allow", dir=str(directory),
-                config=dict(config), settings=wandb.Settings(console="off"),
-            )  # fmt: skip
+            name = self._kept.read_text().strip() if self._kept.exists() else ""
+            name = name or secrets.token_hex(4)
+            self._kept.write_text(name)
+            self._run = self._begin(id=name)
+            for kind in _ALL:
+                self._run.define_metric(f"{kind}/step")
+                self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+            had = self._run.summary
+            self._had = {kind: had.get(f"{kind}/step") or 0 for kind in _ALL}
         except Exception as error:  # its errors have no common class
             what = " ".join(str(error).split())
             raise InputError(
                 f"Weights & Biases refuses the run ({what}); set WANDB_API_KEY, or "
                 "WANDB_MODE=offline, or leave tracking.wandb empty"
             ) from error
-        for kind in ("base", "ref", "train", "evaluate"):
-            self._run.define_metric(f"{kind}/step")
-            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({f"{kind}/step": step} | {f"{kind}/{k}": v for k, v in values.items()})
+        if step == 1 and self._had[kind]:
+            self._run.finish()
+            self._kept.unlink()
+            self._open()
+        if step >= self._had[kind]:  # of the last one, what a pause after it found may be missing
+            self._run.log({f"{kind}/step": step} | {f"{kind}/{k}": v for k, v in values.items()})
+
+    def flush(self) -> None:
+        """A process of its own writes it."""
 
     def close(self) -> None:
         self._run.finish()

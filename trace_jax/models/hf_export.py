@@ -19,7 +19,7 @@ import safetensors
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from trace_jax import errors, model_folder, processes
+from trace_jax import errors, model_folder, processes, records
 from trace_jax.models import adapters, decoder, hf_weights, tensor_files
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -268,11 +268,12 @@ def _whole(path: pathlib.Path, mark: str) -> Iterator[pathlib.Path]:
     processes.wait(f"{path} is free")
     try:
         if processes.is_first():
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _clear(path, new, old)
             new.mkdir(parents=True)
         yield new
         if processes.is_first():
+            for file in filter(pathlib.Path.is_file, new.rglob("*")):
+                records.sync(file)
             if path.exists():
                 path.rename(old)
             new.rename(path)
@@ -283,9 +284,17 @@ def _whole(path: pathlib.Path, mark: str) -> Iterator[pathlib.Path]:
         ) from error
     finally:
         if processes.is_first():
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next call does it
+                _clear(path, new, old)
     processes.wait(f"{path} written")
+
+
+def _clear(path: pathlib.Path, new: pathlib.Path, old: pathlib.Path) -> None:
+    """Removes what a call leaves; one that ended between two renames has its model put back."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:
