@@ -1,8 +1,9 @@
-"""What `trace_jax.launch` would refuse in a config, before tpu_pod.sh makes a slice for it.
+"""What `trace_jax.launch` would refuse in a config, before a slice or nodes are used for it.
 
 python launch/check_config.py --config=FILE [--config.key=value]
 
-Imports no jax, and looks at no path: those of a slice are not here. Exit code 0, or 2 with a line.
+For tpu_pod.sh and slurm.sbatch. Imports no jax, and looks at no path: those of a slice are not
+here. Exit code 0, or 2 with a line.
 """
 
 import sys
@@ -21,14 +22,14 @@ def check(argv: list[str]) -> None:
     if config.data.source not in validation.FROM_FILE:
         return
     if not config.data.path:
-        raise InputError("data.path is empty: give --config.data.path=gs://BUCKET/pairs.jsonl")
+        raise InputError("data.path is empty: give --config.data.path=FILE, on gs:// for a slice")
     given, default = config.policy.to_dict(), config_lib.base_config().policy.to_dict()
     for key in ("old", "new"):
         named = any(argument.startswith(f"--config.policy.{key}=") for argument in argv)
         if given[key] == default[key] and not named:
             raise InputError(
                 f"policy.{key} is {given[key]}, which is SynthValueBench's: give "
-                f"--config.policy.{key}=gs://BUCKET/{key}.yaml (or that name, if you mean it)"
+                f"--config.policy.{key}=FILE, on gs:// for a slice (or that name, if you mean it)"
             )
 
 

@@ -18,12 +18,14 @@
 : "${HOSTS:=4}"                                # of the slice
 : "${CHIPS:=4}"                                # of a host
 : "${CONFIG:=configs/gemma9b.py:full}"
-: "${FLAGS:=}"                                 # more flags, as in --config.policy.new=gs://BUCKET/policy.yaml
+: "${FLAGS:=}"                                 # more flags, as in --config.seed=3; quotes in it are passed on as they are
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # become the Secret NAME-keys where they are set here, over stdin, in no command line
 : "${RESTARTS:=20}"                            # after a preemption or a failure
 : "${WAIT:=30}"                                # seconds between two looks at something that is not there yet
 : "${OUT:=runs/$NAME}"                         # where fetched results go
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  { echo "this needs bash 4.4 or newer, and here is $BASH_VERSION; on a Mac: brew install bash" >&2 && exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -56,7 +58,7 @@ cluster() { kubectl --namespace="$NAMESPACE" "$@"; }
 # The program's arguments as a JSON list, which is YAML as well.
 arguments() {
   local flags word list=""
-  read -r -a flags <<<"$FLAGS"
+  read -r -d '' -a flags <<<"$FLAGS" || true
   for word in --config="$CONFIG" --workdir="$WORKDIR" --distributed "${flags[@]}"; do
     word=${word//\\/\\\\}
     list+=,\"${word//\"/\\\"}\"
@@ -127,15 +129,39 @@ first_pod() {
     --field-selector=status.phase!=Pending --sort-by=.metadata.creationTimestamp --output=name | tail -n 1
 }
 
+# Why pods that are not at work are not, a line each reason; nothing where none says.
+waits() {
+  cluster get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --output=jsonpath='{range .items[*]}'\
+'{.status.conditions[?(@.type=="PodScheduled")].message}{" "}{.status.containerStatuses[*].state.waiting.reason}{" "}'\
+'{.status.containerStatuses[*].state.waiting.message}{"\n"}{end}' | awk 'NF { $1 = $1; if (!said[$0]++) print }'
+}
+
+# The log of a pod after SHOWN, the time of its last line that was shown, until it or the connection ends.
+log() { # POD
+  local line at from=$SHOWN
+  while IFS= read -r line; do
+    at=${line%% *}
+    case "$at" in [0-9]*T*) ;; *) say "$line" && continue ;; esac # kubectl's own words
+    if [[ "$at" > "$from" ]]; then
+      SHOWN=$at
+      printf '%s\n' "${line#* }"
+    fi
+  done < <(cluster logs --follow --timestamps "$1" ${from:+--since-time="$from"}) # which is cut to seconds
+  wait $! || say "the connection broke; the job goes on"
+}
+
 # The log of the first process, through restarts and broken connections, until the JobSet has ended.
 follow() {
-  local pod="" last="" since=() found
+  local pod="" last="" found reasons="" said=none
   while true; do
     pod=$(first_pod) || pod=$last
-    if [ "$pod" != "$last" ]; then since=(); fi
+    if [ "$pod" != "$last" ]; then SHOWN="" said=none; fi
     if [ -n "$pod" ]; then
-      cluster logs --follow "$pod" "${since[@]}" || say "the connection broke; the job goes on"
-      since=(--since-time="$(date -u +%FT%TZ)")
+      log "$pod"
+    else
+      reasons=$(waits) || reasons=$said
+      if [ "$reasons" != "$said" ]; then say "the pods are not at work yet${reasons:+: $reasons}"; fi
+      said=$reasons
     fi
     last=$pod
     found=$(state) || found=unknown

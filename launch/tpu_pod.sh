@@ -3,7 +3,7 @@
 #
 #   launch/tpu_pod.sh run     [--dry-run]   everything above; a preempted job is started again, a running one followed again
 #   launch/tpu_pod.sh fetch   [--dry-run]   results so far
-#   launch/tpu_pod.sh stop    [--dry-run]   the job saves its step and ends; the slice stays
+#   launch/tpu_pod.sh stop    [--dry-run]   the job saves its step and ends, and nobody starts it again; the slice stays
 #   launch/tpu_pod.sh delete  [--dry-run]   the slice, after asking
 #
 # Needs gcloud, logged in. What goes to the slice is the last commit of this checkout (git archive HEAD): data, policies and
@@ -17,36 +17,26 @@
 : "${SPOT:=false}"                             # true: cheaper, may be taken away at any time, with its disk: WORKDIR on gs://
 : "${CONFIG:=configs/gemma9b.py:lora}"
 : "${WORKDIR:=/var/tmp/trace_jax/run}"         # several hosts, or SPOT: gs://BUCKET/run, which the TPU's service account may write
-: "${FLAGS:=}"                                 # more flags, as in --config.policy.new=gs://BUCKET/policy.yaml
+: "${FLAGS:=}"                                 # more flags, as in --config.seed=3; quotes in it are passed on as they are
 : "${OVERLAP:=false}"                          # true: full fine-tuning gathers parameters while it computes, for more memory (docs/running.md)
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # passed on from this shell where they are set, over stdin, in no command line
-: "${ATTEMPTS:=20}"                            # of a slice with the job on it, the first included
+: "${ATTEMPTS:=20}"                            # of a slice with the job on it, the first included; until there was one, of any
 : "${WAIT:=30}"                                # seconds between two looks at something that is not there yet
 : "${OUT:=runs/$NAME}"                         # where fetched results go
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  { echo "this needs bash 4.4 or newer, and here is $BASH_VERSION; on a Mac: brew install bash" >&2 && exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() {
-  sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//'
-  exit 2
-}
-
+usage() { sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//' && exit 2; }
 say() { echo "$*" >&2; }
-
-refuse() {
-  say "$*"
-  exit 2
-}
+refuse() { say "$*" && exit 2; }
 
 ACTION=${1:-}
 DRY_RUN=false
 case "$ACTION" in run | fetch | stop | delete) ;; *) usage ;; esac
-case "${2:-}" in
-  "") ;;
-  --dry-run) DRY_RUN=true ;;
-  *) usage ;;
-esac
+case "${2:-}" in "") ;; --dry-run) DRY_RUN=true ;; *) usage ;; esac
 $DRY_RUN || command -v gcloud >/dev/null || refuse "gcloud is not installed here: https://cloud.google.com/sdk/docs/install"
 [ -n "$PROJECT" ] || refuse "PROJECT is empty: PROJECT=ID launch/tpu_pod.sh $ACTION, or gcloud config set project ID"
 case "$WORKDIR" in
@@ -65,13 +55,11 @@ run() {
   $DRY_RUN || "$@"
 }
 
-cloud() { # KIND VERB ARGUMENT...
-  run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet
-}
+cloud() { run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet; } # KIND VERB ARGUMENT...
 
 # --- before anything is made, and paid for ---
 
-read -r -a GIVEN <<<"$FLAGS"
+read -r -d '' -a GIVEN <<<"$FLAGS" || true
 
 # Says what of this checkout stays here, and refuses a run that names a file which the slice would not have.
 check_sent() {
@@ -83,8 +71,8 @@ check_sent() {
   fi
   changed=$(git status --porcelain | cut -c4-)
   if [ -n "$changed" ]; then
-    count=$(wc -l <<<"$changed")
-    say "warning: not committed, so not on the slice as here ($count): $(head -n 10 <<<"$changed" | paste -sd ' ')$( ((count <= 10)) || echo ' ...')"
+    count=$(grep -c . <<<"$changed")
+    say "warning: not committed, so not on the slice as here ($count): $(head -n 10 <<<"$changed" | paste -sd ' ' -)$( ((count <= 10)) || echo ' ...')"
   fi
   for word in --config="${CONFIG%%:*}" "${GIVEN[@]}"; do
     path=${word#*=}
@@ -99,7 +87,7 @@ check_sent() {
 # Asks the program whether it would take the config, where it is installed here.
 check_config() {
   local python said
-  case " $FLAGS" in *" --config.parent="*) return 0 ;; esac # which is where the slice is
+  case " ${GIVEN[*]}" in *" --config.parent="*) return 0 ;; esac # which is where the slice is
   for python in .venv/bin/python python3; do
     if "$python" -c 'import trace_jax.launch' 2>/dev/null; then
       said=$(PYTHONPATH=. "$python" launch/check_config.py --config="$CONFIG" "${GIVEN[@]}" 2>/dev/null) || [ $? -ne 2 ] || refuse "$said"
@@ -122,10 +110,7 @@ queue_state() { state queued-resources "$NAME-queue" state.state; }
 # Until the slice is ready. Fails where another try may help; ends the script where a person has to decide.
 create() {
   local found
-  if $DRY_RUN; then
-    order
-    return
-  fi
+  if $DRY_RUN; then order; return; fi
   while true; do
     found=$(slice_state) || return
     case "$found" in
@@ -146,10 +131,7 @@ create() {
   done
 }
 
-wait_for() {
-  say "$*; waiting"
-  sleep "$WAIT"
-}
+wait_for() { say "$*; waiting" && sleep "$WAIT"; }
 
 # A stopped slice has its disk, so it is never deleted here.
 start_slice() {
@@ -209,6 +191,29 @@ worker() { # WORKER|all COMMAND...
 
 copy() { cloud tpu-vm scp "$@"; }
 
+# FUNCTION WORKER ARGUMENT... for every worker from FIRST on, all at once; succeeds where all do.
+at_once() { # FIRST FUNCTION ARGUMENT...
+  local worker task tasks=() failed=false
+  for ((worker = $1; worker < WORKERS; worker++)); do
+    set -m # a process group of its own, so that none tries on once this script has ended
+    "$2" "$worker" "${@:3}" &
+    set +m
+    tasks+=($!)
+    OTHERS+=("-$!")
+  done
+  for task in "${tasks[@]}"; do
+    wait "$task" || failed=true
+  done
+  OTHERS=()
+  ! $failed
+}
+
+# By number: gcloud refuses to copy to all where an ssh-agent lacks its key. The first one alone: gcloud may have to make that key.
+copy_to_all() { # FILE NAME
+  copy_to 0 "$@" && at_once 1 copy_to "$@"
+}
+copy_to() { copy "$2" "$NAME:$3" --worker="$1"; } # WORKER FILE NAME
+
 count_workers() {
   WORKERS=1
   $DRY_RUN && return
@@ -228,15 +233,15 @@ look() {
     *) JOB=none ;;
   esac
   ID=$(awk '{ print $NF }' <<<"$said" | sort -u)
-  [ "$(wc -l <<<"$ID")" = 1 ] || ID=several
-  CODE=$(awk '$1 == "ended" { print ($2 == 2 ? 0 : $2 == 0 ? 2 : 1), $2 }' <<<"$said" | sort -n | awk 'NR == 1 { print $2 }')
+  case "$ID" in *$'\n'*) ID=several ;; esac
+  CODE=$(awk '$1 == "ended" { print ($2 == 2 ? 0 : $2 == 130 ? 1 : $2 ? 2 : 3), $2 }' <<<"$said" | sort -n | awk 'NR == 1 { print $2 }')
 }
 
 install() {
   local archive code=0
-  archive=$(mktemp --suffix=.tar.gz)
+  archive=$(mktemp)
   run git archive --format=tar.gz --output="$archive" HEAD &&
-    copy "$archive" "$NAME:trace_jax.tar.gz" --worker=all &&
+    copy_to_all "$archive" trace_jax.tar.gz &&
     worker all install </dev/null || code=$?
   rm -f "$archive"
   return "$code"
@@ -266,25 +271,14 @@ describe_job() {
 # stdin. All of them, or none.
 STARTS=0
 start() {
-  local id worker tasks=() failed=false
+  local id
   id=$JOB_NAME-$(date +%s).$$.$((++STARTS)) # a job may end within the second in which it began
   SEEN=()
-  for ((worker = 0; worker < WORKERS; worker++)); do
-    set -m # a process group of its own, so that none tries on once this script has ended
-    start_one "$worker" "$id" &
-    set +m
-    tasks+=($!)
-    OTHERS+=("-$!")
-  done
-  for worker in "${!tasks[@]}"; do
-    wait "${tasks[worker]}" || failed=true
-  done
-  OTHERS=()
-  if $failed; then
+  at_once 0 start_one "$id" || {
     say "not every worker started; the others stop"
-    worker all stop </dev/null || true
+    worker all stop "$id" </dev/null || true
     return 1
-  fi
+  }
 }
 
 start_one() { # WORKER ID
@@ -359,7 +353,7 @@ fetch() {
 
 # --- all of it ---
 
-STARTED=false # whether any attempt has a job at work
+AT_WORK=false STARTED=false # whether this attempt, or any, had the job at work
 
 # One slice with the job on it, from wherever the last try left them. Returns the job's exit code, or 75 to try again.
 attempt() {
@@ -369,7 +363,7 @@ attempt() {
     refuse "$NAME has $WORKERS workers, each with a disk of its own, and WORKDIR=$WORKDIR: give WORKDIR=gs://BUCKET/run (the slice stays, \
 and costs, until launch/tpu_pod.sh delete)"
   fi
-  copy launch/tpu_worker.sh "$NAME:tpu_worker.sh" --worker=all || return 75
+  copy_to_all launch/tpu_worker.sh tpu_worker.sh || return 75
   JOB=none
   $DRY_RUN || look
   case "$JOB" in
@@ -384,19 +378,19 @@ and costs, until launch/tpu_pod.sh delete)"
       start || return 75
       ;;
   esac
-  STARTED=true
+  AT_WORK=true STARTED=true
   $DRY_RUN || stay
 }
 
 main() {
-  local try code
+  local try=0 code
   check_sent
   check_config
   describe_job
   trap 'say "the job on $NAME, if it was started, goes on: the same command follows it again, launch/tpu_pod.sh stop ends it"; exit 130' INT TERM
   trap leave_others EXIT
-  for ((try = 1; try <= ATTEMPTS; try++)); do
-    code=0
+  while ((try < ATTEMPTS)); do
+    code=0 AT_WORK=false
     attempt || code=$?
     case "$code" in
       0)
@@ -404,15 +398,15 @@ main() {
         echo "done; launch/tpu_pod.sh delete takes the slice down"
         return
         ;;
-      2 | 130)
-        say "the job ended with $code, see above; it is not started again"
-        return "$code"
-        ;;
+      2) say "the job ended with 2, see above; it is not started again" && return 2 ;;
+      130) say "the job was stopped by hand; the same command starts it again, from its last checkpoint" && return 130 ;;
     esac
-    if $STARTED; then
-      say "attempt $try of $ATTEMPTS ended with $code; the job goes on from its last checkpoint"
+    if $AT_WORK; then
+      say "attempt $((++try)) of $ATTEMPTS ended with $code; the job goes on from its last checkpoint"
+    elif $STARTED; then
+      say "no slice with the job on it yet, see above; trying again, which does not count as an attempt"
     else
-      say "attempt $try of $ATTEMPTS ended with $code, see above; no job was started yet"
+      say "attempt $((++try)) of $ATTEMPTS ended with $code, see above; no job was started yet"
     fi
     $DRY_RUN || sleep "$WAIT"
   done
@@ -422,7 +416,7 @@ main() {
 case "$ACTION" in
   run) main ;;
   fetch) fetch ;;
-  stop) worker all stop </dev/null ;;
+  stop) worker all stop by-hand </dev/null ;;
   delete)
     if ! $DRY_RUN; then
       read -r -p "delete $NAME in $ZONE, with everything on it? [y/N] " answer

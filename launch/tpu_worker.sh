@@ -5,7 +5,7 @@
 #   tpu_worker.sh install                trace_jax.tar.gz into trace_jax/, with a virtual environment
 #   tpu_worker.sh start ID COMMAND...    in trace_jax/; NAME=value lines for its environment on stdin, up to a lone dot
 #   tpu_worker.sh follow LINE            the log from that line on, as NUMBER:TEXT, then "end" once the job has ended
-#   tpu_worker.sh stop                   SIGTERM: it saves its step and ends
+#   tpu_worker.sh stop [ID | by-hand]    SIGTERM: it saves its step and ends. ID: where it is that job; by-hand: and ended with 130
 #
 # Each may come twice, because gcloud repeats a command whose connection broke.
 
@@ -13,22 +13,22 @@
 set -euo pipefail
 SELF=$(realpath "$0")
 cd
-JOB=$PWD/trace_jax_job # of the last job: id, pid, log, code; the lock is held as long as any of its processes lives
+JOB=$PWD/trace_jax_job # of the last job: id, pid, log, code, by-hand; the lock is held as long as any of its processes lives
 mkdir -p "$JOB"
 
 running() { ! flock --nonblock "$JOB/lock" true; }
 
 look() {
-  local id=none
+  local id=none code=137 # killed with all its processes, or the machine was started anew
   if [ -f "$JOB/id" ]; then id=$(cat "$JOB/id"); fi
   if running; then
     echo "job: running $id"
-  elif [ -f "$JOB/code" ]; then
-    echo "job: ended $(cat "$JOB/code") $id"
-  elif [ "$id" != none ]; then
-    echo "job: ended 137 $id" # killed with all its processes, or the machine was started anew
-  else
+  elif [ "$id" = none ]; then
     echo "job: none"
+  else
+    if [ -f "$JOB/code" ]; then code=$(cat "$JOB/code"); fi
+    if [ "$code" != 0 ] && [ -f "$JOB/by-hand" ]; then code=130; fi
+    echo "job: ended $code $id"
   fi
 }
 
@@ -48,6 +48,8 @@ find_python() {
 
 install() {
   local python
+  exec 8>"$JOB/installing"
+  flock 8 # one that came twice waits for the other
   if running; then
     echo "a job runs here; nothing is installed under it" >&2
     return 3
@@ -72,12 +74,13 @@ start() {
     echo "the connection broke before all of the environment was here; not started" >&2
     return 3
   fi
+  flock "$JOB/installing" true
   exec 9>"$JOB/lock"
   if ! flock --nonblock 9; then
     echo "another job runs here" >&2
     return 3
   fi
-  rm -f "$JOB/code"
+  rm -f "$JOB/code" "$JOB/by-hand"
   echo "$id" >"$JOB/id"
   setsid nohup bash "$SELF" work "$@" >"$JOB/log" 2>&1 </dev/null &
   echo $! >"$JOB/pid"
@@ -100,7 +103,13 @@ follow() {
 }
 
 stop() {
-  if running; then kill -TERM -- "-$(cat "$JOB/pid")"; fi
+  if ! running; then return; fi
+  case "${1:-}" in
+    "") ;;
+    by-hand) touch "$JOB/by-hand" ;;
+    *) [ "$1" = "$(cat "$JOB/id")" ] || return 0 ;;
+  esac
+  kill -TERM -- "-$(cat "$JOB/pid")"
 }
 
 "$@"; exit # on one line: a newer copy of this file may come while `work` runs

@@ -64,7 +64,9 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.write(states="none\n", calls="", log="hello\n", args="", codes="", hosts="1", turns="")
+        self.write(states="none\n", calls="", args="", codes="", hosts="1", turns="")
+        self.write(log="2026-01-01T00:00:00.000000001Z hello\n", lines="99\n")
+        self.write(pods="pod/first\n", waits="\n")
 
     def write(self, **files: str) -> None:
         for name, text in files.items():
@@ -137,6 +139,12 @@ def test_one_process_a_host_with_its_chips(job_set):
     assert container["securityContext"]["runAsUser"] == 1000
 
 
+def test_a_tag_that_was_pushed_anew_is_pulled(job_set):
+    (job,) = job_set["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert (container["image"], container["imagePullPolicy"]) == ("eu/trace_jax:1", "Always")
+
+
 def test_refused_input_is_not_started_again(job_set):
     """Exit code 2 fails the job, that fails the set; all else starts the set again."""
     (job,) = job_set["spec"]["replicatedJobs"]
@@ -186,6 +194,39 @@ def test_a_job_that_has_ended_makes_room(cluster):
     cluster.write(states="Failed\nCompleted\n")
     assert cluster.run("run").returncode == 0
     assert cluster.calls("delete jobset mine") and cluster.calls(" apply ")
+
+
+def test_lines_between_two_connections_are_shown_and_none_twice(cluster):
+    """kubectl takes a time to the second; a connection lasts for 2, 3, 4, then all lines."""
+    lines = [f"2026-01-01T00:00:0{at}Z line {n}" for n, at in enumerate(("1.1", "1.2", "1.3"))]
+    lines += ["2026-01-01T00:00:02.100000000Z line 3", "2026-01-01T00:00:02.100000001Z line 4"]
+    cluster.write(log="\n".join(lines) + "\n", lines="2\n3\n4\n99\n")
+    cluster.write(states="none\nrunning\nrunning\nrunning\nCompleted\n")
+    done = cluster.run("run")
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stdout.splitlines() if line.startswith("line")]
+    assert shown == [f"line {n}" for n in range(5)]
+    assert done.stderr.count("the connection broke") == 3
+
+
+def test_the_log_of_another_pod_is_shown_from_its_beginning(cluster):
+    cluster.write(states="none\nrunning\nCompleted\n", pods="pod/first\npod/second\n")
+    assert cluster.run("run").stdout.count("hello") == 2
+
+
+def test_what_pods_wait_for_is_said_when_it_changes(cluster):
+    no_nodes = "0/3 nodes are available: 3 Insufficient google.com/tpu."
+    no_image = "ImagePullBackOff Back-off pulling image"
+    cluster.write(
+        states="none\n" + "running\n" * 4 + "Completed\n",
+        pods="\n" * 4 + "pod/first\n",
+        waits=f" \n  {no_nodes}  ;{no_nodes}\n{no_nodes}\n  {no_image};  \n",
+    )
+    done = cluster.run("run")
+    assert done.returncode == 0 and "hello" in done.stdout, done.stderr
+    begin = "the pods are not at work yet"
+    told = [line for line in done.stderr.splitlines() if line.startswith(begin)]
+    assert told == [begin, f"{begin}: {no_nodes}", f"{begin}: {no_image}"]
 
 
 @pytest.mark.parametrize(("codes", "ends"), [("137 2 137", 2), ("1 12", 1), ("", 1)])

@@ -1,12 +1,16 @@
 """Scripts that start jobs elsewhere: what they would do, and that a shell would understand them."""
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
+import children
 import pytest
 
 from bench import scaling
@@ -69,6 +73,37 @@ def test_dry_runs_elsewhere():
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh", "gpu.sh", "slurm.sbatch"])
+def test_flags_may_stand_on_several_lines(script):
+    flags = ["--config.seed=3", "--config.train.beta=0.2"]
+    own = SMOKE | {
+        "IMAGE": "i",
+        "WORKDIR": "gs://bucket/run",
+        "FLAGS": "\n\t".join(["", *flags, ""]),
+    }
+    arguments = ["--dry-run"] if script in ("gpu.sh", "slurm.sbatch") else ["run", "--dry-run"]
+    done = _run(script, *arguments, **own)
+    assert done.returncode == 0 and all(flag in done.stdout for flag in flags), done.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh"])
+@pytest.mark.parametrize(
+    ("version", "taken"), [("3 2", False), ("4 3", False), ("4 4", True), ("5 0", True)]
+)
+def test_an_old_bash_is_refused_in_one_line(tmp_path, script, version, taken):
+    text = (LAUNCH / script).read_text().replace("BASH_VERSINFO", "version")
+    (tmp_path / script).write_text(f"version=({version})\n{text}")
+    command = ["bash", str(tmp_path / script)]
+    env = os.environ | SMOKE
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2
+    if taken:
+        assert done.stderr == ""
+    else:
+        assert "bash 4.4 or newer" in done.stderr and "brew install bash" in done.stderr
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh", "gpu.sh", "slurm.sbatch"])
 def test_an_unknown_argument_starts_nothing_and_shows_the_usage(script):
     done = _run(script, "--help", PROJECT="")
     assert done.returncode == 2 and f"launch/{script}" in done.stdout and "+ " not in done.stdout
@@ -82,7 +117,7 @@ class Machine:
         shutil.copytree(LAUNCH, folder / "launch")
         self.told.touch()
 
-    def has(self, *, sees: int = 0, code: int = 0) -> None:
+    def has(self, *, sees: int = 0, code: int | str = 0, does: str = "") -> None:
         """A .venv that sees a GPU once pip was called `sees` times; the program ends with code."""
         programs = self.folder / ".venv" / "bin"
         _write(programs / "pip", f'echo "pip $*" >>{self.told}')
@@ -90,6 +125,7 @@ class Machine:
             programs / "python",
             f'if [ "$1" = -c ]; then [ "$(grep -c ^pip {self.told})" -ge {sees} ]; exit; fi',
             f'echo "start $*" >>{self.told}',
+            does,
             f"exit {code}",
         )
 
@@ -101,6 +137,12 @@ class Machine:
             env=os.environ | {"ATTEMPTS": "3"} | variables,
         )  # fmt: skip
         return done, self.told.read_text().splitlines()
+
+    def until(self, line: str) -> None:
+        deadline = time.monotonic() + children.PATIENCE
+        while line not in self.told.read_text().splitlines() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert line in self.told.read_text().splitlines()
 
 
 def _write(program: Path, *lines: str) -> None:
@@ -121,6 +163,41 @@ def test_what_was_interrupted_is_started_again(machine, code, starts, ends):
     machine.has(code=code)
     done, told = machine.run()
     assert done.returncode == ends and [line.split()[0] for line in told] == ["start"] * starts
+
+
+# Writes down what it is told, also what it is told again within half a second, and ends.
+LISTENS = """
+exec >>{told}
+trap 'echo TERM; code=75' TERM
+trap 'echo INT; code=130' INT
+echo $$; echo up
+for _ in $(seq 600); do [ -z "${{code-}}" ] || break; sleep 0.1; done
+for _ in 1 2 3 4 5; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(("said", "ends"), [("TERM", 75), ("INT", 130)])
+def test_what_the_launcher_is_told_the_program_hears_once(machine, said, ends):
+    """TERM comes to the launcher alone, INT as Ctrl-C in its terminal."""
+    machine.has(does=LISTENS.format(told=machine.told), code="$code")
+    keyboard, terminal = os.openpty()
+    launcher = subprocess.Popen(
+        ["bash", str(machine.folder / "launch" / "gpu.sh")],
+        stdin=terminal, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    machine.until("up")
+    if said == "TERM":
+        launcher.terminate()
+    else:
+        os.write(keyboard, b"\x03")
+    assert launcher.wait(children.PATIENCE) == ends
+    (start, pid, *rest) = machine.told.read_text().splitlines()
+    assert start.startswith("start") and rest == ["up", said]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+    os.close(keyboard)
+    os.close(terminal)
 
 
 def test_a_venv_for_cpus_gets_the_extra_for_gpus(machine):

@@ -1,95 +1,14 @@
 """launch/tpu_pod.sh against a cloud that is a folder (fakes/gcloud): what it does on bad days."""
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import children
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-FAKES = Path(__file__).with_name("fakes")
-SECRET = "very secret"
-COMMIT = ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m first")
-
-
-class Cloud:
-    """A folder that stands for Google Cloud, and a checkout beside it."""
-
-    def __init__(self, folder: Path, hosts: int):
-        self.folder, self.checkout = folder / "cloud", folder / "checkout"
-        shutil.copytree(ROOT / "launch", self.checkout / "launch")
-        for command in COMMIT:
-            subprocess.run(["git", *command.split()], cwd=self.checkout, check=True)
-        self.groups = []
-        (self.folder / "path").mkdir(parents=True)
-        shutil.copy(FAKES / "python3.11", self.folder / "path")
-        self.write(hosts=hosts, turns="", calls="", job="echo working\n")
-        self.workdir = folder / "disk" / "run"
-        self.workdir.mkdir(parents=True)
-        (self.workdir / "report.html").write_text("results")
-
-    def write(self, **files) -> None:
-        for name, text in files.items():
-            (self.folder / name).write_text(str(text))
-
-    def worker(self, index: int = 0) -> Path:
-        return self.folder / f"worker-{index}"
-
-    def has(self, state: str) -> None:
-        """A slice is there from before."""
-        self.write(slice=state)
-        for index in range(int((self.folder / "hosts").read_text())):
-            self.worker(index).mkdir()
-
-    def start(self, action: str = "run", **variables: str) -> subprocess.Popen:
-        own = {
-            "PROJECT": "p", "NAME": "mine", "CLOUD": str(self.folder), "WAIT": "0.1",
-            "ATTEMPTS": "4", "WORKDIR": str(self.workdir), "GEMINI_API_KEY": SECRET, "HF_TOKEN": "",
-            "CONFIG": "configs/gemma9b.py:smoke",  # which needs no data
-            # python3 is the one of the tests, which has trace_jax, whether or not it is active
-            "PATH": f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }  # fmt: skip
-        process = subprocess.Popen(
-            ["bash", str(self.checkout / "launch" / "tpu_pod.sh"), action],
-            env=os.environ | own | variables, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        self.groups.append(process.pid)
-        return process
-
-    def close(self) -> None:
-        """Ends what a failed test left behind."""
-        jobs = [int(path.read_text()) for path in self.folder.glob("worker-*/trace_jax_job/pid")]
-        for group in self.groups + jobs:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-
-    def run(self, action: str = "run", **variables: str) -> tuple[int, str]:
-        process = self.start(action, **variables)
-        ((out, err),) = children.said_by([process])
-        return process.returncode, out + err
-
-    def calls(self, *words: str) -> list[str]:
-        """What was asked of gcloud with all of `words`."""
-        lines = (self.folder / "calls").read_text().splitlines()
-        return [line for line in lines if all(word in line for word in words)]
-
-    def starts(self, index: int = 0) -> int:
-        found = self.worker(index) / "starts"
-        return len(found.read_text().splitlines()) if found.exists() else 0
-
-    def until(self, condition) -> None:
-        deadline = time.monotonic() + children.PATIENCE
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert condition()
+from fakes import tpu_cloud
 
 
 @pytest.fixture
@@ -98,8 +17,8 @@ def hosts() -> int:
 
 
 @pytest.fixture
-def cloud(tmp_path, hosts) -> Iterator[Cloud]:
-    found = Cloud(tmp_path, hosts)
+def cloud(tmp_path, hosts) -> Iterator[tpu_cloud.Cloud]:
+    found = tpu_cloud.Cloud(tmp_path, hosts)
     yield found
     found.close()
 
@@ -109,11 +28,13 @@ def test_from_nothing_to_results_on_two_workers(cloud):
     cloud.write(job='echo "key is $GEMINI_API_KEY, token ${HF_TOKEN-unset}" >"$HOME/seen"; echo hi')
     code, said = cloud.run(FLAGS="--config.seed=3", WORKDIR="gs://bucket/run")
     assert code == 0, said
-    assert "[0] hi" in said and "[1] hi" in said and SECRET not in said
+    assert "[0] hi" in said and "[1] hi" in said and tpu_cloud.SECRET not in said
     for index in (0, 1):
-        assert (cloud.worker(index) / "seen").read_text() == f"key is {SECRET}, token unset\n"
+        assert (
+            cloud.worker(index) / "seen"
+        ).read_text() == f"key is {tpu_cloud.SECRET}, token unset\n"
         assert "--distributed --config.seed=3" in (cloud.worker(index) / "starts").read_text()
-    assert not any(SECRET in line for line in cloud.calls())
+    assert not any(tpu_cloud.SECRET in line for line in cloud.calls())
     assert cloud.calls("storage rsync --recursive gs://bucket/run runs/mine")
 
 
@@ -256,8 +177,7 @@ def test_a_job_that_ends_in_the_second_in_which_it_began_is_another_one_next_tim
     (clock / "date").write_text("#!/bin/sh\necho 1700000000\n")  # all within one second
     (clock / "date").chmod(0o755)
     cloud.write(job='[ -f "$HOME/again" ] || { touch "$HOME/again"; exit 1; }')
-    path = f"{clock}:{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    code, said = cloud.run(PATH=path)
+    code, said = cloud.run(PATH=f"{clock}:{tpu_cloud.PATH}")
     assert code == 0 and cloud.starts() == 2, said
 
 
@@ -269,6 +189,22 @@ def test_a_slice_taken_away_under_the_job(cloud):
     code, said = cloud.run()
     assert code == 0 and "attempt 1 of 4 ended with 75" in said
     assert len(cloud.calls("tpu-vm create")) == 2 and cloud.starts() == 1
+
+
+def test_once_a_job_has_run_only_attempts_with_one_at_work_count(cloud):
+    cloud.write(
+        turns="tpu-vm create => true\n"
+        "sh follow => wait_for_file second; kill_jobs; put slice PREEMPTED\n"
+        + "tpu-vm create => exit 1\n"
+        * 5,
+        job='[ -f "$HOME/../second" ] || { touch "$HOME/../second"; sleep 300; }',
+    )
+    code, said = cloud.run(ATTEMPTS="2")
+    assert code == 0 and len(cloud.calls("tpu-vm create")) == 1 + 5 + 1, said
+    assert said.count("no slice with the job on it yet") == 5
+    assert (
+        said.count("the job goes on from its last checkpoint") == said.count("attempt 1 of 2") == 1
+    )
 
 
 def test_a_machine_started_anew_under_the_job(cloud):
@@ -320,13 +256,89 @@ def test_a_job_on_some_workers_only_is_stopped_first(cloud):
     assert cloud.starts(1) == 1 and cloud.starts(0) == 2
 
 
+@pytest.mark.parametrize("hosts", [2])
+def test_a_start_that_loses_leaves_the_job_of_the_other_alone(cloud):
+    other = "HOME=$PWD bash tpu_worker.sh start other-1 sleep 300 <<<."
+    cloud.write(
+        turns="worker=0 .*sh start => "
+        f"for n in 0 1; do (cd $CLOUD/worker-$n && {other}); done; touch $CLOUD/lost\n"
+        "worker=1 .*sh start => wait_for_file lost\n"
+    )
+    code, said = cloud.run(WORKDIR="gs://bucket/run")
+    assert code == 2 and "not every worker started" in said and "runs another job" in said, said
+    for worker in (cloud.worker(0), cloud.worker(1)):
+        assert not (worker / "trace_jax_job" / "code").exists()
+        os.kill(int((worker / "trace_jax_job" / "pid").read_text()), 0)
+
+
+def test_an_install_that_comes_twice_is_done_once_at_a_time_and_before_a_start(cloud):
+    cloud.has("READY")
+    busy, collided = cloud.worker() / "busy", cloud.worker() / "collided"
+    cloud.write(pip=f"mkdir {busy} || touch {collided}; sleep 1; rmdir {busy}\n")
+    shutil.copy(cloud.checkout / "launch" / "tpu_worker.sh", cloud.worker())
+    archive = f"git archive --output={cloud.worker()}/trace_jax.tar.gz HEAD"
+    subprocess.run(archive.split(), cwd=cloud.checkout, check=True)
+    own = {"HOME": str(cloud.worker()), "PATH": f"{cloud.folder}/path:{os.environ['PATH']}"}
+
+    def ask(*command: str) -> subprocess.Popen:
+        script = ["bash", str(cloud.worker() / "tpu_worker.sh"), *command]
+        return subprocess.Popen(script, env=os.environ | own, stdin=subprocess.PIPE, text=True)
+
+    installs = [ask("install"), ask("install")]
+    cloud.until(busy.exists)
+    start = ask("start", "mine-1", "test", "!", "-e", str(busy))
+    print(".", file=start.stdin, flush=True)
+    children.said_by([*installs, start])
+    assert [process.returncode for process in (*installs, start)] == [0, 0, 0]
+    assert not collided.exists()
+    code = cloud.worker() / "trace_jax_job" / "code"
+    cloud.until(code.exists)
+    assert code.read_text() == "0\n"
+
+
+@pytest.mark.parametrize("hosts", [2])
+def test_tools_of_a_mac_will_do(cloud):
+    path = f"{tpu_cloud.FAKES}/mac:{tpu_cloud.PATH}"
+    go = cloud.folder / "go"
+    cloud.write(job=f"until [ -f {go} ]; do sleep 0.1; done; echo finished")
+    (cloud.checkout / "notes").touch()
+    first = cloud.start(WORKDIR="gs://bucket/run", PATH=path)
+    cloud.until(lambda: len(cloud.calls("tpu_worker.sh follow")) >= 2)
+    second = cloud.start(WORKDIR="gs://bucket/run", PATH=path)
+    cloud.until(lambda: len(cloud.calls("tpu_worker.sh follow")) >= 4)
+    go.touch()
+    for process, (out, err) in zip((first, second), children.said_by([first, second]), strict=True):
+        assert process.returncode == 0 and "[1] finished" in out
+        assert "not on the slice as here (1): notes\n" in err
+    assert "runs this job already" in err and cloud.starts(0) == cloud.starts(1) == 1
+    assert not cloud.calls("tpu_worker.sh stop")
+
+
 def test_a_job_is_told_to_stop(cloud):
     cloud.write(job='trap "echo saved; exit 75" TERM; echo up; while true; do sleep 0.1; done')
-    running = cloud.start(ATTEMPTS="1")
+    running = cloud.start()
     cloud.until(lambda: cloud.starts() == 1 and cloud.calls("tpu_worker.sh follow"))
     assert cloud.run("stop")[0] == 0
     ((out, err),) = children.said_by([running])
-    assert running.returncode == 1 and "saved" in out and "attempt 1 of 1 ended with 75" in err
+    assert running.returncode == 130 and "saved" in out and "stopped by hand" in err
+    assert cloud.starts() == 1
+    cloud.write(job="exit 75")  # of itself, which the stop of the job before says nothing about
+    assert cloud.run()[0] == 1 and cloud.starts() == 1 + 4
+
+
+@pytest.mark.parametrize("hosts", [3])
+@pytest.mark.parametrize(("left", "ends"), [(1, 130), (0, 130), (2, 2)])
+def test_a_stop_is_for_all_workers_also_where_one_had_left_before(cloud, left, ends):
+    cloud.write(
+        job=f'case "$HOME" in *-1) exit {left} ;; esac; trap "exit 75" TERM; echo up\n'
+        "while true; do sleep 0.1; done"
+    )
+    running = cloud.start(WORKDIR="gs://bucket/run")
+    code = cloud.worker(1) / "trace_jax_job" / "code"
+    cloud.until(lambda: code.exists() and len(cloud.calls("tpu_worker.sh follow")) >= 3)
+    assert cloud.run("stop")[0] == 0
+    children.said_by([running])
+    assert running.returncode == ends and cloud.starts(0) == cloud.starts(1) == 1
 
 
 def test_a_workdir_in_the_checkout_is_refused(cloud):
