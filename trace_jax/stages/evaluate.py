@@ -43,6 +43,7 @@ def run(run: context.Context) -> dict:
             run.config.train.total_steps,
             {f"{split}/{name}": value for name, value in told.items()},
         )
+    tracking.flush()
     first, *others = run.config.evaluate.splits
     out = found[first] | {
         "split": first,
