@@ -25,9 +25,10 @@ import numpy as np
 from absl import flags
 
 from bench import realign, results
-from trace_jax import compare, launch, records
+from trace_jax import compare, launch, records, shortlist
 from trace_jax.errors import InputError
 
+LISTED = 100  # records on the short list for people that are looked at
 NOISE, SIZE, ERROR = (0.0, 0.1, 0.2), (0.25, 0.5, 1.0), (0.1, 0.2)
 
 NOISY = (
@@ -138,23 +139,37 @@ def weight_of_verdicts(prepared: Path, runs: Sequence[Path]) -> dict[str, dict[s
     records, means over the runs.
     """
 
-    def actions(path: Path) -> dict[str, str]:
-        return {row["id"]: row["action"] for _, row in records.read_jsonl(path / "triage.jsonl")}
-
-    exact = actions(prepared)
+    exact = _actions(prepared)
     found: dict[str, list[tuple[int, float, float]]] = {"right": [], "wrong": []}
     for run in runs:
-        said, weights = actions(run), {"right": [], "wrong": []}
+        said, weights = _actions(run), {"right": [], "wrong": []}
         for _, row in records.read_jsonl(run / "impact.jsonl"):
             if row["score"] is not None:
                 key = "right" if said[row["id"]] == exact[row["id"]] else "wrong"
                 weights[key].append(row["weight"])
         for key, of in weights.items():
             found[key].append((len(of), float(np.mean(of)), float(np.mean(np.array(of) == 0))))
+    names = ("records", "weight", "clamped")
     return {
-        key: dict(zip(("records", "weight", "clamped"), np.mean(of, axis=0).tolist(), strict=True))
+        key: dict(zip(names, np.mean(of, axis=0).tolist(), strict=True))
         for key, of in found.items()
     }
+
+
+def wrong_among_listed(prepared: Path, runs: Sequence[Path]) -> dict[str, float]:
+    """Share of actions that the judge got wrong: of all records, and of the LISTED on the short
+    list for people; means over the runs."""
+    exact, shares = _actions(prepared), []
+    for run in runs:
+        said = _actions(run)
+        wrong = {name for name, action in said.items() if action != exact[name]}
+        listed = [row["id"] for row in shortlist.of_workdir(run, LISTED)]
+        shares.append((len(wrong) / len(said), np.mean([name in wrong for name in listed])))
+    return dict(zip(("all", "listed"), np.mean(shares, axis=0).tolist(), strict=True))
+
+
+def _actions(path: Path) -> dict[str, str]:
+    return {row["id"]: row["action"] for _, row in records.read_jsonl(path / "triage.jsonl")}
 
 
 def answers(outcomes: Mapping[tuple[str, str, float], Sequence[np.ndarray]]) -> dict:
@@ -257,6 +272,11 @@ def table(found: dict) -> str:
             for key in ("right", "wrong")
         )
         text += ".\n"
+    for x, of in found.get("wrong_among_listed", {}).items():
+        text += (
+            f"\nOf the {LISTED} records on the short list for people, with a judge that errs on "
+        )
+        text += f"{float(x):.0%}, it got {of['listed']:.0%} wrong; of all {of['all']:.0%}.\n"
     for x, gap in found.get("gap_closed", {}).items():
         rate, low, high = (100 * gap[e] for e in ("rate", "low", "high"))
         text += "\nGap from u2a to exact dpo_gold that trace closes with a judge that errs on "

@@ -31,18 +31,22 @@ def test_uncertainty():
     assert found == pytest.approx([0.0, 0.75, 1.0, 1.0, 0.0])
 
 
-def test_uncertain_verdicts_with_large_scores_come_first():
-    scores = {"sure": 9.0, "torn": -4.0, "thirds": 1.0}
-    rows = shortlist.rank(ALL, scores, n=9)
+def test_uncertain_verdicts_and_scores_against_the_gold_batch_come_first():
+    """sure and low are INVERT, and have the highest and the lowest score of it."""
+    low = item("low", 0.0, 1.0)
+    scores = {"sure": 9.0, "low": -4.0, "torn": 2.0}
+    rows = shortlist.rank([*ALL, low], scores, n=9)
     assert [(r["id"], r["value"]) for r in rows] == [
-        ("open", 4.0),  # UNRESOLVED: the median size
-        ("torn", 3.0),
-        ("thirds", pytest.approx(1.0)),
+        ("thirds", pytest.approx(1.5)),  # no score: in the middle
+        ("open", 1.5),
+        ("torn", 1.25),  # the only score of its action
+        ("low", 1.0),
         ("sure", 0.0),
     ]
     assert [r["id"] for r in shortlist.rank(ALL, {}, n=2)] == ["thirds", "open"]
-    both = shortlist.rank([SURE, item("b", 0.0, 0.0)], {"b": -1.0, "sure": 0.5}, n=1)
-    assert [r["id"] for r in both] == ["b"]
+    three = [item(name, 0.0, 1.0) for name in "abc"]
+    listed = shortlist.rank(three, {"a": 0.5, "b": -1.0, "c": 2.0}, n=3)
+    assert [(r["id"], r["value"]) for r in listed] == [("b", 1.0), ("a", 0.5), ("c", 0.0)]
 
 
 def test_the_list_of_a_run_comes_back_as_overrides(tmp_path):

@@ -1,14 +1,16 @@
-"""The short list for people: records whose label would move the update most.
+"""The short list for people: records that the judge most likely got wrong.
 
     python -m trace_jax.shortlist WORKDIR [--n=50] [--out=FILE]
 
-A record's value is the judge's uncertainty about its action, 0 to 1, times the size of its impact
-score; records without one (UNRESOLVED, RETAIN) take the median. Fill in "verdict" and give the file
-back with --config.triage.overrides=FILE (overrides.py says what may stand there).
+A record's value is the judge's uncertainty about its action, 0 to 1, plus how far down it is among
+the impact scores of that action, 0 to 1: what was judged wrong points away from the gold batch.
+Uncertainty times the size of the score, tried before, lists what the judge got right (docs/
+results.md has the shares). Fill in "verdict" and give the file back with
+--config.triage.overrides=FILE (overrides.py says what may stand there).
 """
 
 import argparse
-import statistics
+import bisect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,19 +34,29 @@ def rank(
 ) -> list[dict[str, Any]]:
     """The n records of highest value, as lines for people to fill in.
 
-    scores: record id -> impact score; without any, uncertainty alone ranks. Where the judge is sure
-    of everything (rules are), the size of the score ranks.
+    scores: record id -> impact score; records without one stand in the middle of their action.
     """
-    sizes = {name: abs(score) for name, score in scores.items()}
-    typical = statistics.median(sizes.values()) if sizes else 1.0
-    found = []
+    of_action: dict[str, list[float]] = {}
+    for item in triaged:
+        if item.record.id in scores:
+            of_action.setdefault(item.action, []).append(scores[item.record.id])
+    for found in of_action.values():
+        found.sort()
+    listed = []
     for item in triaged:
         if item.override is not None:
             continue
-        size = sizes.get(item.record.id, typical)
-        found.append((uncertainty(item) * size, size, item))
-    found.sort(key=lambda entry: entry[:2], reverse=True)
-    return [_line(item, value, scores.get(item.record.id)) for value, _, item in found[:n]]
+        score = scores.get(item.record.id)
+        doubt = 0.5 if score is None else _share_above(score, of_action[item.action])
+        listed.append((uncertainty(item) + doubt, item))
+    listed.sort(key=lambda entry: entry[0], reverse=True)
+    return [_line(item, value, scores.get(item.record.id)) for value, item in listed[:n]]
+
+
+def _share_above(score: float, in_order: Sequence[float]) -> float:
+    """Of other scores, 0 to 1; 0.5 where there is no other."""
+    others = len(in_order) - 1
+    return (len(in_order) - bisect.bisect_right(in_order, score)) / others if others else 0.5
 
 
 def _line(item: records.TriagedRecord, value: float, score: float | None) -> dict[str, Any]:
