@@ -113,13 +113,12 @@ def measure(config, prepared: Path, tuned: dict, studies: list[str], seeds: int,
     }
     out = {"points": rows, "seeds": found["seeds"], "split": found["split"], **answers(said)}
     if "gold" in studies:
-        out["weight_of_verdicts"] = {
-            str(x): weight_of_verdicts(
-                prepared,
-                [compare.folder(prepared, _whole(x, tuned, config), s) for s in out["seeds"]],
-            )
-            for x in ERROR
-        }
+        out["weight_of_verdicts"], out["wrong_among_listed"] = {}, {}
+        for x in ERROR:
+            at = _whole(x, tuned, config)
+            runs = [compare.folder(prepared, at, seed) for seed in found["seeds"]]
+            out["weight_of_verdicts"][str(x)] = weight_of_verdicts(prepared, runs)
+            out["wrong_among_listed"][str(x)] = wrong_among_listed(prepared, runs)
     return out
 
 

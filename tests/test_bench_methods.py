@@ -70,6 +70,17 @@ def test_answers_of_studies_are_of_the_points_that_they_name():
     assert alone.keys() == {"soft_minus_hard"} and not studies.answers({})
 
 
+def test_wrong_among_listed_is_of_the_records_on_the_list(tmp_path, monkeypatch):
+    for name, actions in (("exact", "IPRR"), ("run", "IIPR")):
+        (tmp_path / name).mkdir()
+        rows = [{"id": key, "action": a} for key, a in zip("abcd", actions, strict=True)]
+        records.write_jsonl(tmp_path / name / "triage.jsonl", rows)
+    listed = [{"id": "b"}, {"id": "c"}, {"id": "a"}]
+    monkeypatch.setattr(studies.shortlist, "of_workdir", lambda path, n: listed[:n])
+    found = studies.wrong_among_listed(tmp_path / "exact", [tmp_path / "run"] * 2)
+    assert found == {"all": 0.5, "listed": pytest.approx(2 / 3)}
+
+
 def test_weights_of_verdicts_are_by_what_the_exact_judge_says(tmp_path):
     actions = {"a": "INVERT", "b": "PUNISH", "c": "INVERT", "d": "RETAIN"}
     for name, changed in (("exact", {}), ("one", {"b": "INVERT"}), ("two", {"c": "PUNISH"})):
