@@ -20,7 +20,7 @@
 : "${FLAGS:=}"                                 # more flags, as in --config.seed=3; quotes in it are passed on as they are
 : "${OVERLAP:=false}"                          # true: full fine-tuning gathers parameters while it computes, for more memory (docs/running.md)
 : "${SECRETS:=GEMINI_API_KEY HF_TOKEN}"        # passed on from this shell where they are set, over stdin, in no command line
-: "${ATTEMPTS:=20}"                            # of a slice with the job on it, the first included; until there was one, of any
+: "${ATTEMPTS:=20}"                            # on a slice, the first included; until the job was on one, also without
 : "${WAIT:=30}"                                # seconds between two looks at something that is not there yet
 : "${OUT:=runs/$NAME}"                         # where fetched results go
 
@@ -353,11 +353,12 @@ fetch() {
 
 # --- all of it ---
 
-AT_WORK=false STARTED=false # whether this attempt, or any, had the job at work
+READY=false AT_WORK=false STARTED=false # whether this attempt had a slice, and the job at work; whether any had
 
 # One slice with the job on it, from wherever the last try left them. Returns the job's exit code, or 75 to try again.
 attempt() {
   create || return 75
+  READY=true
   count_workers || return 75
   if ((WORKERS > 1)) && [ "${WORKDIR#gs://}" = "$WORKDIR" ]; then
     refuse "$NAME has $WORKERS workers, each with a disk of its own, and WORKDIR=$WORKDIR: give WORKDIR=gs://BUCKET/run (the slice stays, \
@@ -390,7 +391,7 @@ main() {
   trap 'say "the job on $NAME, if it was started, goes on: the same command follows it again, launch/tpu_pod.sh stop ends it"; exit 130' INT TERM
   trap leave_others EXIT
   while ((try < ATTEMPTS)); do
-    code=0 AT_WORK=false
+    code=0 READY=false AT_WORK=false
     attempt || code=$?
     case "$code" in
       0)
@@ -403,10 +404,10 @@ main() {
     esac
     if $AT_WORK; then
       say "attempt $((++try)) of $ATTEMPTS ended with $code; the job goes on from its last checkpoint"
-    elif $STARTED; then
+    elif $STARTED && ! $READY; then
       say "no slice with the job on it yet, see above; trying again, which does not count as an attempt"
     else
-      say "attempt $((++try)) of $ATTEMPTS ended with $code, see above; no job was started yet"
+      say "attempt $((++try)) of $ATTEMPTS ended with $code, see above; no job was started$($STARTED || echo ' yet')"
     fi
     $DRY_RUN || sleep "$WAIT"
   done

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -176,6 +177,11 @@ for _ in 1 2 3 4 5; do sleep 0.1; done
 """
 
 
+def _at_a_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which tests in the background ignore
+
+
 @pytest.mark.parametrize(("said", "ends"), [("TERM", 75), ("INT", 130)])
 def test_what_the_launcher_is_told_the_program_hears_once(machine, said, ends):
     """TERM comes to the launcher alone, INT as Ctrl-C in its terminal."""
@@ -184,7 +190,7 @@ def test_what_the_launcher_is_told_the_program_hears_once(machine, said, ends):
     launcher = subprocess.Popen(
         ["bash", str(machine.folder / "launch" / "gpu.sh")],
         stdin=terminal, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=_at_a_terminal,
     )  # fmt: skip
     machine.until("up")
     if said == "TERM":

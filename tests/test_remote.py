@@ -2,7 +2,7 @@
 
 import pytest
 
-from trace_jax import bucket, errors, launch, remote
+from trace_jax import bucket_owner, errors, launch, remote
 from trace_jax.errors import InputError
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
@@ -103,6 +103,6 @@ def test_the_program_ends_in_one_line_with_what_the_launchers_go_by(
     config, tmp_path, monkeypatch, capsys, error, code
 ):
     monkeypatch.setenv("TRACE_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(bucket, "_owner", lambda folder: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(bucket_owner, "_read", lambda file: (_ for _ in ()).throw(error))
     assert launch.main(["launch", f"--config={config}", f"--workdir={URL}"]) == code
     assert len([x for x in capsys.readouterr().err.splitlines() if "error: gs://" in x]) == 1

@@ -323,7 +323,8 @@ def test_a_job_is_told_to_stop(cloud):
     assert running.returncode == 130 and "saved" in out and "stopped by hand" in err
     assert cloud.starts() == 1
     cloud.write(job="exit 75")  # of itself, which the stop of the job before says nothing about
-    assert cloud.run()[0] == 1 and cloud.starts() == 1 + 4
+    code, said = cloud.run()
+    assert code == 1 and cloud.starts() == 1 + 4, said
 
 
 @pytest.mark.parametrize("hosts", [3])
