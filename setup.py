@@ -59,7 +59,7 @@ setuptools.setup(
         "pyyaml>=6.0",
         "rich>=13.7",
         "safetensors>=0.6.1",
-        "scipy>=1.13",
+        "scipy>=1.14",
         "tensorboardX>=2.6.4",
         "transformers>=5.0",
     ],
