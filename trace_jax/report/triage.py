@@ -25,7 +25,8 @@ def collect(workdir: Path, config: Row) -> Row | None:
         {"action": action, "n": actions[action], "share": actions[action] / len(rows)}
         for action in records.ACTIONS
     ]
-    doubtful = [row for row in shortlist.of_workdir(workdir, DOUBTFUL_SHOWN) if row["value"] > 0]
+    listed = shortlist.of_workdir(workdir, DOUBTFUL_SHOWN)
+    doubtful = [row for row in listed if row["value"] > 1]  # of what a judge is sure of, none
     return {
         "n": len(rows),
         "n_conflicts": sum(actions[action] for action in methods.CONFLICTS),
