@@ -84,6 +84,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(machine):
     assert json.loads(owner.read_text())["host"] == "elsewhere"  # it is not given free for another
     listed = sorted((remote.open_path(url) / ".files").iterdir())
     assert [file.name for file in listed] == ["0-1.json"]
+    assert (remote.open_path(url) / "a.txt").read_text() == "mine"
 
 
 @pytest.mark.fault

@@ -242,5 +242,5 @@ def test_rows_of_a_layer_in_groups_change_nothing(of_family, remat):
         assert str(jax.make_jaxpr(loss)(state)).count("scan[") == scans
         found.append(jax.jit(jax.value_and_grad(loss))(state))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        rounded = 1e-6 * np.abs(b).max()  # of sums, of which some nearly cancel
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=rounded)
+        rounded = 2e-7 * np.abs(b).max()  # float32 beside the largest of the sums
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=max(1e-5, rounded))

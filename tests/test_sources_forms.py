@@ -230,6 +230,18 @@ def test_the_test_split_of_a_data_set_is_a_file_of_prompts(tmp_path, row, prompt
     assert [p.prompt for p in sources.read_prompts(path)[0]] == [prompt]
 
 
+def test_prompts_of_pairs_are_in_the_form_that_their_records_are(tmp_path):
+    """As HH these are chats; as implicit prompts, which the form says, texts."""
+    asked = "\n\nHuman: Why?\n\nAssistant:"
+    path = write(tmp_path / "a.jsonl", {"chosen": f"{asked} So.", "rejected": f"{asked} No."})
+    for form, expected in (("auto", CHAT[:1]), ("hh", CHAT[:1]), ("pairs", asked)):
+        reading = sources.Reading(form=form)
+        ((prompt,), _), ((record,), _) = (
+            read(path, reading) for read in (sources.read_prompts, sources.read_records)
+        )
+        assert prompt.prompt == record.prompt == expected
+
+
 def test_a_malformed_prompt_is_left_out_and_counted_where_that_is_asked_for(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": ["b"]})
     with pytest.raises(InputError, match="a.jsonl:2: 'prompt' is empty.*malformed=drop"):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trace_jax import bucket_owner, locks, metrics, processes, remote, snapshots
+from trace_jax import bucket_owner, locks, metrics, processes, records, remote, snapshots
 from trace_jax.errors import InputError
 
 CHECKPOINTS = ".checkpoints"  # folder of the bucket that Orbax writes to
@@ -101,6 +101,7 @@ def removed(path: Path) -> None:
     """Deletes the checkpoints that the bucket keeps for a folder which is gone."""
     if _active is not None:
         kept = checkpoints(path)
+        _active.check_owner()
         with remote.told(str(kept)):
             remote.patiently(kept, lambda: kept.exists() and kept.rmtree())
 
@@ -199,6 +200,7 @@ class Mirror:
             changed = [n for n, token in here.items() if self._synced.get(n) != token]
             if not gone and not changed and self._listed:
                 return self._version
+            self.check_owner()
             self._listed = False
             generation = self._generation() + 1
             for name in gone:
@@ -250,6 +252,11 @@ class Mirror:
         self._owner.take()
         with remote.told(self.url):
             self._identify()  # before other processes look for it
+
+    def check_owner(self) -> None:
+        """Nothing where this run still has the workdir, else an InputError: another one has it."""
+        if processes.is_first():
+            self._owner.check()
 
     def start(self) -> None:
         """Publishes from time to time until `close`."""
@@ -312,8 +319,7 @@ class Mirror:
 
     def _list(self) -> None:
         """Says in the bucket what files this process wrote, in a new list: others read the old."""
-        if processes.is_first():
-            self._owner.check()
+        self.check_owner()  # uploads may have taken long
         self._version += 1
         folder, text = self.remote / _FILES, json.dumps(self._own)
         newest, oldest = (
@@ -338,10 +344,8 @@ class Mirror:
         self._at = at
         file = self.local / _STATE
         temporary = file.with_name(f"{_STATE}.tmp")
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump({"id": self._id, "at": at}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        temporary.write_text(json.dumps({"id": self._id, "at": at}))
+        records.sync(temporary)
         temporary.replace(file)
 
     def _generation(self) -> int:

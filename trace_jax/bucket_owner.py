@@ -127,7 +127,10 @@ class Owner:
         probe.write_text("")
         now = probe.stat().mtime
         probe.unlink(missing_ok=True)
-        return now - self._file.stat().mtime if self._file.exists() else _STALE
+        try:
+            return now - self._file.stat().mtime
+        except FileNotFoundError:  # it was given free just now
+            return _STALE
 
     def _sign(self) -> None:
         self._remote.mkdir(parents=True, exist_ok=True)

@@ -217,7 +217,7 @@ def read_prompts(
         try:
             _check_unicode(row, where)
             row = forms.renamed(row, {o: t for o, t in columns if t in row}, where)
-            prompt = forms.prompt(row, where)
+            prompt = forms.prompt(row, reading.form, where)
             content = records.content_id(prompt)
             if content not in found:
                 name = _claim_id(row.get("id", forms.ABSENT), content, lines, where)

@@ -72,8 +72,8 @@ def prompt_labels(row: Row, name: str, where: str) -> Mapping[str, Any]:
     return found["prompt"] if isinstance(found.get("prompt"), Mapping) else found
 
 
-def prompt(row: Row, where: str) -> records.Text:
-    """Of a row of prompts: column `prompt`, or where the row is a whole pair, that of the pair.
+def prompt(row: Row, name: str, where: str) -> records.Text:
+    """Of a row of prompts: column `prompt`, or where the row is a pair in form `name`, the pair's.
 
     Raises:
       InputError: the row has none.
@@ -83,7 +83,7 @@ def prompt(row: Row, where: str) -> records.Text:
         isinstance(row["prompt"], str) and isinstance(row.get("chosen"), list)
     )
     if is_pair and not has_own:
-        return reader("auto", row, where)(row, where).prompt
+        return reader("auto" if name == "xstest" else name, row, where)(row, where).prompt
     return text(row, "prompt", where)
 
 
