@@ -154,6 +154,7 @@ def _gold(parts: tuple, module, examples, texts, row_length: int, n: int) -> Cal
 def _stage(parts: tuple, g_J, encoder, examples, *, each: bool) -> Callable[[], np.ndarray]:
     """From texts to scores, as stage impact does it."""
     graphdef, params, frozen = parts
+    module = nnx.merge(*parts)
     settings = fit.Settings.of(config.base_config().train, row_length=0, seed=0)
     model = (graphdef, params, frozen, jax.tree.map(lambda g: g[None], g_J))
 
@@ -164,7 +165,10 @@ def _stage(parts: tuple, g_J, encoder, examples, *, each: bool) -> Callable[[], 
             keys, rows = ([one[0] for one in of] for of in zip(*found, strict=True))
         else:
             keys, rows = scoring.unique_responses(of_run, examples)
-        packed = logprobs.packed_groups(rows, row_length=batches.longest_row(rows), micro_rows=4)
+        packed = logprobs.packed_groups(
+            rows, row_length=0, micro_rows=4,
+            flops=module.position_flops(max(e.row_length for e in rows)),
+        )  # fmt: skip
         return scoring.by_response(examples, keys, rows, packed, model, settings)
 
     return score

@@ -205,7 +205,10 @@ def impact_run(model: Path, rows: list[dict], repeats: int) -> dict:
     encoder = encoding.Encoder(tokenizer, max_length=LENGTH, end_id=None, cut_responses=True)
     _, texts = scoring.unique_responses(encoder, examples)
     clock.mark("tokenise")
-    packed = logprobs.packed_groups(texts, row_length=batches.longest_row(texts), micro_rows=4)
+    packed = logprobs.packed_groups(
+        texts, row_length=0, micro_rows=4,
+        flops=module.position_flops(max(e.row_length for e in texts)),
+    )  # fmt: skip
     layout, groups = packed
     clock.mark("pack")
     placed = [sharding.place_rows(batches.make_batch(g, layout, texts).rows) for g in groups]

@@ -100,7 +100,7 @@ def prepared(
         members = packing.draw(lengths, per_step=batch, total_steps=n_steps, seed=0)
     (plan,) = packing.lay_out(
         [(lengths, members)], row_length=0, micro_rows=4, shards=sharding.shards_in_context(),
-        flops=module.config.forward_flops,
+        flops=module.position_flops(max(lengths)),
     )  # fmt: skip
     source = feed.Steps(batches.StepSource(plan, encoded, examples, ref), None, {})
     graphdef, params, frozen = nnx.split(module, nnx.Param, ...)

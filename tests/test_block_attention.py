@@ -79,11 +79,11 @@ def test_keys_that_no_query_sees_are_not_read():
     segments = np.repeat([1, 2], L // 2)[None]
     tokens = attention.Tokens(np.arange(L)[None] % 32, segments, np.zeros_like(segments))
     q, k, v = (
-        rng.normal(size=(1, *s)).astype(np.float32) for s in ((L, H, C), (K, L, C), (K, L, C))
+        rng.normal(size=(1, *s)).astype(np.float32) for s in ((L, H, C), (K, C, L), (K, C, L))
     )
     blocks = block_attention.blocks(tokens, Q, None)
     whole = attention.visible(tokens).attend(q, k, v, config, jnp.array(False))
-    k[:, :, : 3 * Q], v[:, :, : 3 * Q] = np.nan, np.nan  # the first example but for its last block
+    k[..., : 3 * Q], v[..., : 3 * Q] = np.nan, np.nan  # the first example but for its last block
     out = blocks.attend(q, k, v, config, jnp.array(False))
     np.testing.assert_allclose(out[:, L // 2 :], whole[:, L // 2 :], atol=1e-5)
 

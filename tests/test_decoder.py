@@ -78,7 +78,7 @@ def test_blocks_of_queries_equal_one_softmax(cap):
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = np.einsum("bhls,bshc->blhc", weights, np.repeat(v, 2, axis=2))
     out = jax.jit(attention.attend_causal, static_argnums=4)(
-        q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), bias, config
+        q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), bias, config
     )
     np.testing.assert_allclose(out, expected, atol=1e-5)
 

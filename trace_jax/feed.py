@@ -81,7 +81,7 @@ def steps(module, examples, encoded, settings, kept: Kept, progress) -> Steps:
         row_length=settings.row_length,
         micro_rows=settings.micro_rows,
         shards=sharding.shards_in_context(),
-        flops=module.config.forward_flops,
+        flops=module.position_flops(max(e.row_length for e in encoded)),
     )
     row_length = settings.row_length or batches.longest_row(encoded)
     found = dict.fromkeys(members)

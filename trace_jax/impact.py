@@ -66,6 +66,8 @@ def response_derivatives(
         def along(tangent: nnx.State) -> Array:
             return jax.jvp(logp, (params,), (tangent,))[1]
 
+        if len(jax.tree.leaves(tangents_G)[0]) == 1:  # vmap would turn whole matrices round
+            return along(jax.tree.map(lambda t: t[0], tangents_G))[..., None]
         return jax.vmap(along, out_axes=-1)(tangents_G)
 
     def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
@@ -126,15 +128,16 @@ def per_example_gradient_dots(
 
 
 def _few_at_a_time(derivatives: Callable, micro: batches.Rows | batches.Batch) -> Array:
-    """`derivatives` over rows [R, ...], a quarter of them at a time where R divides by 4.
+    """`derivatives` over rows [R, ...], a quarter of them at a time, or as few as divides R.
 
     Forward mode keeps nothing for a backward pass, so its temporaries shrink with the rows.
     """
-    R = jax.tree.leaves(micro)[0].shape[0]
-    if R % (4 * sharding.shards_in_context()):
+    R, shards = jax.tree.leaves(micro)[0].shape[0], sharding.shards_in_context()
+    parts = next((n for n in (4, 3, 2) if R % (n * shards) == 0), 1)
+    if parts == 1:
         return derivatives(micro)
-    quarters = jax.tree.map(lambda a: a.reshape(4, R // 4, *a.shape[1:]), micro)
-    out = jax.lax.map(derivatives, quarters)
+    few = jax.tree.map(lambda a: a.reshape(parts, R // parts, *a.shape[1:]), micro)
+    out = jax.lax.map(derivatives, few)
     return out.reshape(R, *out.shape[2:])
 
 

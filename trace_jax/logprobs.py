@@ -154,12 +154,21 @@ def packed_groups(
     row_length: int,
     micro_rows: int,
     micro_batches: int = _MICRO_BATCHES,
+    flops: Callable[[int], float] | None = None,
 ) -> Packed:
     """Texts in rows, with about as many rows in every group: few are empty.
 
-    micro_rows: rows computed at once on every data shard of the mesh in context. micro_batches: the
-    most of a group.
+    row_length: 0: the length at which the texts cost least by `flops` (`packing.best_row`).
+    micro_rows: rows computed at once on every data shard of the mesh in context, of longer rows
+    than the longest text accordingly fewer. micro_batches: the most of a group.
     """
+    if not row_length:
+        row_length, micro_rows = packing.best_row(
+            [e.row_length for e in encoded],
+            micro_rows=micro_rows,
+            shards=sharding.shards_in_context(),
+            flops=flops,
+        )
     rows, slots = _rows(encoded, row_length)
     micro_rows *= sharding.shards_in_context()
     n_groups = -(-len(rows) // (micro_rows * micro_batches))

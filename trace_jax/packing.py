@@ -14,6 +14,7 @@ import numpy as np
 Array = np.ndarray
 _CANDIDATES = 32  # lengths of rows that are tried, from the longest example's to twice as much
 _TRIED = 64  # fullest steps, that a length is tried on
+_SAMPLE = 2048  # texts, that a length is tried on
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, max_slots: int) -> list[list[int]]:
@@ -221,10 +222,39 @@ def lay_out(
         return plans(row_length, kinds)
     longest = round_row(max(max(of) for of, _ in kinds), platform)
     few = [(of, _fullest(np.asarray(of), members)) for of, members in kinds]
-    lengths = {
-        round_row(longest + longest * i // _CANDIDATES, platform) for i in range(_CANDIDATES + 1)
-    }
-    return plans(min(sorted(lengths), key=cost), kinds)
+    return plans(min(_candidates(longest, platform), key=cost), kinds)
+
+
+def best_row(
+    lengths: Sequence[int],
+    *,
+    micro_rows: int,
+    shards: int,
+    flops: Callable[[int], float],
+    platform: str | None = None,
+) -> tuple[int, int]:
+    """(length of rows that texts cost least in, rows that a data shard then computes at once).
+
+    As `lay_out` has it for steps: of texts with no order, tried on a sample of them.
+    """
+    longest = round_row(max(lengths), platform)
+    sample = [max(lengths), *sorted(lengths)[:: -(-len(lengths) // _SAMPLE)]]
+
+    def at_once(length: int) -> int:
+        return max(1, micro_rows * longest // length)
+
+    def cost(length: int) -> float:
+        n_rows = len(pack_rows(sample, length, len(sample)))
+        return round_up(n_rows, at_once(length) * shards) * length * flops(length)
+
+    length = min(_candidates(longest, platform), key=cost)
+    return length, at_once(length)
+
+
+def _candidates(longest: int, platform: str | None) -> list[int]:
+    """Lengths of rows from the longest example's to twice as much."""
+    lengths = (longest + longest * i // _CANDIDATES for i in range(_CANDIDATES + 1))
+    return sorted({round_row(length, platform) for length in lengths})
 
 
 def _fullest(length_N: Array, members: Array) -> Array:

@@ -180,7 +180,11 @@ def _layouts(
     settings = run.settings("train")
     per_step = {"conflict": settings.examples_per_step, "retain": settings.retain_per_step}
     kinds = {name: getattr(work, name) for name in per_step if getattr(work, name)}
+    from trace_jax.models import block_attention
+
     most = settings.row_length or max(map(max, kinds.values()))
+    block = run.config.model.attention_block
+    flops = block_attention.position_flops(shape, block, most, platform)
     plans = packing.plan_steps(
         [([min(n, most) for n in of], per_step[name]) for name, of in kinds.items()],
         total_steps=min(settings.total_steps, 20),
@@ -189,12 +193,20 @@ def _layouts(
         row_length=settings.row_length,
         micro_rows=settings.micro_rows,
         shards=shards,
-        flops=shape.forward_flops,
+        flops=flops,
         platform=platform,
     )
-    row_length = settings.row_length or packing.round_row(most, platform)
+    row_length, micro_rows = settings.row_length, run.config.impact.micro_rows
+    if not row_length:
+        row_length, micro_rows = packing.best_row(
+            work.conflict or work.retain,
+            micro_rows=micro_rows,
+            shards=shards,
+            flops=flops,
+            platform=platform,
+        )
     slots = max(1, row_length // max(1, min(work.conflict or work.retain)))
-    impact = packing.Layout(run.config.impact.micro_rows * shards, row_length, slots, 1)
+    impact = packing.Layout(micro_rows * shards, row_length, slots, 1)
     found = {name: plan.layout for name, plan in zip(kinds, plans, strict=True)}
     return {"conflict": None, "retain": None, "impact": impact} | found
 

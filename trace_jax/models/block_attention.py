@@ -9,6 +9,7 @@ was given, so no scores are stored.
 Axes as in attention.py; N blocks of a row, Q queries of a block, W keys that a block takes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,25 @@ from trace_jax.models import attention, model_config
 OUTPUT = "attended"  # name of the output, for the policy of `jax.checkpoint` around a layer
 
 
+def queries(setting: int, length: int, platform: str) -> int:
+    """Queries of a block in rows of so many tokens, by `Decoder.attention_block`; 0: whole rows."""
+    if setting < 0:
+        setting = 32 if platform == "cpu" and length >= 256 else 0
+    return setting if setting < length else 0
+
+
+def position_flops(
+    config: model_config.ModelConfig, setting: int, longest: int, platform: str
+) -> Callable[[int], float]:
+    """FLOPs of a position in rows of so many, in which no example is longer than `longest`."""
+
+    def flops(length: int) -> float:
+        block = queries(setting, length, platform)
+        return config.forward_flops(min(length, longest + block) if block else length)
+
+    return flops
+
+
 class Blocks(NamedTuple):
     """Who may attend to whom, as `attention.Visible`, and how far back each block has to look."""
 
@@ -31,8 +51,8 @@ class Blocks(NamedTuple):
     def attend(
         self,
         q_BLHC: jax.Array,
-        k_BKLC: jax.Array,
-        v_BKLC: jax.Array,
+        k_BKCL: jax.Array,
+        v_BKCL: jax.Array,
         config: model_config.ModelConfig,
         is_local: jax.Array,
     ) -> jax.Array:
@@ -40,7 +60,7 @@ class Blocks(NamedTuple):
         L = q_BLHC.shape[1]
         more = self.tokens.positions_BL.shape[1] - L
         q_BLHC = jnp.pad(q_BLHC, ((0, 0), (0, more), (0, 0), (0, 0)))
-        k_BKLC, v_BKLC = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k_BKLC, v_BKLC))
+        k_BKCL, v_BKCL = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) for x in (k_BKCL, v_BKCL))
 
         def of_rows(q, k, v, seen: tuple, is_local):
             def of_row(row: tuple) -> jax.Array:
@@ -50,7 +70,7 @@ class Blocks(NamedTuple):
 
         reach_BN = jnp.where(is_local, self.near_BN, self.reach_BN)
         out = sharding.on_own_heads(
-            of_rows, q_BLHC, k_BKLC, v_BKLC, (self.tokens, reach_BN), is_local
+            of_rows, q_BLHC, k_BKCL, v_BKCL, (self.tokens, reach_BN), is_local
         )
         return checkpoint_name(out[:, :L], OUTPUT)
 
@@ -79,8 +99,8 @@ def blocks(tokens: attention.Tokens, queries: int, window: int | None) -> Blocks
 
 def _attend_row(
     q_LHC: jax.Array,
-    k_KLC: jax.Array,
-    v_KLC: jax.Array,
+    k_KCL: jax.Array,
+    v_KCL: jax.Array,
     tokens: attention.Tokens,  # [L]
     reach_N: jax.Array,
     is_local: jax.Array,
@@ -97,19 +117,19 @@ def _attend_row(
         def attend(q_QHC: jax.Array, of_q: attention.Tokens, n: jax.Array) -> jax.Array:
             start = jnp.maximum((n + 1) * Q - W, 0)
 
-            def cut(x: jax.Array, axis: int) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, W, axis)[None]
+            def cut(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, W, -1)
 
-            of_k = attention.Tokens(*(cut(x, 0) for x in tokens))
+            of_k = attention.Tokens(*(cut(x)[None] for x in tokens))
             of_q = attention.Tokens(*(x[None] for x in of_q))
             see_1QW = attention.sees(
                 of_q, n * Q + jnp.arange(Q), of_k, start + jnp.arange(W),
                 window=config.sliding_window, is_local=is_local,
             )  # fmt: skip
-            bias = jnp.where(see_1QW, 0.0, attention.MASKED)
-            return attention.attend(q_QHC[None], cut(k_KLC, 1), cut(v_KLC, 1), bias, config)[0]
+            bias_QW = jnp.where(see_1QW[0], 0.0, attention.MASKED)
+            return attention.attend_row(q_QHC, cut(k_KCL), cut(v_KCL), bias_QW, config)
 
-        return attend
+        return jax.checkpoint(attend, prevent_cse=False)
 
     def body(carry: None, block: tuple) -> tuple[None, jax.Array]:
         q_QHC, of_q, n, reach = block

@@ -101,12 +101,12 @@ class Layer(nnx.Module):
     def qkv(
         self, x_BLD: jax.Array, angles: attention.Rotary
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q_BLHC, k_BKLC, v_BKLC): rotated, keys and values in the layout of the cache."""
+        """(q_BLHC, k_BLKC, v_BLKC), rotated."""
         h_BLD = self.attention_norm(x_BLD)
         shape = (*x_BLD.shape[:2], -1, self.config.head_dim)
         q, k, v = (sharding.heads(m(h_BLD).reshape(shape)) for m in (self.q, self.k, self.v))
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
-        return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return q, k, v
 
     def finish(self, x_BLD: jax.Array, attended_BLHC: jax.Array) -> jax.Array:
         """Adds the attention's output and the MLP's to the residual stream."""
@@ -129,7 +129,9 @@ class Layer(nnx.Module):
         seen: attention.Visible | block_attention.Blocks,
         is_local: jax.Array,
     ) -> jax.Array:
-        attended = seen.attend(*self.qkv(x_BLD, angles), self.config, is_local)
+        q, k, v = self.qkv(x_BLD, angles)
+        k_BKCL, v_BKCL = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
+        attended = seen.attend(q, k_BKCL, v_BKCL, self.config, is_local)
         return self.finish(x_BLD, attended)
 
 
@@ -150,7 +152,7 @@ class Decoder(nnx.Module):
       dtype: of activations.
       remat: one of REMAT. On one CPU core "layer" also takes less time (0.6 at 4 x 256 tokens).
       attention_block: queries that attend at once, to no keys but those that one of them sees
-        (`block_attention`); 0: whole rows; -1: 64 on CPU in rows of 256 tokens and more, else 0.
+        (`block_attention`); 0: whole rows; -1: 32 on CPU in rows of 256 tokens and more, else 0.
       head_chunk: tokens of a data shard whose logits the losses hold at once; 0: 4 MiB of them.
       layer_rows: rows of a data shard that a layer works on at once; 0: all. A layer's parameters
         are gathered once for all of them, so that it takes the memory of few rows and the
@@ -238,12 +240,17 @@ class Decoder(nnx.Module):
 
     def _seen(self, tokens: attention.Tokens) -> attention.Visible | block_attention.Blocks:
         L = tokens.positions_BL.shape[1]
-        block, window = self.attention_block, self._window(L)
-        if block < 0:
-            block = 64 if jax.default_backend() == "cpu" and L >= 256 else 0
-        if 0 < block < L:
+        block = block_attention.queries(self.attention_block, L, jax.default_backend())
+        window = self._window(L)
+        if block:
             return block_attention.blocks(tokens, block, window)
         return attention.visible(tokens, window=window)
+
+    def position_flops(self, longest: int) -> Callable[[int], float]:
+        """`block_attention.position_flops` of this model, here."""
+        return block_attention.position_flops(
+            self.config, self.attention_block, longest, jax.default_backend()
+        )
 
     def _window(self, reach: int) -> int | None:
         """The sliding window, where positions that lie up to `reach` apart can leave it."""
@@ -292,7 +299,9 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, layer)
             q, k, v = layer.qkv(x_BLD, angles)
             keys, values = _written(keys, k, start_B), _written(values, v, start_B)
-            attended = attention.attend(q, keys, values, seen.of_layer(is_local), layer.config)
+            attended = attention.attend(
+                q, keys.swapaxes(2, 3), values.swapaxes(2, 3), seen.of_layer(is_local), layer.config
+            )
             return layer.finish(x_BLD, attended), Cache(keys, values)
 
         x_BLD, layers = self._embed(tokens_BL), (stacked, self._local_layers())
@@ -321,11 +330,11 @@ def _norm(config: model_config.ModelConfig, shape: tuple[int, ...], dtype: jnp.d
     return Norm(weight, config.rms_norm_eps, 1.0 if config.is_gemma else 0.0)
 
 
-def _written(cache_BKSC: jax.Array, x_BKLC: jax.Array, start_B: jax.Array) -> jax.Array:
+def _written(cache_BKSC: jax.Array, x_BLKC: jax.Array, start_B: jax.Array) -> jax.Array:
     """The cache with x from slot start_B of every row; in place where XLA may."""
-    B, _, L, _ = x_BKLC.shape
+    B, L = x_BLKC.shape[:2]
     rows_B1, slots_BL = jnp.arange(B)[:, None], start_B[:, None] + jnp.arange(L)[None]
-    return cache_BKSC.at[rows_B1, :, slots_BL].set(x_BKLC.transpose(0, 2, 1, 3))
+    return cache_BKSC.at[rows_B1, :, slots_BL].set(x_BLKC)
 
 
 def init(config: model_config.ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Decoder:

@@ -218,8 +218,9 @@ def _by_response(
     keys, texts = unique_responses(run.encoder, examples)
     packed = logprobs.packed_groups(
         texts,
-        row_length=run.config.data.row_length or batches.longest_row(texts),
+        row_length=run.config.data.row_length,
         micro_rows=run.config.impact.micro_rows,
+        flops=run.ref.position_flops(max(e.row_length for e in texts)),
     )
     few = [examples[i] for i in checked]
     wanted = {_key(e.prompt, y) for e in few for y in (e.y0, e.y1) if y is not None}
@@ -332,7 +333,10 @@ def _by_example(
         some = _one_a_row(checked, row_length, config.impact.micro_rows)
     else:
         packed = logprobs.packed_groups(
-            encoded, row_length=row_length, micro_rows=config.impact.micro_rows
+            encoded,
+            row_length=0,
+            micro_rows=config.impact.micro_rows,
+            flops=run.ref.position_flops(max(e.row_length for e in encoded)),
         )
         some = logprobs.some_of(packed, encoded, checked)
     found = []
