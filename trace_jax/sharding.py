@@ -241,7 +241,8 @@ def product(x_BLD: jax.Array, kernel: jax.Array, cut: int) -> jax.Array:
     """
     inner, outer = (None, "tensor") if cut == -1 else ("tensor", None)
     if x_BLD.shape[1] > 1:
-        return x_BLD @ _constrain(kernel, inner, outer)
+        B, L, D = x_BLD.shape
+        return (x_BLD.reshape(B * L, D) @ _constrain(kernel, inner, outer)).reshape(B, L, -1)
     stored = "fsdp" if outer is None else (outer, "fsdp")
     y_BLD = _constrain(x_BLD, "data", None, inner) @ _constrain(kernel, inner, stored)
     return _constrain(_constrain(y_BLD, "data", None, stored), ROWS, None, outer)
