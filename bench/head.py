@@ -57,7 +57,8 @@ def programs(kind: str) -> dict[str, Callable]:
         reference = jax.lax.stop_gradient(hidden_BLD) * 1.1
         counts_BL = targets_BL >= 0
         if kind == "whole":
-            means_B = losses.forward_kl(logits(reference), logits(hidden_BLD), counts_BL)
+            of_reference = jax.lax.stop_gradient(logits(reference))
+            means_B = losses.forward_kl(of_reference, logits(hidden_BLD), counts_BL)
             return (means_B * counts_BL.sum(-1)).sum()
         return losses.token_kl(logits, reference, logits, hidden_BLD, counts_BL).sum()
 

@@ -91,6 +91,18 @@ def test_chunked_head_equals_whole_head(monkeypatch, chunk_bytes, share):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_the_reference_of_kl_has_no_gradient():
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    kernel = jax.random.normal(jax.random.key(1), (8, 50))
+
+    def kl(ref, hidden):
+        return losses.token_kl(lambda h: h @ kernel, ref, lambda h: h @ kernel, hidden,
+                               jnp.ones((2, 3), bool)).sum()  # fmt: skip
+
+    of_ref, of_model = jax.grad(kl, (0, 1))(hidden, hidden[::-1])
+    assert not np.any(of_ref) and np.abs(of_model).max() > 0.1
+
+
 def test_chunks_of_prompts_and_padding_have_no_logits(monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK_BYTES", 4 * 50 * 128)
     made = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trace_jax import config as config_lib
-from trace_jax import hardware, launch, models, plan, records, workdir, workload
+from trace_jax import hardware, launch, models, plan, plan_text, records, workdir, workload
 from trace_jax.errors import InputError
 from trace_jax.judges import gemini, gemini_job, reading, store
 from trace_jax.stages import context
@@ -217,7 +217,7 @@ def test_the_plan_for_people_says_what_was_assumed_and_what_is_asked(planned, tm
     found = json.loads(planned("--config.data.source=file")[1])
     found |= {"device_memory_share": 0.92, "device_memory_bytes": int(0.92 * 79 * 2**30)}
     found["judge_later"]["judge, baseline"] = {"calls": 3600, "tokens": 10**6, "price": 1.5}
-    plan.show(found)
+    plan_text.show(found)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     text = "\n".join(lines)
     assert "60 (assumed (data.pairs); data.path is not given; not triaged yet" in text

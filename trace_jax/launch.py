@@ -29,6 +29,7 @@ from trace_jax import (
     hardware,
     metrics,
     plan,
+    plan_text,
     preemption,
     processes,
     remote,
@@ -99,7 +100,7 @@ def _plan(values: flags.FlagValues) -> int:
     if values.json:
         metrics.show(json.dumps(found))
     else:
-        plan.show(found)
+        plan_text.show(found)
     return 0
 
 

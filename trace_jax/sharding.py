@@ -235,14 +235,15 @@ def keys(x_BKSC: jax.Array) -> jax.Array:
 
 def product(x_BLD: jax.Array, kernel: jax.Array, cut: int) -> jax.Array:
     """x @ kernel. Many tokens gather the kernel over fsdp; one token a row is gathered itself, and
-    the kernel stays where it is stored, as moving that would take most of a decoding step.
+    the kernel stays where it is stored, as moving that would take most of a decoding step. Tokens
+    of all rows are one dimension, as XLA's CPU compiler copies a factor of the gradient otherwise.
 
     cut: the dimension of the kernel that tensor parallelism cuts, -1 or -2.
     """
     inner, outer = (None, "tensor") if cut == -1 else ("tensor", None)
     if x_BLD.shape[1] > 1:
-        B, L, D = x_BLD.shape
-        return (x_BLD.reshape(B * L, D) @ _constrain(kernel, inner, outer)).reshape(B, L, -1)
+        tokens = x_BLD.reshape(-1, x_BLD.shape[-1])
+        return (tokens @ _constrain(kernel, inner, outer)).reshape(*x_BLD.shape[:-1], -1)
     stored = "fsdp" if outer is None else (outer, "fsdp")
     y_BLD = _constrain(x_BLD, "data", None, inner) @ _constrain(kernel, inner, stored)
     return _constrain(_constrain(y_BLD, "data", None, stored), ROWS, None, outer)
