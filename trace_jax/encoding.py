@@ -180,7 +180,7 @@ class Encoder:
             prompt + response, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         tokens, ends = list(out["input_ids"]), [end for _, end in out["offset_mapping"]]
-        n_prompt = sum(end <= len(prompt) for end in ends)
+        n_prompt = sum(map(len(prompt).__ge__, ends))
         if self.tokenizer.bos_token_id is not None and tokens[:1] != [self.tokenizer.bos_token_id]:
             tokens, n_prompt = [self.tokenizer.bos_token_id, *tokens], n_prompt + 1
         if n_prompt == 0:

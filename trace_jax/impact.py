@@ -70,10 +70,8 @@ def response_derivatives(
             return along(jax.tree.map(lambda t: t[0], tangents_G))[..., None]
         return jax.vmap(along, out_axes=-1)(tangents_G)
 
-    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
-        return carry, _few_at_a_time(derivatives, micro)
-
-    return sharding.replicated(jax.lax.scan(body, None, rows)[1])
+    found = logprobs.of_filled(rows, lambda micro: _few_at_a_time(derivatives, micro))
+    return sharding.replicated(found)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))

@@ -32,6 +32,7 @@ from trace_jax import (
     plan_text,
     preemption,
     processes,
+    records,
     remote,
     stages,
     validation,
@@ -288,17 +289,16 @@ def _describe(run: context.Context, command: str) -> None:
     """Writes config.json, versions.json and policy.yaml beside the artefacts."""
     path = run.workdir.path
     used = versions() | ({"command": command} if command else {})
-    if not processes.is_first():
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for name, value in (("config", run.config.to_dict()), ("versions", used)):
-            (path / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        (path / "policy.yaml").write_text(run.new_policy.source)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another --workdir"
-        ) from error
+    if processes.is_first():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); give another --workdir"
+            ) from error
+    records.write_json(path / "config.json", run.config.to_dict())
+    records.write_json(path / "versions.json", used)
+    records.write_text(path / "policy.yaml", run.new_policy.source)
 
 
 def versions() -> dict[str, str]:

@@ -243,6 +243,14 @@ def _write_json(path: AnyPath, value: Any) -> None:
         stream.write(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
 
 
+def write_text(path: AnyPath, text: str) -> None:
+    """Writes the whole file or nothing. Of several processes the first one writes."""
+    if processes.is_first():
+        with _atomic(path) as stream:
+            stream.write(text)
+    processes.wait(f"{path} written")
+
+
 def write_jsonl(path: AnyPath, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the whole file or nothing. Of several processes the first one writes."""
     if processes.is_first():
