@@ -208,20 +208,20 @@ def heads(x_BLHC: jax.Array) -> jax.Array:
 def on_own_heads(
     function: Callable,
     q_BLHC: jax.Array,
-    k_BKSC: jax.Array,
-    v_BKSC: jax.Array,
+    k_BKCS: jax.Array,
+    v_BKCS: jax.Array,
     of_rows: Any,
     everywhere: Any,
 ) -> jax.Array:
     """function of these arguments, [B, L, H, C], called by every device with its own rows and heads
     of them, so that it may branch on what they hold. of_rows: [B, ...]; everywhere: not cut.
     """
-    arguments = q_BLHC, k_BKSC, v_BKSC, of_rows, everywhere
+    arguments = q_BLHC, k_BKCS, v_BKCS, of_rows, everywhere
     mesh = _mesh()
     if mesh is None:
         return function(*arguments)
-    rows = _dividing(len(k_BKSC), ROWS, mesh)
-    tensor = _dividing(k_BKSC.shape[1], "tensor", mesh)
+    rows = _dividing(len(k_BKCS), ROWS, mesh)
+    tensor = _dividing(k_BKCS.shape[1], "tensor", mesh)
     q, kv = PartitionSpec(rows, None, tensor), PartitionSpec(rows, tensor)
     specs = (q, kv, kv, PartitionSpec(rows), PartitionSpec())
     own = jax.shard_map(function, in_specs=specs, out_specs=q, check_vma=False)

@@ -22,7 +22,7 @@ from trace_jax.models import attention, model_config
 OUTPUT = "attended"  # name of the output, for the policy of `jax.checkpoint` around a layer
 
 
-def queries(setting: int, length: int, platform: str) -> int:
+def queries_at_once(setting: int, length: int, platform: str) -> int:
     """Queries of a block in rows of so many tokens, by `Decoder.attention_block`; 0: whole rows."""
     if setting < 0:
         setting = 32 if platform == "cpu" and length >= 256 else 0
@@ -35,7 +35,7 @@ def position_flops(
     """FLOPs of a position in rows of so many, in which no example is longer than `longest`."""
 
     def flops(length: int) -> float:
-        block = queries(setting, length, platform)
+        block = queries_at_once(setting, length, platform)
         return config.forward_flops(min(length, longest + block) if block else length)
 
     return flops
@@ -129,6 +129,7 @@ def _attend_row(
             bias_QW = jnp.where(see_1QW[0], 0.0, attention.MASKED)
             return attention.attend_row(q_QHC, cut(k_KCL), cut(v_KCL), bias_QW, config)
 
+        # Or the choice below would keep what every branch needs, zeros for those not taken.
         return jax.checkpoint(attend, prevent_cse=False)
 
     def body(carry: None, block: tuple) -> tuple[None, jax.Array]:

@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
 
     def _seen(self, tokens: attention.Tokens) -> attention.Visible | block_attention.Blocks:
         L = tokens.positions_BL.shape[1]
-        block = block_attention.queries(self.attention_block, L, jax.default_backend())
+        block = block_attention.queries_at_once(self.attention_block, L, jax.default_backend())
         window = self._window(L)
         if block:
             return block_attention.blocks(tokens, block, window)
