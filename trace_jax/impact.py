@@ -70,8 +70,18 @@ def response_derivatives(
             return along(jax.tree.map(lambda t: t[0], tangents_G))[..., None]
         return jax.vmap(along, out_axes=-1)(tangents_G)
 
-    found = logprobs.of_filled(rows, lambda micro: _few_at_a_time(derivatives, micro))
-    return sharding.replicated(found)
+    def computed(micro: batches.Rows) -> Array:
+        return _few_at_a_time(derivatives, micro)
+
+    def skipped(micro: batches.Rows) -> Array:
+        one = jax.eval_shape(computed, micro)
+        return jnp.zeros(one.shape, one.dtype)
+
+    def body(carry: None, micro: batches.Rows) -> tuple[None, Array]:
+        holds_text = jnp.any(micro.segments != 0)
+        return carry, jax.lax.cond(holds_text, computed, skipped, micro)
+
+    return sharding.replicated(jax.lax.scan(body, None, rows)[1])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"))
