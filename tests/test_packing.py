@@ -174,18 +174,18 @@ def test_texts_lie_in_rows_that_cost_least(shards):
         n_rows = len(packing.pack_rows(lengths, length, len(lengths)))
         return packing.round_up(n_rows, at_once) * length * flops(length)
 
-    for flops in (lambda _: 1.0, lambda length: length**3.0):
+    for flops in (lambda _: 1.0, lambda length: length**9.0):
         length, at_once = packing.best_row(
             lengths, micro_rows=4, shards=shards, flops=flops, platform="cpu"
         )
         assert at_once == max(1, 4 * longest // length)
         tried = {packing.round_row(longest + longest * i // 32, "cpu") for i in range(33)}
-        assert cost(length, flops) <= 1.1 * min(cost(n, flops) for n in tried)
+        assert cost(length, flops) == min(cost(n, flops) for n in tried)
     assert length == longest  # where attention is all that costs
 
 
 def test_the_longest_of_many_texts_fits_its_row():
-    """Lengths are tried on a sample, which may lack it."""
+    """Lengths are tried on a sample of them."""
     lengths = [*[40] * 9999, 399]
     length, _ = packing.best_row(
         lengths, micro_rows=4, shards=1, flops=lambda _: 1.0, platform="cpu"

@@ -238,7 +238,7 @@ def best_row(
     As `lay_out` has it for steps: of texts with no order, tried on a sample of them.
     """
     longest = round_row(max(lengths), platform)
-    sample = [max(lengths), *sorted(lengths)[:: -(-len(lengths) // _SAMPLE)]]
+    sample = sorted(lengths, reverse=True)[:: -(-len(lengths) // _SAMPLE)]  # the longest first
 
     def at_once(length: int) -> int:
         return max(1, micro_rows * longest // length)
