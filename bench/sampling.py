@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench import results
+from bench import real_pairs, results
 from trace_jax import models, programs, sampling, sharding
 
 PROMPTS, NEW_TOKENS, BATCH_ROWS = 192, 256, 64
@@ -137,6 +137,8 @@ def main(argv: Sequence[str]) -> int:
         shapes={"help": "llama8b, qwen7b, gemma9b or gemma2b"},
         repeats={"type": int, "default": 5},
     )  # fmt: skip
+    if values.shapes is None:
+        jax.config.update("jax_num_cpu_devices", real_pairs.cpu_devices(Path(values.model)))
     mesh = sharding.make_mesh(1, -1, 1)
     module = load(values.model, values.shapes, mesh)
     repeats = 2 if values.quick else values.repeats
@@ -157,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
         packages=() if values.shapes else ("torch",),
         model=values.shapes or Path(values.model).name,
         device=jax.devices()[0].device_kind,
+        devices=jax.device_count(),
         batch_rows=BATCH_ROWS,
         max_new_tokens=NEW_TOKENS,
         repeats=repeats,

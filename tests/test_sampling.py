@@ -1,12 +1,13 @@
 import contextlib
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from trace_jax import errors, models, sampling, sharding
+from trace_jax import decoding, errors, models, sampling, sharding
 
 CONFIG = models.ModelConfig(11, 16, 24, 2, 2, 1, 8, 48)
 PROMPTS = [[1, *range(2, 2 + n % 8)] for n in range(13)]
@@ -129,11 +130,11 @@ def test_long_prompts_lose_their_left_end_and_say_so(module):
 
 def test_temperature_and_seed_do_not_compile_again(module):
     generate(module)
-    before = sampling.advance._cache_size(), sampling.prefill._cache_size()
+    before = decoding.advance._cache_size(), decoding.prefill._cache_size()
     generate(module, temperature=0.3, seed=5)
     generate(module, temperature=0.0)
     generate(nnx.merge(*nnx.split(module)), [[1, 2, 3]] * 13)
-    assert (sampling.advance._cache_size(), sampling.prefill._cache_size()) == before
+    assert (decoding.advance._cache_size(), decoding.prefill._cache_size()) == before
 
 
 def test_progress_counts_rows(module):
@@ -150,26 +151,47 @@ def test_refilled_slots_give_what_a_row_alone_gives(module, refills):
     assert generate(module, batch_rows=4, refills=refills) == alone
 
 
+def test_the_last_rows_are_the_same_where_no_copy_of_them_is_made(module, monkeypatch):
+    copied = generate(module, batch_rows=8)
+    monkeypatch.setattr(decoding, "_COPIED_BYTES", 0)
+    decoding.advance.clear_cache()
+    assert generate(module, batch_rows=8) == copied
+    decoding.advance.clear_cache()
+
+
+def test_a_step_sends_nothing_of_the_cache():
+    """On data shards a step agrees on how many rows live and how long they are, no more."""
+    with jax.set_mesh(sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])):
+        module = sharding.place_module(models.init(CONFIG, seed=0))
+        _, advance = sampling.lower(*nnx.split(module), 16, 8, 8)
+        text = advance.compile().as_text()
+    sent = [line for line in text.splitlines() if re.search(r" all-\w+\(|permute\(", line)]
+    assert sent
+    for line in sent:
+        (shape,) = re.findall(r"= \w+\[([\d,]*)\]", line)
+        assert shape in ("", "2", "16", "16,8"), line  # the last two are what the host reads
+
+
 def test_few_programs_whatever_the_prompts(module):
-    sampling.prefill.clear_cache()
-    sampling.advance.clear_cache()
+    decoding.prefill.clear_cache()
+    decoding.advance.clear_cache()
     generate(module, [[1] * n for n in (1, 5, 31, 32, 33, 40)], IDS[:6], batch_rows=4)
-    assert sampling.prefill._cache_size() == 2  # prompts of up to 32, and of up to 64 tokens
-    assert sampling.advance._cache_size() == 1
+    assert decoding.prefill._cache_size() == 2  # prompts of up to 32, and of up to 64 tokens
+    assert decoding.advance._cache_size() == 1
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 1)])
 def test_one_program_however_many_rows_wherever_they_lie(module, shape):
     """Parameters on a device by name, as those that were read from a file are, or on a mesh."""
-    sampling.prefill.clear_cache()
-    sampling.advance.clear_cache()
+    decoding.prefill.clear_cache()
+    decoding.advance.clear_cache()
     with jax.set_mesh(sharding.make_mesh(*shape)) if shape else contextlib.nullcontext():
         graphdef, state = nnx.split(module)
         on_one = nnx.merge(graphdef, jax.device_put(state, jax.devices()[0]))
         there = sharding.place_module(module) if shape else on_one
         for rows in (6, 1):
             generate(there, [[1, 2, 3]] * rows, IDS[:rows], batch_rows=4)
-    assert (sampling.prefill._cache_size(), sampling.advance._cache_size()) == (1, 1)
+    assert (decoding.prefill._cache_size(), decoding.advance._cache_size()) == (1, 1)
 
 
 @functools.cache
@@ -177,7 +199,7 @@ def generated_on(*shape: int):
     with jax.set_mesh(sharding.make_mesh(*shape)):
         module = models.init(models.ModelConfig(48, 16, 32, 2, 4, 2, 8, 64), 0)
         module.head.kernel[...] *= 12.0
-        return generate(sharding.place_module(module), batch_rows=8)
+        return generate(sharding.place_module(module), batch_rows=16)
 
 
 MESHES = [pytest.param(s, marks=pytest.mark.soak) for s in ((8, 1, 1), (1, 8, 1))] + [(2, 2, 2)]

@@ -89,7 +89,7 @@ def impact_pass(
 def sample(
     model: Model, rows: int, prompt_length: int, max_new_tokens: int, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """`sampling.prefill` of the longest prompts, and the decoding loop with a full cache."""
+    """`decoding.prefill` of the longest prompts, and the decoding loop with a full cache."""
     graphdef, state = nnx.split(abstract(model))
     with jax.set_mesh(mesh):
         slots = sampling.most_slots(rows)

@@ -292,6 +292,7 @@ class Decoder(nnx.Module):
         positions_BL = start_B[:, None] + jnp.arange(L)[None]
         seen = attention.visible_slots(positions_BL, S, window=self._window(S))
         angles = attention.rotary(self.config, positions_BL)
+        used = jnp.max(start_B) + L
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x_BLD: jax.Array, of_layer: tuple) -> tuple[jax.Array, Cache]:
@@ -299,9 +300,13 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, layer)
             q, k, v = layer.qkv(x_BLD, angles)
             keys, values = _written(keys, k, start_B), _written(values, v, start_B)
-            attended = attention.attend(
-                q, keys.swapaxes(2, 3), values.swapaxes(2, 3), seen.of_layer(is_local), layer.config
-            )
+            bias = seen.of_layer(is_local)
+            if L == 1:
+                attended = attention.attend_cached(q, keys, values, bias, used, layer.config)
+            else:
+                attended = attention.attend(
+                    q, keys.swapaxes(2, 3), values.swapaxes(2, 3), bias, layer.config
+                )
             return layer.finish(x_BLD, attended), Cache(keys, values)
 
         x_BLD, layers = self._embed(tokens_BL), (stacked, self._local_layers())
@@ -331,10 +336,16 @@ def _norm(config: model_config.ModelConfig, shape: tuple[int, ...], dtype: jnp.d
 
 
 def _written(cache_BKSC: jax.Array, x_BLKC: jax.Array, start_B: jax.Array) -> jax.Array:
-    """The cache with x from slot start_B of every row; in place where XLA may."""
-    B, L = x_BLKC.shape[:2]
-    rows_B1, slots_BL = jnp.arange(B)[:, None], start_B[:, None] + jnp.arange(L)[None]
-    return cache_BKSC.at[rows_B1, :, slots_BL].set(x_BLKC)
+    """The cache with x from slot start_B of every row; in place where XLA may.
+
+    Under `vmap` the partitioner sees that a row is written by its own device; with an index of rows
+    it does not, and sends the keys and values of every token to all devices.
+    """
+
+    def of_row(cache_KSC: jax.Array, x_LKC: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache_KSC, x_LKC.swapaxes(0, 1), (0, start, 0))
+
+    return jax.vmap(of_row)(cache_BKSC, x_BLKC, start_B)
 
 
 def init(config: model_config.ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Decoder:
