@@ -104,11 +104,14 @@ def test_logits_are_the_head_of_hidden_with_and_without_a_tie(module):
         np.testing.assert_allclose(each(tokens)[0], logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention_block", [-1, 0])
 @pytest.mark.parametrize("window", [None, 4])
-def test_cached_decoding_equals_the_full_forward_pass(module, window):
+def test_cached_decoding_equals_the_full_forward_pass(window, attention_block):
     """Prompts of 7 and 4 tokens, padded on the right, then one token at a time; in used slots."""
     config = dataclasses.replace(TINY, sliding_window=window)
-    module = nnx.merge(*nnx.split(models.init(config, seed=0)))
+    module = models.init(config, seed=0)
+    module.attention_block = attention_block
+    module = nnx.merge(*nnx.split(module))
     tokens = random_tokens(0, 2, 12)
     expected = forward(module, tokens)
     decode = jax.jit(lambda module, *inputs: module.decode(*inputs))

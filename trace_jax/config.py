@@ -93,7 +93,8 @@ def _model() -> ml_collections.ConfigDict:
     c.remat = "layer"  # the backward pass finds stored: layer (inputs of layers; on CPU fastest as
     # well) | dots (also products of matrices) | none (everything; no recomputation)
     c.attention_block = -1  # queries that attend at once, to no keys but those that one of them
-    # sees; 0: whole rows; -1: 32 on CPU in rows of 256 tokens and more, else whole rows
+    # sees, and sampled tokens to used slots of the cache; 0: whole rows and caches; -1: on CPU 32
+    # in rows of 256 tokens and more, else whole rows
     c.head_chunk = 0  # tokens of a data shard whose logits exist at once; 0: 4 MiB of logits
     c.scratch = s = ml_collections.ConfigDict()  # shape of a model trained from scratch
     s.family = "llama"  # llama | qwen2 | gemma2

@@ -95,30 +95,32 @@ def attend(
 
 
 def attend_cached(
-    q_B1HC: jax.Array,
+    q_BLHC: jax.Array,
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
-    bias_B1S: jax.Array,
-    used: jax.Array,
+    bias_BLS: jax.Array,
     config: model_config.ModelConfig,
+    used: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` of one token a row to a cache of which no row uses more than the first `used` slots.
+    """`attend` to a cache, of which no token sees more than the first `used` slots; None: all.
 
-    It reads a quarter of the slots, two, three or all: most rows of a sampler are short, and a step
-    takes the time of its reads.
+    It reads a quarter of the slots, two, three or all of them: most rows of a sampler are short,
+    and on CPU a step takes the time of its reads.
     """
-    S = k_BKSC.shape[2]
-    ends = sorted({-(-S * n // 4) for n in range(1, 5)})
 
-    def of(end: int) -> Callable[..., jax.Array]:
-        def first(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    def first(end: int) -> Callable[..., jax.Array]:
+        def of(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
             k_BKCS, v_BKCS = (x[:, :, :end].swapaxes(2, 3) for x in (k, v))
             return attend(q, k_BKCS, v_BKCS, bias[..., :end], config)
 
-        return first
+        return of
 
+    S = k_BKSC.shape[2]
+    if used is None:
+        return first(S)(q_BLHC, k_BKSC, v_BKSC, bias_BLS)
+    ends = sorted({-(-S * n // 4) for n in range(1, 5)})
     which = jnp.searchsorted(jnp.asarray(ends), used)
-    return jax.lax.switch(which, [of(end) for end in ends], q_B1HC, k_BKSC, v_BKSC, bias_B1S)
+    return jax.lax.switch(which, [first(end) for end in ends], q_BLHC, k_BKSC, v_BKSC, bias_BLS)
 
 
 def attend_row(

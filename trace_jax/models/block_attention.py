@@ -29,6 +29,14 @@ def queries_at_once(setting: int, length: int, platform: str) -> int:
     return setting if setting < length else 0
 
 
+def reads_used_slots(setting: int, platform: str) -> bool:
+    """Whether a token that is decoded reads the slots in use alone, by `Decoder.attention_block`.
+
+    Not on accelerators unless asked for: a choice a layer was not timed there.
+    """
+    return setting > 0 or (setting < 0 and platform == "cpu")
+
+
 def position_flops(
     config: model_config.ModelConfig, setting: int, longest: int, platform: str
 ) -> Callable[[int], float]:

@@ -152,7 +152,8 @@ class Decoder(nnx.Module):
       dtype: of activations.
       remat: one of REMAT. On one CPU core "layer" also takes less time (0.6 at 4 x 256 tokens).
       attention_block: queries that attend at once, to no keys but those that one of them sees
-        (`block_attention`); 0: whole rows; -1: 32 on CPU in rows of 256 tokens and more, else 0.
+        (`block_attention`), and a decoded token to the slots in use; 0: whole rows and caches; -1:
+        32 on CPU in rows of 256 tokens and more, else 0.
       head_chunk: tokens of a data shard whose logits the losses hold at once; 0: 4 MiB of them.
       layer_rows: rows of a data shard that a layer works on at once; 0: all. A layer's parameters
         are gathered once for all of them, so that it takes the memory of few rows and the
@@ -292,7 +293,9 @@ class Decoder(nnx.Module):
         positions_BL = start_B[:, None] + jnp.arange(L)[None]
         seen = attention.visible_slots(positions_BL, S, window=self._window(S))
         angles = attention.rotary(self.config, positions_BL)
-        used = jnp.max(start_B) + L
+        used = None
+        if L == 1 and block_attention.reads_used_slots(self.attention_block, jax.default_backend()):
+            used = jnp.max(start_B) + 1
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x_BLD: jax.Array, of_layer: tuple) -> tuple[jax.Array, Cache]:
@@ -301,12 +304,7 @@ class Decoder(nnx.Module):
             q, k, v = layer.qkv(x_BLD, angles)
             keys, values = _written(keys, k, start_B), _written(values, v, start_B)
             bias = seen.of_layer(is_local)
-            if L == 1:
-                attended = attention.attend_cached(q, keys, values, bias, used, layer.config)
-            else:
-                attended = attention.attend(
-                    q, keys.swapaxes(2, 3), values.swapaxes(2, 3), bias, layer.config
-                )
+            attended = attention.attend_cached(q, keys, values, bias, layer.config, used)
             return layer.finish(x_BLD, attended), Cache(keys, values)
 
         x_BLD, layers = self._embed(tokens_BL), (stacked, self._local_layers())
