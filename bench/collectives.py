@@ -55,7 +55,8 @@ def _of_a_group(text: str) -> int:
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
     if iota:
         return int(iota[1])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    order = r"(?:, device_ids=\([^{]*\))?"  # of the devices in the mesh
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", text)
     if mesh is None:
         raise ValueError(f"a collective without groups: {text[:200]}")
     sizes = dict(part.split("=") for part in mesh[1].split(","))

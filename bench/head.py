@@ -39,9 +39,9 @@ ENDS = {"logprob": "_forward", "logprob_gradient": "", "logprob_jvp": "_jvp", "k
 
 
 def programs(kind: str) -> dict[str, Callable]:
-    """Name -> function of (hidden [B, L, D], kernel [D, V], targets [B, L])."""
+    """Name -> function of hidden [B, L, D], kernel [D, V], targets [B, L] and two tangents."""
 
-    def logprob(hidden_BLD, kernel_DV, targets_BL):
+    def logprob(hidden_BLD, kernel_DV, targets_BL, *_):
         def logits(h):
             return (h @ kernel_DV).astype(jnp.float32)
 
@@ -50,7 +50,7 @@ def programs(kind: str) -> dict[str, Callable]:
             return -of(logits(hidden_BLD), targets_BL).sum()
         return losses.token_logprobs(logits, hidden_BLD, targets_BL, targets_BL >= 0).sum()
 
-    def kl(hidden_BLD, kernel_DV, targets_BL):
+    def kl(hidden_BLD, kernel_DV, targets_BL, *_):
         def logits(h):
             return (h @ kernel_DV).astype(jnp.float32)
 
@@ -62,11 +62,12 @@ def programs(kind: str) -> dict[str, Callable]:
             return (means_B * counts_BL.sum(-1)).sum()
         return losses.token_kl(logits, reference, logits, hidden_BLD, counts_BL).sum()
 
-    def derivative(hidden_BLD, kernel_DV, targets_BL):
+    def derivative(hidden_BLD, kernel_DV, targets_BL, *tangents):
         def of(h, k):
             return logprob(h, k, targets_BL)
 
-        return jax.jvp(of, (hidden_BLD, kernel_DV), (hidden_BLD, kernel_DV))
+        # Tangents of their own: with those of the values the three products are one.
+        return jax.jvp(of, (hidden_BLD, kernel_DV), tangents)
 
     return {
         "logprob": logprob,
@@ -82,6 +83,8 @@ def shapes(vocabulary: int, length: int, dtype: Any) -> tuple[jax.ShapeDtypeStru
         jax.ShapeDtypeStruct((ROWS, length, WIDTH), dtype),
         jax.ShapeDtypeStruct((WIDTH, vocabulary), dtype),
         jax.ShapeDtypeStruct((ROWS, length), jnp.int32),
+        jax.ShapeDtypeStruct((ROWS, length, WIDTH), dtype),
+        jax.ShapeDtypeStruct((WIDTH, vocabulary), dtype),
     )
 
 
@@ -102,9 +105,11 @@ def temporaries(vocabulary: int, where: Any = None) -> dict[str, dict[str, Any]]
 def times(name: str, vocabulary: int, length: int, repeats: int) -> dict[str, Any]:
     """Seconds of a program: least, median and largest of each kind, and all ratios."""
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.standard_normal((ROWS, length, WIDTH)), jnp.float32)
-    kernel = jnp.asarray(0.05 * rng.standard_normal((WIDTH, vocabulary)), jnp.float32)
+    hidden, of_hidden = jnp.asarray(rng.standard_normal((2, ROWS, length, WIDTH)), jnp.float32)
+    drawn = 0.05 * rng.standard_normal((2, WIDTH, vocabulary), dtype=np.float32)
+    kernel, of_kernel = jnp.asarray(drawn)
     targets = jnp.asarray(rng.integers(0, vocabulary, (ROWS, length)), jnp.int32)
+    inputs = hidden, kernel, targets, of_hidden, of_kernel
     of = shapes(vocabulary, length, jnp.float32)
     compiled = {kind: jax.jit(programs(kind)[name]).lower(*of).compile() for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -112,7 +117,7 @@ def times(name: str, vocabulary: int, length: int, repeats: int) -> dict[str, An
     for repeat in range(repeats + 1):
         for kind in KINDS[:: 1 if repeat % 2 else -1]:
             start = time.perf_counter()
-            values[kind] = jax.block_until_ready(compiled[kind](hidden, kernel, targets))
+            values[kind] = jax.block_until_ready(compiled[kind](*inputs))
             if repeat:  # the first round warms up
                 seconds[kind].append(time.perf_counter() - start)
     for a, b in zip(*(jax.tree.leaves(values[kind]) for kind in KINDS), strict=True):

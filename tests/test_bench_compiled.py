@@ -13,6 +13,7 @@ PROGRAM = """HloModule jit_step
 }
 %body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %g = f32[4,8]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %o = f32[4,8]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}
   %s = bf16[1,8]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], to_apply=%add
 }
 ENTRY %main (q: f32[4,8]) -> f32[4,8] {
@@ -24,9 +25,9 @@ ENTRY %main (q: f32[4,8]) -> f32[4,8] {
 
 
 def test_received_bytes_of_a_program_by_hand():
-    """Three trips: 3 of 4 parts of 128 bytes gathered and of 64 scattered; then half of 2 x 40."""
+    """Three trips: of 128 bytes 3 of 4 parts and half gathered, of 64 3 of 4 scattered; 2 x 40 / 2."""
     assert collectives.received(PROGRAM) == {
-        "all-gather": 3 * 96.0,
+        "all-gather": 3 * (96.0 + 64.0),
         "reduce-scatter": 3 * 48.0,
         "all-reduce": 40.0,
     }
