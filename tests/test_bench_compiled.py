@@ -25,7 +25,7 @@ ENTRY %main (q: f32[4,8]) -> f32[4,8] {
 
 
 def test_received_bytes_of_a_program_by_hand():
-    """Three trips: of 128 bytes 3 of 4 parts and half gathered, of 64 3 of 4 scattered; 2 x 40 / 2."""
+    """Three trips: of 128 bytes 3/4 and half gathered, of 64 3/4 scattered; then half of 2 x 40."""
     assert collectives.received(PROGRAM) == {
         "all-gather": 3 * (96.0 + 64.0),
         "reduce-scatter": 3 * 48.0,
